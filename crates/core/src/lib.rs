@@ -1,0 +1,24 @@
+//! What Evergate knows without touching the world: errors and their one table, deadlines, causes of an end, the SSE
+//! codec, the JSON scanner, configuration, the router and the text of records.
+//!
+//! Nothing here opens a socket or a file, starts a thread or reads the machine's clock; time is always passed in.
+#![forbid(unsafe_code)]
+
+pub mod cancel;
+pub mod chat;
+pub mod config;
+pub mod deadline;
+pub mod error;
+pub mod exit;
+pub mod ids;
+pub mod inherit;
+pub mod json;
+pub mod plan;
+pub mod record;
+pub mod router;
+pub mod sse;
+pub mod traceparent;
+
+pub use cancel::Cause;
+pub use deadline::Deadline;
+pub use error::{Error, Fault};

@@ -1,0 +1,195 @@
+//! What the master must know of a configuration, as plain `key=value` lines, because the master parses no TOML.
+
+use std::time::Duration;
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// `HOST:PORT` with a literal IP address; port 0 lets the system choose.
+    Tcp(std::net::SocketAddr),
+    /// A Unix socket's path.
+    Unix(String),
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{path}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            // sockaddr_un holds 108 bytes with the terminating NUL.
+            return match path.len() {
+                0 => Err("a Unix socket needs a path after \"unix:\"".into()),
+                1..=107 => Ok(Self::Unix(path.into())),
+                n => Err(format!("a Unix socket's path is at most 107 bytes, this one has {n}")),
+            };
+        }
+        let named = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+        named.as_deref().unwrap_or(text).parse().map(Self::Tcp).map_err(|_| {
+            format!("\"{text}\" is not an address; write IP:PORT such as \"127.0.0.1:4700\", or \"unix:/path\"")
+        })
+    }
+}
+
+/// The master's part of one generation's configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Public listeners, in order.
+    pub listen: Vec<Address>,
+    /// Whether the first TCP listener speaks TLS; only for the words at start.
+    pub is_tls: bool,
+    /// Admin listener of the clerk; none turns it off.
+    pub admin: Option<Address>,
+    /// Fewest workers.
+    pub workers_min: u32,
+    /// Most workers.
+    pub workers_max: u32,
+    /// In-flight rows per worker on the board.
+    pub slots: u32,
+    /// Time a worker has from its start to ready.
+    pub boot_timeout: Duration,
+    /// Age of the last beat at which a worker counts as hung.
+    pub hang_timeout: Duration,
+    /// Readiness says 503, still serving.
+    pub settle: Duration,
+    /// In-flight requests may finish.
+    pub drain: Duration,
+    /// Cancelled requests may say so.
+    pub cancel: Duration,
+    /// Resources may close.
+    pub cleanup: Duration,
+    /// Lines printed for the operator once the first worker is ready; `{listen}` stands for the first address.
+    pub banner: Vec<String>,
+}
+
+impl Plan {
+    /// The text form.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        use std::fmt::Write as _;
+        let mut out = String::from("evergate-plan=1\n");
+        let mut line = |key: &str, value: &dyn std::fmt::Display| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "{key}={value}");
+        };
+        for address in &self.listen {
+            line("listen", address);
+        }
+        line("tls", &u8::from(self.is_tls));
+        if let Some(address) = &self.admin {
+            line("admin", address);
+        }
+        line("workers_min", &self.workers_min);
+        line("workers_max", &self.workers_max);
+        line("slots", &self.slots);
+        for (key, value) in [
+            ("boot_timeout_ms", self.boot_timeout),
+            ("hang_timeout_ms", self.hang_timeout),
+            ("settle_ms", self.settle),
+            ("drain_ms", self.drain),
+            ("cancel_ms", self.cancel),
+            ("cleanup_ms", self.cleanup),
+        ] {
+            line(key, &value.as_millis());
+        }
+        for text in &self.banner {
+            line("banner", &text.replace('\n', " "));
+        }
+        out
+    }
+
+    /// Reads the text form.
+    ///
+    /// # Errors
+    /// Names the line that is unknown, malformed or missing; that is a defect of ours, not of the operator's.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut plan = Self {
+            listen: Vec::new(),
+            is_tls: false,
+            admin: None,
+            workers_min: 0,
+            workers_max: 0,
+            slots: 0,
+            boot_timeout: Duration::ZERO,
+            hang_timeout: Duration::ZERO,
+            settle: Duration::ZERO,
+            drain: Duration::ZERO,
+            cancel: Duration::ZERO,
+            cleanup: Duration::ZERO,
+            banner: Vec::new(),
+        };
+        let mut lines = text.lines();
+        if lines.next() != Some("evergate-plan=1") {
+            return Err("the plan has no known version line".into());
+        }
+        for line in lines {
+            let (key, value) = line.split_once('=').ok_or_else(|| format!("plan line without '=': {line}"))?;
+            let number = || value.parse::<u32>().map_err(|_| format!("plan line with a bad number: {line}"));
+            let time = || {
+                let ms = value.parse::<u64>().map_err(|_| format!("plan line with a bad time: {line}"))?;
+                Ok::<_, String>(Duration::from_millis(ms))
+            };
+            match key {
+                "listen" => plan.listen.push(value.parse()?),
+                "tls" => plan.is_tls = value == "1",
+                "admin" => plan.admin = Some(value.parse()?),
+                "workers_min" => plan.workers_min = number()?,
+                "workers_max" => plan.workers_max = number()?,
+                "slots" => plan.slots = number()?,
+                "boot_timeout_ms" => plan.boot_timeout = time()?,
+                "hang_timeout_ms" => plan.hang_timeout = time()?,
+                "settle_ms" => plan.settle = time()?,
+                "drain_ms" => plan.drain = time()?,
+                "cancel_ms" => plan.cancel = time()?,
+                "cleanup_ms" => plan.cleanup = time()?,
+                "banner" => plan.banner.push(value.into()),
+                _ => return Err(format!("unknown plan line: {line}")),
+            }
+        }
+        if plan.listen.is_empty() || plan.workers_min == 0 || plan.workers_max < plan.workers_min || plan.slots == 0 {
+            return Err("the plan lacks a listener, a worker or a slot".into());
+        }
+        Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_form_round_trips() {
+        let plan = Plan {
+            listen: vec!["127.0.0.1:0".parse().unwrap(), "unix:/run/x.sock".parse().unwrap()],
+            is_tls: true,
+            admin: Some("[::1]:4701".parse().unwrap()),
+            workers_min: 2,
+            workers_max: 4,
+            slots: 256,
+            boot_timeout: Duration::from_secs(30),
+            hang_timeout: Duration::from_secs(10),
+            settle: Duration::ZERO,
+            drain: Duration::from_secs(20),
+            cancel: Duration::from_secs(1),
+            cleanup: Duration::from_secs(3),
+            banner: vec!["try {listen} = fine".into()],
+        };
+        assert_eq!(Plan::parse(&plan.to_text()), Ok(plan));
+    }
+
+    #[test]
+    fn bad_addresses_say_what_to_write() {
+        assert!("nonsense".parse::<Address>().unwrap_err().contains("127.0.0.1:4700"));
+        assert!("unix:".parse::<Address>().is_err());
+        assert!(format!("unix:/{}", "x".repeat(107)).parse::<Address>().unwrap_err().contains("107"));
+        assert_eq!("localhost:80".parse::<Address>().unwrap().to_string(), "127.0.0.1:80");
+    }
+}

@@ -1,0 +1,143 @@
+//! The access record: one JSON line per request, written by the worker that served it or, if that died, on its behalf.
+
+use std::fmt::Write as _;
+
+use crate::json::write_string;
+
+/// Longest line, `PIPE_BUF`: a write of at most this many bytes to a pipe is never interleaved with another (pipe(7)).
+pub const LINE_BYTES_MAX: usize = 4096;
+
+/// What one request came to.
+#[derive(Clone, Debug, Default)]
+pub struct Access<'a> {
+    /// Wall clock at its end, Unix milliseconds.
+    pub at_ms: u64,
+    /// Our id.
+    pub request_id: &'a str,
+    /// The client's own id, empty if it gave none.
+    pub client_id: &'a str,
+    /// Name of the key it came with, empty without auth.
+    pub tenant: &'a str,
+    /// Method, such as `POST`.
+    pub method: &'a str,
+    /// Path as labelled, `other` for an unknown one.
+    pub route: &'a str,
+    /// Model as the client named it, cut to 128 bytes; empty if none was read.
+    pub model: &'a str,
+    /// Upstream that was called last; empty if none was.
+    pub backend: &'a str,
+    /// Calls made to upstreams.
+    pub attempts: u32,
+    /// Status that was sent, 499 when the client left before one was, 0 when the worker died.
+    pub status: u16,
+    /// How it ended: `ok`, a fault's code, `client_gone`, `worker_lost`.
+    pub cause: &'a str,
+    /// Whether it was a stream.
+    pub is_stream: bool,
+    /// Request body bytes.
+    pub bytes_in: u64,
+    /// Response body bytes.
+    pub bytes_out: u64,
+    /// Milliseconds to the first byte of the answer's body; none if there was none.
+    pub first_byte_ms: Option<f64>,
+    /// Milliseconds from admission to the end.
+    pub duration_ms: f64,
+    /// Prompt tokens, as the upstream reported them.
+    pub tokens_in: Option<u64>,
+    /// Completion tokens, as the upstream reported them.
+    pub tokens_out: Option<u64>,
+    /// Our note on the cause; never a prompt, a key or a body.
+    pub detail: &'a str,
+    /// Process that served it.
+    pub pid: i32,
+}
+
+impl Access<'_> {
+    /// Appends the line, with its line end, to `out`; at most `LINE_BYTES_MAX` bytes, the detail is cut to fit.
+    pub fn write_line(&self, out: &mut String) {
+        let start = out.len();
+        let number = |out: &mut String, value: Option<u64>| match value {
+            Some(value) => {
+                let _ = write!(out, "{value}");
+            }
+            None => out.push_str("null"),
+        };
+        let _ = write!(out, "{{\"at_ms\":{},\"request_id\":", self.at_ms);
+        for (key, value) in [
+            ("", self.request_id),
+            (",\"client_id\":", self.client_id),
+            (",\"tenant\":", self.tenant),
+            (",\"method\":", self.method),
+            (",\"route\":", self.route),
+            (",\"model\":", self.model),
+            (",\"backend\":", self.backend),
+            (",\"cause\":", self.cause),
+        ] {
+            out.push_str(key);
+            write_string(out, cut(value, 256));
+        }
+        let _ = write!(
+            out,
+            ",\"attempts\":{},\"status\":{},\"stream\":{},\"bytes_in\":{},\"bytes_out\":{},\"first_byte_ms\":",
+            self.attempts, self.status, self.is_stream, self.bytes_in, self.bytes_out
+        );
+        match self.first_byte_ms {
+            Some(ms) => {
+                let _ = write!(out, "{ms:.3}");
+            }
+            None => out.push_str("null"),
+        }
+        let _ = write!(out, ",\"duration_ms\":{:.3},\"tokens_in\":", self.duration_ms);
+        number(out, self.tokens_in);
+        out.push_str(",\"tokens_out\":");
+        number(out, self.tokens_out);
+        let _ = write!(out, ",\"pid\":{}", self.pid);
+        if !self.detail.is_empty() {
+            out.push_str(",\"detail\":");
+            // One byte of text becomes at most six of JSON; what precedes fits in half the line unless it is hostile.
+            let room = LINE_BYTES_MAX.saturating_sub(out.len() - start + 8) / 6;
+            write_string(out, cut(self.detail, room));
+        }
+        out.push_str("}\n");
+        if out.len() - start > LINE_BYTES_MAX {
+            // Eight fields of 256 control characters each; keep the fact and drop the words.
+            let lean = Access {
+                client_id: "",
+                tenant: "",
+                model: "",
+                backend: "",
+                detail: "",
+                ..self.clone()
+            };
+            out.truncate(start);
+            lean.write_line(out);
+        }
+    }
+}
+
+fn cut(text: &str, bytes_max: usize) -> &str {
+    if text.len() <= bytes_max {
+        return text;
+    }
+    let end = (0..=bytes_max).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text.get(..end).unwrap_or("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_json_and_never_longer_than_a_pipe_takes_whole() {
+        let hostile = "\u{1}".repeat(5000);
+        for text in ["gpt-4o", &hostile, "é\"\\"] {
+            let mut out = String::from("kept ");
+            Access { model: text, client_id: text, tenant: text, detail: text, backend: text, ..Access::default() }
+                .write_line(&mut out);
+            let line = out.strip_prefix("kept ").unwrap();
+            assert!(line.len() <= LINE_BYTES_MAX, "{}", line.len());
+            assert!(line.ends_with("}\n") && line.matches('\n').count() == 1);
+            serde_json::from_str::<serde_json::Value>(line).unwrap();
+        }
+    }
+}
