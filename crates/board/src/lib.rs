@@ -1,1 +1,25 @@
-//! evergate-board
+//! The board: a memfd of fixed, versioned, sealed size, mapped by every process of the tree.
+//!
+//! One row for the master, one per child, one per admitted request, counters and labels. Every word is an atomic; rows
+//! that must be read whole carry a word that changes with their content. Whoever reads treats every value as untrusted:
+//! a child that runs wild can write nonsense here, and must not take a reader down with it. What a dead process knew, the
+//! others can still read.
+// The room for it: see the workspace's lints. Only `map` uses it.
+#![deny(unsafe_code)]
+
+mod board;
+mod inflight;
+mod labels;
+mod layout;
+mod map;
+mod rows;
+mod series;
+mod word;
+
+pub use board::{Board, Error};
+pub use evergate_sys::monotonic_ns;
+pub use inflight::{Inflight, InflightPhase, InflightRows, InflightStart, Ticket};
+pub use labels::{LABEL_BYTES_MAX, OTHER};
+pub use layout::Shape;
+pub use rows::{ChildRow, Claim, MasterPhase, MasterRow, NOTE_BYTES_MAX, Phase};
+pub use series::{Series, SeriesKey};

@@ -1,1 +1,78 @@
-//! evergate-supervisor
+//! The master: starts, watches, scales, replaces and buries the children, and stops them in order.
+//!
+//! Two halves. `step` holds every rule and does nothing; the shell ([`serve`]) makes the system calls and holds no
+//! rule. It is one thread that waits in one poll(2) and never blocks anywhere else. LIFECYCLE.md beside this crate
+//! tells who does what in which order.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod burial;
+mod children;
+pub mod client;
+mod control;
+mod exits;
+mod listen;
+mod master;
+mod orphans;
+mod runfile;
+mod step;
+mod talk;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use evergate_board::{Board, Inflight};
+use evergate_core::exit::{Initiator, Kind};
+
+pub use exits::{EXITS_FILE, EXITS_OLD_FILE};
+pub use runfile::{Run, RunChild};
+
+/// What the master must be told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Folder of the lock, the run file, the control socket and the exit records; made if it is not there.
+    pub state_dir: PathBuf,
+    /// Arguments after `argv[0]` for the child that validates the configuration: `["compile", ...]`.
+    pub compile_args: Vec<OsString>,
+    /// The whole environment of all other children.
+    pub child_env: Vec<(OsString, OsString)>,
+    /// Called for each request that was in flight in a child that died, before the child's row is emptied: adds to the
+    /// row's counters what the child cannot add any more.
+    pub on_lost: fn(&Board, row: u32, &Inflight),
+    /// Called for each child's end: counts it.
+    pub on_exit: fn(&Board, Kind, Initiator),
+}
+
+/// The start did not come off, or came to its end early.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Exit code.
+    code: u8,
+    /// What to say about it; nothing if it has been said.
+    text: String,
+}
+
+impl Failure {
+    fn system(text: impl Into<String>) -> Self {
+        Self { code: evergate_core::inherit::code::SYSTEM, text: text.into() }
+    }
+
+    fn internal(text: impl Into<String>) -> Self {
+        Self { code: evergate_core::inherit::code::INTERNAL, text: text.into() }
+    }
+}
+
+/// Runs the gateway until it is stopped: `evergate serve`. To be called in the main thread before any other exists. Talks
+/// on standard error; returns the exit code (`evergate_core::inherit::code`).
+#[must_use]
+pub fn serve(options: &Options) -> u8 {
+    match boot::boot(options).and_then(|mut master| master.run()) {
+        Ok(code) => code,
+        Err(failure) => {
+            if !failure.text.is_empty() {
+                talk::say(&failure.text);
+            }
+            failure.code
+        }
+    }
+}

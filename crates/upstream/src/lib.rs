@@ -1,1 +1,16 @@
-//! evergate-upstream
+//! One HTTP backend for every dialect: a bounded pool of HTTP/1.1 connections per upstream, a limit on each phase of a
+//! call, and cancellation by dropping.
+//!
+//! A call owns its connection and drives it itself; no task stands behind it. So dropping the call, or the answer's
+//! body, closes the socket at once and leaves nothing behind, which is what tells a model's server to stop working.
+#![forbid(unsafe_code)]
+
+mod answer;
+mod client;
+mod connect;
+mod io;
+mod tls;
+
+pub use answer::AnswerBody;
+pub use client::{Answer, Call, Client, Failure, Phase, Settings};
+pub use tls::Trust;

@@ -1,11 +1,34 @@
 //! The checked configuration: no `Option` that has a default, no value that still has to be judged.
 //!
-//! Three stages, three types: `raw` (what TOML says, with spans) -> `check` (every mistake at once) -> `Config`.
+//! Three stages: TOML's tree with spans -> `read` and the sections (every mistake at once, with its place) -> `Config`.
+//! This file holds the last one; [`load`] makes it, [`effective`] writes it back.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+mod banner;
+mod effective;
+mod keys;
+mod load;
+mod mistake;
+mod nearest;
+mod presets;
+mod read;
+mod secrets;
+mod sections;
+mod units;
+mod upstreams;
+mod url;
+
+pub use effective::effective;
+pub use keys::{SHAPES, Shape};
+pub use load::{Facts, KEY_VARIABLE, Loaded, Overrides, Source, load, parse_workers};
+pub use mistake::Mistake;
+pub use nearest::nearest;
+pub use presets::{Preset, presets};
+pub use units::{duration_text, parse_duration, parse_size, size_text};
 
 /// Everything a child needs to serve, as checked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

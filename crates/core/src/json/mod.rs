@@ -1,5 +1,20 @@
 //! JSON without a tree: strings out, and an iterative scanner for what passes straight through.
 
+mod answer;
+mod chunk;
+mod escape;
+mod request;
+mod scan;
+pub(crate) mod text;
+mod usage;
+
+pub use answer::{Answer, scan_answer};
+pub use chunk::{Chunk, scan_chunk};
+pub use request::{Limits, Request, scan_request, splice};
+pub use scan::Broken;
+pub use text::messages_text;
+pub use usage::{TOKENS_MAX, Usage};
+
 /// Appends `text` as a JSON string with its quotes (RFC 8259, section 7).
 pub fn write_string(out: &mut String, text: &str) {
     const HEX: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];

@@ -1,0 +1,289 @@
+//! One row per admitted request, so that a death names exactly the requests that died with it.
+
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use evergate_core::ids::{CLIENT_ID_BYTES_MAX, RequestId};
+
+use crate::board::Board;
+
+const ID_WORDS: usize = CLIENT_ID_BYTES_MAX / 8;
+
+/// A row in the mapping.
+///
+/// `id` is epoch and sequence number, 0 while the row is empty. No two requests of a run share it, so it is the row's
+/// version at the same time: a reader that finds the same `id` before and after has read one request's values. It is
+/// written last at admission and cleared first at the end, so that a process killed between two stores leaves either
+/// no request or a whole one, and no reader ever waits.
+#[derive(Debug)]
+#[repr(C, align(128))]
+pub(crate) struct InflightRow {
+    id: AtomicU64,
+    started_ns: AtomicU64,
+    /// Route (16 bits), key (16), length of the client's id (8).
+    labels: AtomicU64,
+    client_id: [AtomicU64; ID_WORDS],
+    // Changed while the request runs; each one word, so that any value is a true one.
+    phase: AtomicU64,
+    model: AtomicU64,
+    is_stream: AtomicU64,
+}
+
+/// What a request was doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum InflightPhase {
+    /// Its body is being read.
+    Body = 1,
+    /// A target is being chosen.
+    Route = 2,
+    /// The upstream is being connected to.
+    Connect = 3,
+    /// The upstream has the request and has not answered.
+    Wait = 4,
+    /// The answer is passing through.
+    Stream = 5,
+    /// The answer is being written to the client.
+    Write = 6,
+}
+
+impl InflightPhase {
+    /// The word in records.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Body => "body",
+            Self::Route => "route",
+            Self::Connect => "connect",
+            Self::Wait => "wait",
+            Self::Stream => "stream",
+            Self::Write => "write",
+        }
+    }
+
+    fn from_word(word: u64) -> Self {
+        [Self::Body, Self::Route, Self::Connect, Self::Wait, Self::Stream, Self::Write]
+            .into_iter()
+            .find(|phase| *phase as u64 == word)
+            .unwrap_or(Self::Body)
+    }
+}
+
+/// A request in flight, as read from the board.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inflight {
+    /// Its row among the child's.
+    pub index: u32,
+    /// Its number within the child.
+    pub seq: u32,
+    /// The child's number within the run.
+    pub epoch: u32,
+    /// The client's id, at most 64 bytes; empty if it gave none.
+    pub client_id: String,
+    /// Label of its route.
+    pub route: u16,
+    /// Label of its model; 0 before it was read.
+    pub model: u16,
+    /// Label of the key it came with; 0 without.
+    pub key: u16,
+    /// What it was doing.
+    pub phase: InflightPhase,
+    /// Whether it is a stream.
+    pub is_stream: bool,
+    /// When it was admitted, monotonic nanoseconds.
+    pub started_ns: u64,
+}
+
+impl Inflight {
+    /// Our own id of it.
+    #[must_use]
+    pub fn request_id(&self, run: u64) -> RequestId {
+        RequestId { run, epoch: self.epoch, seq: self.seq }
+    }
+}
+
+/// What is known of a request at its admission.
+#[derive(Clone, Copy, Debug)]
+pub struct InflightStart<'a> {
+    /// Its number within the child, from 1, never used twice.
+    pub seq: u32,
+    /// The child's number within the run.
+    pub epoch: u32,
+    /// The client's id; what is beyond 64 bytes is cut off.
+    pub client_id: &'a str,
+    /// Label of its route.
+    pub route: u16,
+    /// Label of the key it came with.
+    pub key: u16,
+    /// Now, monotonic nanoseconds.
+    pub started_ns: u64,
+}
+
+impl InflightRow {
+    fn write(&self, start: &InflightStart<'_>) {
+        // The row is empty (`id` is 0); whoever sees one of the stores below sees that as well.
+        fence(Ordering::Release);
+        let text = cut(start.client_id).as_bytes();
+        let length = u64::try_from(text.len()).unwrap_or(0);
+        for (word, chunk) in self.client_id.iter().zip(text.chunks(8)) {
+            let mut bytes = [0; 8];
+            bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        }
+        self.labels.store(u64::from(start.route) << 48 | u64::from(start.key) << 32 | length, Ordering::Relaxed);
+        self.started_ns.store(start.started_ns, Ordering::Relaxed);
+        self.phase.store(InflightPhase::Body as u64, Ordering::Relaxed);
+        self.model.store(0, Ordering::Relaxed);
+        self.is_stream.store(0, Ordering::Relaxed);
+        self.id.store(u64::from(start.epoch) << 32 | u64::from(start.seq), Ordering::Release);
+    }
+
+    /// The request in this row; none when it is empty.
+    pub(crate) fn read(&self, index: u32) -> Option<Inflight> {
+        // A row changes hands at most as often as its owner can admit; a few tries meet a quiet moment, and a row that
+        // is never quiet is left out of this reading.
+        for _ in 0..16 {
+            let id = self.id.load(Ordering::Acquire);
+            if id == 0 {
+                return None;
+            }
+            let inflight = self.read_once(index, id);
+            fence(Ordering::Acquire);
+            if self.id.load(Ordering::Relaxed) == id {
+                return Some(inflight);
+            }
+        }
+        None
+    }
+
+    fn read_once(&self, index: u32, id: u64) -> Inflight {
+        let labels = self.labels.load(Ordering::Relaxed);
+        let [route1, route0, key1, key0, _, _, _, length] = labels.to_be_bytes();
+        let bytes: Vec<u8> =
+            self.client_id.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+        let text = bytes.get(..usize::from(length).min(CLIENT_ID_BYTES_MAX)).unwrap_or_default();
+        let [e3, e2, e1, e0, s3, s2, s1, s0] = id.to_be_bytes();
+        Inflight {
+            index,
+            seq: u32::from_be_bytes([s3, s2, s1, s0]),
+            epoch: u32::from_be_bytes([e3, e2, e1, e0]),
+            client_id: String::from_utf8_lossy(text).into_owned(),
+            route: u16::from_be_bytes([route1, route0]),
+            model: u16::try_from(self.model.load(Ordering::Relaxed)).unwrap_or(0),
+            key: u16::from_be_bytes([key1, key0]),
+            phase: InflightPhase::from_word(self.phase.load(Ordering::Relaxed)),
+            is_stream: self.is_stream.load(Ordering::Relaxed) == 1,
+            started_ns: self.started_ns.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Empties the row.
+    pub(crate) fn clear(&self) {
+        self.id.store(0, Ordering::Release);
+    }
+}
+
+fn cut(text: &str) -> &str {
+    let end = (0..=text.len().min(CLIENT_ID_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text.get(..end).unwrap_or("")
+}
+
+/// The owner's side of a child's in-flight rows. Which rows are free is known to this process only; a child makes one
+/// of these, at its start, when the master has emptied the rows.
+#[derive(Clone, Debug)]
+pub struct InflightRows(Arc<Owner>);
+
+#[derive(Debug)]
+struct Owner {
+    board: Board,
+    row: u32,
+    free: Mutex<Free>,
+}
+
+/// Rows from `fresh` on were never used; used and empty ones are in `empty`, last used first, so that few rows of a
+/// large board are ever touched.
+#[derive(Debug, Default)]
+struct Free {
+    fresh: u32,
+    empty: Vec<u32>,
+}
+
+impl InflightRows {
+    pub(crate) fn new(board: Board, row: u32) -> Self {
+        Self(Arc::new(Owner { board, row, free: Mutex::default() }))
+    }
+
+    /// Enters a request; none when all rows are taken.
+    #[must_use]
+    pub fn admit(&self, start: InflightStart<'_>) -> Option<Ticket> {
+        let owner = &*self.0;
+        let index = {
+            let mut free = owner.free.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(index) = free.empty.pop() {
+                index
+            } else {
+                let index = free.fresh;
+                owner.slot(index)?;
+                free.fresh = index.saturating_add(1);
+                // Before the row is written: a reader looks at the rows below this mark only.
+                owner.board.child(owner.row)?.set_inflight_high(free.fresh);
+                index
+            }
+        };
+        owner.slot(index)?.write(&start);
+        Some(Ticket { rows: self.clone(), index })
+    }
+
+    /// How many rows are taken.
+    #[must_use]
+    pub fn occupied(&self) -> u32 {
+        let free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.fresh.saturating_sub(u32::try_from(free.empty.len()).unwrap_or(u32::MAX))
+    }
+}
+
+impl Owner {
+    fn slot(&self, index: u32) -> Option<&InflightRow> {
+        self.board.inflight_table(self.row).get(usize::try_from(index).ok()?)
+    }
+}
+
+/// A request's place on the board; dropping it empties the row.
+#[derive(Debug)]
+pub struct Ticket {
+    rows: InflightRows,
+    index: u32,
+}
+
+impl Ticket {
+    /// Says what the request is doing.
+    pub fn set_phase(&self, phase: InflightPhase) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.phase.store(phase as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Says its model's label.
+    pub fn set_model(&self, label: u16) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.model.store(label.into(), Ordering::Relaxed);
+        }
+    }
+
+    /// Says whether it is a stream.
+    pub fn set_stream(&self, is_stream: bool) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.is_stream.store(is_stream.into(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let owner = &*self.rows.0;
+        if let Some(row) = owner.slot(self.index) {
+            row.clear();
+        }
+        owner.free.lock().unwrap_or_else(PoisonError::into_inner).empty.push(self.index);
+    }
+}

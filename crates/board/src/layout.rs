@@ -1,0 +1,157 @@
+//! Where everything stands in the mapping, computed alike by whoever creates and whoever attaches.
+
+use std::mem::size_of;
+
+use evergate_core::plan::Plan;
+
+use crate::inflight::InflightRow;
+use crate::labels::LabelRow;
+use crate::rows::{ChildRow, MasterRow};
+use crate::series::{Cell, SeriesHead};
+
+/// First word of a board.
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
+/// Changes with every change of the layout, so that two builds never misread each other.
+pub(crate) const VERSION: u64 = 1;
+
+/// How large a board is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Rows for children, 1 to 1,024.
+    pub children: u32,
+    /// In-flight rows per child, 1 to 65,536.
+    pub slots: u32,
+    /// Counters per child, a power of two up to 65,536.
+    pub series: u32,
+    /// Labels, 2 to 65,535.
+    pub labels: u32,
+}
+
+impl Shape {
+    /// The shape for a configuration. Memory is taken as it is touched, so the size costs address space only.
+    #[must_use]
+    pub fn for_plan(plan: &Plan) -> Self {
+        Self { children: 64, slots: plan.slots.clamp(1, 65_536), series: 2048, labels: 2048 }
+    }
+
+    pub(crate) fn is_valid(self) -> bool {
+        (1..=1024).contains(&self.children)
+            && (1..=65_536).contains(&self.slots)
+            && (1..=65_536).contains(&self.series)
+            && self.series.is_power_of_two()
+            && (2..=65_535).contains(&self.labels)
+    }
+}
+
+/// The header: what an attaching process checks.
+#[derive(Debug)]
+#[repr(C, align(128))]
+pub(crate) struct Head {
+    pub(crate) magic: std::sync::atomic::AtomicU64,
+    pub(crate) version: std::sync::atomic::AtomicU64,
+    pub(crate) size: std::sync::atomic::AtomicU64,
+    pub(crate) run_id: std::sync::atomic::AtomicU64,
+    pub(crate) children: std::sync::atomic::AtomicU64,
+    pub(crate) slots: std::sync::atomic::AtomicU64,
+    pub(crate) series: std::sync::atomic::AtomicU64,
+    pub(crate) labels: std::sync::atomic::AtomicU64,
+}
+
+/// Byte offsets; every region starts on a page, so that idle ones take no memory of busy ones' pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) shape: Shape,
+    pub(crate) master: usize,
+    pub(crate) children: usize,
+    pub(crate) labels: usize,
+    inflight: usize,
+    inflight_stride: usize,
+    series: usize,
+    series_stride: usize,
+    pub(crate) size: usize,
+}
+
+const PAGE: usize = 4096;
+
+impl Layout {
+    /// The layout of a valid shape; none for another.
+    pub(crate) fn new(shape: Shape) -> Option<Self> {
+        if !shape.is_valid() {
+            return None;
+        }
+        // In range on every target: checked by `is_valid`.
+        let wide = |count: u32| usize::try_from(count).ok();
+        let pages = |bytes: usize| bytes.checked_next_multiple_of(PAGE);
+        let (children, slots) = (wide(shape.children)?, wide(shape.slots)?);
+        let (cells, labels) = (wide(shape.series)?, wide(shape.labels)?);
+        let master = PAGE;
+        let children_at = pages(master.checked_add(size_of::<MasterRow>())?)?;
+        let labels_at = pages(children_at.checked_add(size_of::<ChildRow>().checked_mul(children)?)?)?;
+        let inflight = pages(labels_at.checked_add(size_of::<LabelRow>().checked_mul(labels)?)?)?;
+        let inflight_stride = pages(size_of::<InflightRow>().checked_mul(slots)?)?;
+        let series = inflight.checked_add(inflight_stride.checked_mul(children)?)?;
+        let series_stride = pages(size_of::<Cell>().checked_mul(cells)?.checked_add(size_of::<SeriesHead>())?)?;
+        // The master's own counters come after the children's.
+        let size = series.checked_add(series_stride.checked_mul(children.checked_add(1)?)?)?;
+        Some(Self {
+            shape,
+            master,
+            children: children_at,
+            labels: labels_at,
+            inflight,
+            inflight_stride,
+            series,
+            series_stride,
+            size,
+        })
+    }
+
+    /// Where a child's in-flight rows start.
+    pub(crate) fn inflight_of(&self, row: u32) -> Option<usize> {
+        if row >= self.shape.children {
+            return None;
+        }
+        self.inflight.checked_add(self.inflight_stride.checked_mul(usize::try_from(row).ok()?)?)
+    }
+
+    /// Where a child's counters start; the row after the last child's is the master's.
+    pub(crate) fn series_of(&self, row: u32) -> Option<usize> {
+        if row > self.shape.children {
+            return None;
+        }
+        self.series.checked_add(self.series_stride.checked_mul(usize::try_from(row).ok()?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_do_not_overlap_and_odd_shapes_are_refused() {
+        let shape = Shape { children: 3, slots: 5, series: 8, labels: 4 };
+        let layout = Layout::new(shape).unwrap();
+        let mut last = layout.labels + 4 * size_of::<LabelRow>();
+        for row in 0..3 {
+            let at = layout.inflight_of(row).unwrap();
+            assert!(at >= last && at.is_multiple_of(128));
+            last = at + 5 * size_of::<InflightRow>();
+        }
+        for row in 0..4 {
+            let at = layout.series_of(row).unwrap();
+            assert!(at >= last && at.is_multiple_of(128));
+            last = at + 8 * size_of::<Cell>() + size_of::<SeriesHead>();
+        }
+        assert!(last <= layout.size);
+        assert_eq!(layout.inflight_of(3), None);
+        assert_eq!(layout.series_of(4), None);
+        for odd in [
+            Shape { children: 0, ..shape },
+            Shape { slots: 70_000, ..shape },
+            Shape { series: 7, ..shape },
+            Shape { labels: 1, ..shape },
+        ] {
+            assert_eq!(Layout::new(odd), None);
+        }
+    }
+}

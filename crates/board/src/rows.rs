@@ -1,0 +1,281 @@
+//! The rows of the master and of the children.
+
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use evergate_core::exit::Kind;
+
+use crate::word::{Word, row};
+
+/// Bytes kept of a child's note.
+pub const NOTE_BYTES_MAX: usize = 256;
+
+/// What the master is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum MasterPhase {
+    /// No worker was ready yet.
+    Starting = 1,
+    /// Serving.
+    Serving = 2,
+    /// Serving, while `/readyz` says 503.
+    Settling = 3,
+    /// Children are finishing.
+    Draining = 4,
+    /// All children are gone.
+    Stopped = 5,
+}
+
+impl MasterPhase {
+    /// The word in tables.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Serving => "serving",
+            Self::Settling => "settling",
+            Self::Draining => "draining",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl Word for MasterPhase {
+    fn to_word(self) -> u64 {
+        self as u64
+    }
+    fn from_word(word: u64) -> Self {
+        [Self::Starting, Self::Serving, Self::Settling, Self::Draining]
+            .into_iter()
+            .find(|phase| *phase as u64 == word)
+            .unwrap_or(Self::Stopped)
+    }
+}
+
+/// What a child is doing. Written by the child itself, except for `Empty` and `Booting`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// No child has the row.
+    Empty = 0,
+    /// Started, not ready yet.
+    Booting = 1,
+    /// Doing its work.
+    Ready = 2,
+    /// Told to stop; finishing what it has.
+    Draining = 3,
+    /// The drain time is over; what is left is being cancelled.
+    Cancelling = 4,
+    /// Stopping its resources.
+    Cleaning = 5,
+}
+
+impl Phase {
+    /// The word in tables and records.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Booting => "booting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Cancelling => "cancelling",
+            Self::Cleaning => "cleaning",
+        }
+    }
+}
+
+impl Word for Phase {
+    fn to_word(self) -> u64 {
+        self as u64
+    }
+    fn from_word(word: u64) -> Self {
+        [Self::Booting, Self::Ready, Self::Draining, Self::Cancelling, Self::Cleaning]
+            .into_iter()
+            .find(|phase| *phase as u64 == word)
+            .unwrap_or(Self::Empty)
+    }
+}
+
+impl Word for Option<Kind> {
+    fn to_word(self) -> u64 {
+        self.map_or(0, |kind| kind as u64)
+    }
+    fn from_word(word: u64) -> Self {
+        u8::try_from(word).ok().and_then(Kind::from_byte)
+    }
+}
+
+row! {
+    /// The master's row; the master writes, everybody reads.
+    MasterRow {
+        /// Its process id.
+        pid set_pid i32;
+        /// Its start, in clock ticks since boot.
+        start_ticks set_start_ticks u64;
+        /// When its loop last turned, monotonic nanoseconds; at most half a second apart.
+        beat_ns set_beat_ns u64;
+        /// What it is doing.
+        phase set_phase MasterPhase;
+        /// Generation of the configuration that new children get.
+        generation set_generation u32;
+        /// Fewest workers.
+        workers_min set_workers_min u32;
+        /// Most workers.
+        workers_max set_workers_max u32;
+        /// Workers wanted at this moment.
+        workers_target set_workers_target u32;
+        /// When it started, Unix milliseconds.
+        started_unix_ms set_started_unix_ms u64;
+        /// Slots whose child keeps dying.
+        degraded set_degraded u32;
+        /// Connections in the listeners' accept queues, as last looked at.
+        queue set_queue u32;
+        /// Access records of lost requests that the full pipe did not take.
+        access_dropped set_access_dropped u64;
+        /// Lines for standard error that it could not take.
+        talk_dropped set_talk_dropped u64;
+        /// Processes reaped that were no child of ours.
+        strangers set_strangers u64;
+    } with {}
+}
+
+row! {
+    /// A child's row. The master claims and clears it; in between the child writes, everybody reads.
+    ChildRow {
+        /// Process id; 0 while the row is empty.
+        pid set_pid i32;
+        /// Its start, in clock ticks since boot.
+        start_ticks set_start_ticks u64;
+        /// What it is.
+        kind set_kind Option<Kind>;
+        /// Its slot among its kind.
+        slot set_slot u32;
+        /// Its number within the run, from 1.
+        epoch set_epoch u32;
+        /// Generation of its configuration.
+        generation set_generation u32;
+        /// What it is doing.
+        phase set_phase Phase;
+        /// Its last beat, monotonic nanoseconds; 0 before the first.
+        beat_ns set_beat_ns u64;
+        /// When it was started, monotonic nanoseconds.
+        spawned_ns set_spawned_ns u64;
+        /// When it became ready, monotonic nanoseconds; 0 before.
+        ready_ns set_ready_ns u64;
+        /// Whether it accepts connections.
+        accepting set_accepting bool;
+        /// Whether it found the accept queue empty after it was told to stop.
+        took_queue set_took_queue bool;
+        /// Weighted requests it has, counted from accept.
+        load set_load u32;
+        /// Client connections open.
+        connections set_connections u32;
+        /// Upstream connections open.
+        upstream_connections set_upstream_connections u32;
+        /// Requests waiting for a slot.
+        waiting set_waiting u32;
+        /// How late its event loop was lately, microseconds.
+        loop_lag_us set_loop_lag_us u32;
+        /// Resident set, KiB.
+        rss_kib set_rss_kib u64;
+        /// Number (`seq`) of the request that is being polled at this moment; 0 for none.
+        running set_running u64;
+        /// Requests it has taken since its start.
+        requests set_requests u64;
+        /// In-flight rows from this one on were never used by this child.
+        inflight_high set_inflight_high u32;
+    } with {
+        note_version: AtomicU64,
+        note_length: AtomicU64,
+        note: [AtomicU64; NOTE_BYTES_MAX / 8],
+    }
+}
+
+/// What the master knows of a child when it starts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// What it is.
+    pub kind: Kind,
+    /// Its slot among its kind.
+    pub slot: u32,
+    /// Its number within the run.
+    pub epoch: u32,
+    /// Generation of its configuration.
+    pub generation: u32,
+    /// Now, monotonic nanoseconds.
+    pub spawned_ns: u64,
+}
+
+impl ChildRow {
+    /// Takes the row for a child that is about to start: everything of the process before is reset. The row's counters
+    /// ([`crate::Series`]) are not.
+    pub fn claim(&self, claim: &Claim) {
+        self.clear();
+        self.set_kind(Some(claim.kind));
+        self.set_slot(claim.slot);
+        self.set_epoch(claim.epoch);
+        self.set_generation(claim.generation);
+        self.set_spawned_ns(claim.spawned_ns);
+        self.set_phase(Phase::Booting);
+    }
+
+    /// Empties the row at its child's burial. [`crate::Board::bury`] does that and empties the in-flight rows.
+    pub fn clear(&self) {
+        self.set_phase(Phase::Empty);
+        self.set_accepting(false);
+        self.set_pid(0);
+        self.set_start_ticks(0);
+        self.set_kind(None);
+        self.set_slot(0);
+        self.set_epoch(0);
+        self.set_generation(0);
+        self.set_beat_ns(0);
+        self.set_spawned_ns(0);
+        self.set_ready_ns(0);
+        self.set_took_queue(false);
+        self.set_load(0);
+        self.set_connections(0);
+        self.set_upstream_connections(0);
+        self.set_waiting(0);
+        self.set_loop_lag_us(0);
+        self.set_rss_kib(0);
+        self.set_running(0);
+        self.set_requests(0);
+        self.set_inflight_high(0);
+        self.set_note("");
+    }
+
+    /// What the child says about itself, such as the reason of a failed start. At most 256 bytes.
+    #[must_use]
+    pub fn note(&self) -> String {
+        let mut bytes = Vec::new();
+        // A child that died in the middle of a note leaves the version odd: then what is there is better than nothing.
+        for _ in 0..16 {
+            let before = self.note_version.load(Ordering::Acquire);
+            let length = usize::try_from(self.note_length.load(Ordering::Relaxed)).unwrap_or(0).min(NOTE_BYTES_MAX);
+            bytes = self.note.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+            bytes.truncate(length);
+            fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && self.note_version.load(Ordering::Relaxed) == before {
+                break;
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Says something about oneself; what is beyond 256 bytes is cut off. One writer at a time.
+    pub fn set_note(&self, text: &str) {
+        let end = (0..=text.len().min(NOTE_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        let text = text.get(..end).unwrap_or("").as_bytes();
+        let version = self.note_version.load(Ordering::Relaxed) | 1;
+        self.note_version.store(version, Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.note_length.store(u64::try_from(text.len()).unwrap_or(0), Ordering::Relaxed);
+        for (word, chunk) in self.note.iter().zip(text.chunks(8)) {
+            let mut bytes = [0; 8];
+            bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        }
+        self.note_version.store(version.wrapping_add(1), Ordering::Release);
+    }
+}

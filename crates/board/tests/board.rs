@@ -1,0 +1,218 @@
+//! The board as two processes see it: two mappings of one descriptor.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use evergate_board::{
+    Board, Claim, Error, InflightPhase, InflightStart, MasterPhase, Phase, SeriesKey, Shape, monotonic_ns,
+};
+use evergate_core::exit::Kind;
+
+const SHAPE: Shape = Shape { children: 4, slots: 8, series: 64, labels: 128 };
+
+fn pair() -> (Board, Board) {
+    let board = Board::create(SHAPE, 0xfeed).unwrap();
+    let other = Board::attach(board.fd().try_clone_to_owned().unwrap()).unwrap();
+    (board, other)
+}
+
+fn claim(epoch: u32) -> Claim {
+    Claim { kind: Kind::Worker, slot: 1, epoch, generation: 7, spawned_ns: monotonic_ns() }
+}
+
+fn start(seq: u32, client_id: &str) -> InflightStart<'_> {
+    InflightStart { seq, epoch: 5, client_id, route: 3, key: 4, started_ns: 99 }
+}
+
+#[test]
+fn both_mappings_show_the_same() {
+    let (board, other) = pair();
+    assert_eq!((other.run_id(), other.shape()), (0xfeed, SHAPE));
+    board.master().set_phase(MasterPhase::Settling);
+    assert_eq!(other.master().phase(), MasterPhase::Settling);
+
+    let row = board.child(2).unwrap();
+    row.claim(&claim(5));
+    row.set_pid(42);
+    let seen = other.child(2).unwrap();
+    assert_eq!((seen.kind(), seen.epoch(), seen.phase(), seen.pid()), (Some(Kind::Worker), 5, Phase::Booting, 42));
+    seen.set_note("no \"key\" é");
+    seen.set_accepting(true);
+    assert_eq!(row.note(), "no \"key\" é");
+    assert!(row.accepting());
+    row.set_note(&"é".repeat(200));
+    assert_eq!(seen.note(), "é".repeat(128));
+    assert!(board.child(4).is_none());
+    assert_eq!(board.children().count(), 4);
+
+    let label = board.label("gpt-4o");
+    assert_eq!(other.label("gpt-4o"), label);
+    assert_eq!(other.label_text(label), "gpt-4o");
+}
+
+#[test]
+fn in_flight_rows_say_who_is_inside_until_the_ticket_drops() {
+    let (board, other) = pair();
+    board.child(1).unwrap().claim(&claim(5));
+    let rows = other.inflight_rows(1);
+    let first = rows.admit(start(1, "client-1")).unwrap();
+    let second = rows.admit(start(2, "")).unwrap();
+    first.set_phase(InflightPhase::Stream);
+    first.set_model(9);
+    first.set_stream(true);
+    let seen: Vec<_> = board.inflight(1).collect();
+    assert_eq!(seen.len(), 2);
+    assert_eq!(seen[0].client_id, "client-1");
+    assert_eq!((seen[0].route, seen[0].key, seen[0].model, seen[0].started_ns), (3, 4, 9, 99));
+    assert_eq!((seen[0].phase, seen[0].is_stream), (InflightPhase::Stream, true));
+    assert_eq!(seen[1].request_id(board.run_id()).to_string(), "req_000000000000feed00000500000002");
+    drop(first);
+    assert_eq!(rows.occupied(), 1);
+    assert_eq!(board.inflight(1).map(|one| one.seq).collect::<Vec<_>>(), [2]);
+
+    let more: Vec<_> = (3..10).map_while(|seq| rows.admit(start(seq, "x"))).collect();
+    assert_eq!(more.len(), 7, "eight rows, one was taken");
+    assert!(rows.admit(start(99, "")).is_none());
+    drop((second, more));
+    assert_eq!((rows.occupied(), board.inflight(1).count()), (0, 0));
+    // A row outside the board has no room, and nothing worse.
+    assert!(other.inflight_rows(77).admit(start(1, "")).is_none());
+}
+
+#[test]
+fn a_dead_childs_rows_are_readable_until_buried_and_its_counters_stay() {
+    let (board, other) = pair();
+    let row = board.child(0).unwrap();
+    row.claim(&claim(1));
+    let key = SeriesKey { metric: 3, a: 1, b: 2, c: 3 };
+    let worker = other.inflight_rows(0);
+    let lost = worker.admit(start(8, "gone")).unwrap();
+    other.series(0).unwrap().add(key, 5);
+    // SIGKILL: no destructor runs.
+    std::mem::forget(lost);
+    assert_eq!(board.inflight(0).next().unwrap().client_id, "gone");
+    board.series(0).unwrap().add(key, 1);
+    board.bury(0);
+    assert_eq!(board.inflight(0).count(), 0);
+    assert_eq!((row.phase(), row.pid(), row.kind()), (Phase::Empty, 0, None));
+    row.claim(&claim(2));
+    // The next child in the row finds empty rows and goes on counting.
+    let next = other.inflight_rows(0);
+    let _one = next.admit(start(1, "")).unwrap();
+    assert_eq!(board.inflight(0).count(), 1);
+    other.series(0).unwrap().add(key, 2);
+    assert_eq!(board.series(0).unwrap().get(key), 8);
+    assert_eq!(board.series(0).unwrap().iter().collect::<Vec<_>>(), [(key, 8)]);
+}
+
+#[test]
+fn counters_never_go_back_while_they_are_read() {
+    let (board, other) = pair();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let series = other.series(1).unwrap();
+            for round in 0..20_000_u16 {
+                series.add(SeriesKey { metric: 1, a: round % 50, b: 0, c: 0 }, 1);
+            }
+            done.store(true, Ordering::Release);
+        });
+        let mut last = 0;
+        while !done.load(Ordering::Acquire) {
+            let sum: u64 = board.series(1).unwrap().iter().map(|(_, value)| value).sum();
+            assert!(sum >= last);
+            last = sum;
+        }
+    });
+    let series = board.series(1).unwrap();
+    assert_eq!(series.iter().map(|(_, value)| value).sum::<u64>(), 20_000);
+    // 64 cells: 14 more keys find a place, the others are counted as dropped.
+    for a in 1000..1020 {
+        series.add(SeriesKey { metric: 1, a, b: 0, c: 0 }, 1);
+    }
+    assert_eq!((series.iter().count(), series.dropped()), (64, 6));
+    assert!(board.series(4).is_none());
+    board.master_series().unwrap().add(SeriesKey { metric: 2, a: 0, b: 0, c: 0 }, 1);
+    assert_eq!(other.master_series().unwrap().iter().count(), 1);
+}
+
+#[test]
+fn readers_never_see_a_mix_of_two_requests() {
+    let (board, other) = pair();
+    board.child(0).unwrap().claim(&claim(1));
+    let done = AtomicBool::new(false);
+    let seen = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let rows = other.inflight_rows(0);
+            let texts = ["a".repeat(64), "b".repeat(64), String::new()];
+            let mut seq = 0;
+            // Until the readers have seen a good many, and at least so often.
+            while seq < 50_000 || (seen.load(Ordering::Acquire) < 200 && seq < 50_000_000) {
+                seq += 1;
+                let which = u16::try_from(seq % 3).unwrap();
+                let ticket = rows.admit(InflightStart {
+                    seq,
+                    epoch: 1,
+                    client_id: &texts[usize::from(which)],
+                    route: which,
+                    key: which,
+                    started_ns: seq.into(),
+                });
+                drop(ticket.unwrap());
+            }
+            done.store(true, Ordering::Release);
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    for one in board.inflight(0) {
+                        let which = u16::try_from(one.seq % 3).unwrap();
+                        assert_eq!((one.route, one.key, one.started_ns), (which, which, u64::from(one.seq)));
+                        let expected = ["a".repeat(64), "b".repeat(64), String::new()];
+                        assert_eq!(one.client_id, expected[usize::from(which)]);
+                        seen.fetch_add(1, Ordering::AcqRel);
+                    }
+                }
+            });
+        }
+    });
+    assert!(seen.load(Ordering::Acquire) >= 200, "the readers met the writer");
+}
+
+#[test]
+fn what_is_no_board_is_refused() {
+    let foreign = |fd: OwnedFd| match Board::attach(fd) {
+        Err(Error::Foreign(what)) => what,
+        other => panic!("{other:?}"),
+    };
+    // Not sealed: it could shrink under a reader, whose next access would be a SIGBUS.
+    let open = evergate_sys::memfd(c"open").unwrap();
+    rustix::fs::ftruncate(&open, 8192).unwrap();
+    assert_eq!(foreign(open), "its size is not sealed");
+    let short = evergate_sys::memfd(c"short").unwrap();
+    evergate_sys::seal_size(&short).unwrap();
+    assert_eq!(foreign(short), "too short");
+
+    let image = |change: &dyn Fn(&mut Vec<u8>)| {
+        let board = Board::create(SHAPE, 1).unwrap();
+        let mut bytes = vec![0; usize::try_from(rustix::fs::fstat(board.fd()).unwrap().st_size).unwrap()];
+        rustix::io::pread(board.fd(), bytes.as_mut_slice(), 0).unwrap();
+        change(&mut bytes);
+        let mut file = std::fs::File::from(evergate_sys::memfd(c"image").unwrap());
+        file.write_all(&bytes).unwrap();
+        evergate_sys::seal_size(file.as_fd()).unwrap();
+        OwnedFd::from(file)
+    };
+    assert!(Board::attach(image(&|_| {})).is_ok());
+    assert_eq!(foreign(image(&|bytes| bytes[0] ^= 1)), "wrong magic");
+    assert_eq!(foreign(image(&|bytes| bytes[8] ^= 1)), "another layout version");
+    assert_eq!(foreign(image(&|bytes| bytes.truncate(bytes.len() - 4096))), "its size does not fit its shape");
+    // Children, slots, series and labels beyond all bounds.
+    for at in [32, 40, 48, 56] {
+        assert_eq!(foreign(image(&|bytes| bytes[at + 5] = 1)), "its shape is out of range");
+    }
+    assert!(matches!(Board::create(Shape { children: 0, ..SHAPE }, 1), Err(Error::Shape(_))));
+}

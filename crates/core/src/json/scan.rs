@@ -1,0 +1,370 @@
+//! The scanner: walks JSON (RFC 8259) byte by byte and builds nothing.
+//!
+//! Nothing here recurses on the input: `skip_value` keeps one bit per open bracket, and `members` and `items` nest only
+//! as deep as the code that calls them.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::escape::{code_unit, inner, is_high, is_low, unescape};
+
+/// The longest key that is compared with an escape in it: 32 characters of six bytes each. No key we read is longer.
+const ESCAPED_KEY_BYTES_MAX: usize = 6 * 32;
+
+/// Why bytes are not the JSON that is required.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// Offset of the first byte that cannot stand where it does.
+    pub at: usize,
+    /// What had to stand there instead.
+    pub expected: &'static str,
+}
+
+/// Why a walk ended early.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stop {
+    Broken(Broken),
+    /// More brackets are open than allowed.
+    TooDeep {
+        at: usize,
+    },
+}
+
+/// How exact the bytes have to be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// Most open brackets.
+    pub depth_max: u32,
+    /// Whether lone surrogate escapes and raw control characters in strings are refused.
+    pub is_strict: bool,
+}
+
+/// A place in the bytes.
+#[derive(Debug)]
+pub(super) struct Scanner<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    depth: u32,
+    rules: Rules,
+}
+
+impl<'a> Scanner<'a> {
+    pub(super) fn new(bytes: &'a [u8], rules: Rules) -> Self {
+        Self { bytes, at: 0, depth: 0, rules }
+    }
+
+    /// The next byte.
+    #[inline]
+    pub(super) fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    /// The bytes of a range that this scanner gave.
+    pub(super) fn slice(&self, range: Range<usize>) -> &'a [u8] {
+        self.bytes.get(range).unwrap_or_default()
+    }
+
+    /// Skips white space.
+    #[inline]
+    pub(super) fn space(&mut self) {
+        while let Some(b' ' | b'\n' | b'\r' | b'\t') = self.peek() {
+            self.at += 1;
+        }
+    }
+
+    /// Checks that nothing but white space is left.
+    pub(super) fn end(&mut self) -> Result<(), Stop> {
+        self.space();
+        if self.at < self.bytes.len() { self.broken("the end of the text") } else { Ok(()) }
+    }
+
+    /// Walks the members of the object that begins here. `each` gets the span of a key, quotes included, and takes
+    /// exactly one value.
+    pub(super) fn members<E: From<Stop>>(
+        &mut self,
+        mut each: impl FnMut(&mut Self, Range<usize>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.open(b'{', "an object")?;
+        if self.close(b'}') {
+            return Ok(());
+        }
+        loop {
+            let key = self.key()?;
+            self.space();
+            each(self, key)?;
+            self.space();
+            if self.close(b'}') {
+                return Ok(());
+            }
+            self.take(b',', "',' or '}'")?;
+        }
+    }
+
+    /// Walks the items of the array that begins here. `each` takes exactly one value.
+    pub(super) fn items<E: From<Stop>>(&mut self, mut each: impl FnMut(&mut Self) -> Result<(), E>) -> Result<(), E> {
+        self.open(b'[', "an array")?;
+        if self.close(b']') {
+            return Ok(());
+        }
+        loop {
+            self.space();
+            each(self)?;
+            self.space();
+            if self.close(b']') {
+                return Ok(());
+            }
+            self.take(b',', "',' or ']'")?;
+        }
+    }
+
+    /// Takes one value of any kind and returns its span.
+    pub(super) fn skip_value(&mut self) -> Result<Range<usize>, Stop> {
+        self.space();
+        let start = self.at;
+        let mut nest = Nest::default();
+        loop {
+            if self.begin_value(&mut nest)? {
+                continue;
+            }
+            if self.end_values(&mut nest)? {
+                return Ok(start..self.at);
+            }
+        }
+    }
+
+    /// Takes a whole scalar, an empty bracket pair, or an opening bracket with what stands before its first value;
+    /// says whether a value has to follow at once.
+    fn begin_value(&mut self, nest: &mut Nest) -> Result<bool, Stop> {
+        self.space();
+        match self.peek() {
+            Some(b'"') => self.string().map(|_| false),
+            Some(b'{') => {
+                self.open(b'{', "an object")?;
+                if self.close(b'}') {
+                    return Ok(false);
+                }
+                nest.push(true);
+                self.key().map(|_| true)
+            }
+            Some(b'[') => {
+                self.open(b'[', "an array")?;
+                if self.close(b']') {
+                    return Ok(false);
+                }
+                nest.push(false);
+                Ok(true)
+            }
+            Some(b'-' | b'0'..=b'9') => self.number().map(|()| false),
+            Some(b't') => self.literal(b"true").map(|()| false),
+            Some(b'f') => self.literal(b"false").map(|()| false),
+            Some(b'n') => self.literal(b"null").map(|()| false),
+            _ => self.broken("a value"),
+        }
+    }
+
+    /// Takes what may stand after a value, closing brackets included; says whether the outermost one is closed.
+    fn end_values(&mut self, nest: &mut Nest) -> Result<bool, Stop> {
+        while let Some(is_object) = nest.last() {
+            self.space();
+            if self.peek() == Some(b',') {
+                self.at += 1;
+                if is_object {
+                    self.key()?;
+                }
+                return Ok(false);
+            }
+            let (bracket, expected) = if is_object { (b'}', "',' or '}'") } else { (b']', "',' or ']'") };
+            if !self.close(bracket) {
+                return self.broken(expected);
+            }
+            nest.pop();
+        }
+        Ok(true)
+    }
+
+    /// Takes a string and returns its span, quotes included.
+    pub(super) fn string(&mut self) -> Result<Range<usize>, Stop> {
+        let start = self.at;
+        self.take(b'"', "a string")?;
+        loop {
+            self.at += plain_length(self.bytes.get(self.at..).unwrap_or_default());
+            match self.peek() {
+                Some(b'"') => {
+                    self.at += 1;
+                    return Ok(start..self.at);
+                }
+                Some(b'\\') => self.escape()?,
+                Some(_) if self.rules.is_strict => return self.broken("no control character inside a string"),
+                Some(_) => self.at += 1,
+                None => return self.broken("the end of a string"),
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Result<(), Stop> {
+        match self.bytes.get(self.at + 1) {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
+                self.at += 2;
+                Ok(())
+            }
+            Some(b'u') => self.unicode_escape(),
+            _ => self.broken("an escape that JSON knows"),
+        }
+    }
+
+    fn unicode_escape(&mut self) -> Result<(), Stop> {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let Some(first) = code_unit(rest) else {
+            return self.broken("four hexadecimal digits after \\u");
+        };
+        let second = rest.get(6..).and_then(code_unit);
+        let is_pair = is_high(first) && second.is_some_and(is_low);
+        if self.rules.is_strict && !is_pair && (is_high(first) || is_low(first)) {
+            return self.broken("both halves of a surrogate pair");
+        }
+        self.at += if is_pair { 12 } else { 6 };
+        Ok(())
+    }
+
+    fn number(&mut self) -> Result<(), Stop> {
+        if self.peek() == Some(b'-') {
+            self.at += 1;
+        }
+        match self.peek() {
+            Some(b'0') => self.at += 1,
+            _ => self.digits()?,
+        }
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            self.digits()?;
+        }
+        if let Some(b'e' | b'E') = self.peek() {
+            self.at += 1;
+            if let Some(b'+' | b'-') = self.peek() {
+                self.at += 1;
+            }
+            self.digits()?;
+        }
+        Ok(())
+    }
+
+    fn digits(&mut self) -> Result<(), Stop> {
+        let start = self.at;
+        while let Some(b'0'..=b'9') = self.peek() {
+            self.at += 1;
+        }
+        if self.at == start { self.broken("a digit") } else { Ok(()) }
+    }
+
+    /// Takes `word` if it stands here.
+    pub(super) fn literal(&mut self, word: &'static [u8]) -> Result<(), Stop> {
+        if !self.bytes.get(self.at..).is_some_and(|rest| rest.starts_with(word)) {
+            return self.broken("a value");
+        }
+        self.at += word.len();
+        Ok(())
+    }
+
+    /// Takes a key and its colon.
+    fn key(&mut self) -> Result<Range<usize>, Stop> {
+        self.space();
+        if self.peek() != Some(b'"') {
+            return self.broken("a key in quotes");
+        }
+        let key = self.string()?;
+        self.space();
+        self.take(b':', "':'")?;
+        Ok(key)
+    }
+
+    /// The name that the key at `span` stands for, escapes resolved; a key too long to matter is left as it is.
+    pub(super) fn name(&self, span: Range<usize>) -> Cow<'a, [u8]> {
+        let inner = inner(self.slice(span));
+        if inner.len() > ESCAPED_KEY_BYTES_MAX || !inner.contains(&b'\\') {
+            return Cow::Borrowed(inner);
+        }
+        Cow::Owned(unescape(inner).into_bytes())
+    }
+
+    fn open(&mut self, bracket: u8, expected: &'static str) -> Result<(), Stop> {
+        let at = self.at;
+        self.take(bracket, expected)?;
+        if self.depth >= self.rules.depth_max {
+            return Err(Stop::TooDeep { at });
+        }
+        self.depth += 1;
+        self.space();
+        Ok(())
+    }
+
+    /// Takes a closing bracket if it stands here.
+    fn close(&mut self, bracket: u8) -> bool {
+        let is_here = self.peek() == Some(bracket);
+        if is_here {
+            self.at += 1;
+            self.depth = self.depth.saturating_sub(1);
+        }
+        is_here
+    }
+
+    fn take(&mut self, byte: u8, expected: &'static str) -> Result<(), Stop> {
+        if self.peek() != Some(byte) {
+            return self.broken(expected);
+        }
+        self.at += 1;
+        Ok(())
+    }
+
+    #[cold]
+    fn broken<T>(&self, expected: &'static str) -> Result<T, Stop> {
+        Err(Stop::Broken(Broken { at: self.at, expected }))
+    }
+}
+
+/// Which brackets are open, one bit each: set for an object.
+#[derive(Debug, Default)]
+struct Nest {
+    /// The innermost 128 at most.
+    bits: u128,
+    /// How many there are.
+    depth: u32,
+    /// What did not fit, in groups of 128.
+    outer: Vec<u128>,
+}
+
+impl Nest {
+    fn push(&mut self, is_object: bool) {
+        if self.depth > 0 && self.depth.is_multiple_of(128) {
+            self.outer.push(self.bits);
+        }
+        self.bits = self.bits << 1 | u128::from(is_object);
+        self.depth += 1;
+    }
+
+    fn last(&self) -> Option<bool> {
+        (self.depth > 0).then_some(self.bits & 1 == 1)
+    }
+
+    fn pop(&mut self) {
+        self.bits >>= 1;
+        self.depth = self.depth.saturating_sub(1);
+        if self.depth > 0
+            && self.depth.is_multiple_of(128)
+            && let Some(bits) = self.outer.pop()
+        {
+            self.bits = bits;
+        }
+    }
+}
+
+/// How many of the first bytes are plain: no quote, no backslash, no control character.
+#[inline]
+fn plain_length(bytes: &[u8]) -> usize {
+    let is_special = |byte: u8| byte < 0x20 || byte == b'"' || byte == b'\\';
+    // Sixteen at a time without a branch inside becomes vector code.
+    let (groups, _) = bytes.as_chunks::<16>();
+    let plain =
+        groups.iter().take_while(|group| !group.iter().fold(false, |any, byte| any | is_special(*byte))).count();
+    let rest = bytes.get(plain * 16..).unwrap_or_default();
+    plain * 16 + rest.iter().position(|byte| is_special(*byte)).unwrap_or(rest.len())
+}

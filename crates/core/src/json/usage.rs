@@ -1,0 +1,119 @@
+//! Token counts as upstreams report them, made safe to add up.
+
+use super::scan::{Scanner, Stop};
+
+/// The most tokens one answer is believed to have.
+pub const TOKENS_MAX: u64 = 10_000_000;
+
+/// Tokens, as an upstream reports them, each within `0..=TOKENS_MAX`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// `prompt_tokens`.
+    pub tokens_in: u64,
+    /// `completion_tokens`; 0 where there are none (embeddings).
+    pub tokens_out: u64,
+    /// Whether a count was negative, absurd or no integer, and was clamped.
+    pub is_suspect: bool,
+}
+
+/// Takes the value of `usage`: none unless it is an object with at least one count.
+pub(super) fn read(scanner: &mut Scanner<'_>) -> Result<Option<Usage>, Stop> {
+    if scanner.peek() != Some(b'{') {
+        scanner.skip_value()?;
+        return Ok(None);
+    }
+    let [mut prompt, mut completion, mut total] = [None, None, None];
+    scanner.members::<Stop>(|scanner, key| {
+        let name = scanner.name(key);
+        let span = scanner.skip_value()?;
+        let slot = match &*name {
+            b"prompt_tokens" => &mut prompt,
+            b"completion_tokens" => &mut completion,
+            b"total_tokens" => &mut total,
+            _ => return Ok(()),
+        };
+        *slot = count(scanner.slice(span));
+        Ok(())
+    })?;
+    if prompt.is_none() && completion.is_none() && total.is_none() {
+        return Ok(None);
+    }
+    let is_suspect = [prompt, completion, total].into_iter().flatten().any(|count| count.is_suspect);
+    let [prompt, completion, total] = [prompt, completion, total].map(|count| count.map(|count| count.tokens));
+    // A missing part is what the total leaves for it.
+    let tokens_in = prompt.unwrap_or_else(|| total.unwrap_or(0).saturating_sub(completion.unwrap_or(0)));
+    let tokens_out = completion.unwrap_or_else(|| total.unwrap_or(0).saturating_sub(tokens_in));
+    Ok(Some(Usage { tokens_in, tokens_out, is_suspect }))
+}
+
+#[derive(Clone, Copy)]
+struct Count {
+    tokens: u64,
+    is_suspect: bool,
+}
+
+/// Reads one count from a value's bytes; null counts as absent.
+fn count(value: &[u8]) -> Option<Count> {
+    if value == b"null" {
+        return None;
+    }
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    let suspect = |tokens| Some(Count { tokens, is_suspect: true });
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return match text.parse() {
+            Ok(tokens) if tokens <= TOKENS_MAX => Some(Count { tokens, is_suspect: false }),
+            _ => suspect(TOKENS_MAX),
+        };
+    }
+    // `12.0` is 12 from a sloppy server; an exponent, a sign or a string is nothing to bill by.
+    match text.split_once('.') {
+        Some((whole, part)) if part.bytes().all(|byte| byte.is_ascii_digit()) && !whole.starts_with('-') => {
+            suspect(whole.parse().unwrap_or(TOKENS_MAX).min(TOKENS_MAX))
+        }
+        _ => suspect(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::scan_answer;
+    use super::*;
+
+    #[test]
+    fn absurd_counts_are_clamped_and_flagged() {
+        for (value, tokens, is_suspect) in [
+            ("0", 0, false),
+            ("10000000", TOKENS_MAX, false),
+            ("10000001", TOKENS_MAX, true),
+            ("1000000000000000000000000000000", TOKENS_MAX, true),
+            ("-5", 0, true),
+            ("-5.5", 0, true),
+            ("12.0", 12, true),
+            ("99999999999999999999.5", TOKENS_MAX, true),
+            ("1e18", 0, true),
+            ("\"12\"", 0, true),
+            ("[1]", 0, true),
+            ("true", 0, true),
+        ] {
+            let body = format!("{{\"usage\":{{\"prompt_tokens\":{value},\"completion_tokens\":1}}}}");
+            let usage = scan_answer(body.as_bytes()).unwrap().usage.unwrap();
+            assert_eq!(usage, Usage { tokens_in: tokens, tokens_out: 1, is_suspect }, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_missing_part_comes_from_the_total() {
+        for (usage, expected) in [
+            (r#"{"total_tokens":9}"#, Some((9, 0))),
+            (r#"{"total_tokens":9,"completion_tokens":4}"#, Some((5, 4))),
+            (r#"{"total_tokens":9,"prompt_tokens":4,"completion_tokens":null}"#, Some((4, 5))),
+            (r#"{"queue_time":1}"#, None),
+            ("{}", None),
+            ("7", None),
+        ] {
+            let body = format!("{{\"usage\":{usage}}}");
+            let found = scan_answer(body.as_bytes()).unwrap().usage;
+            assert_eq!(found.map(|usage| (usage.tokens_in, usage.tokens_out)), expected, "{usage}");
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! `ClientIo`: the one I/O type under a client connection.
+//!
+//! It reads request heads whole and pre-scans them before the HTTP library sees a byte, follows the framing of bodies
+//! to know where the next head begins, holds the header and idle timers, and knows when an answer's last byte has
+//! been handed to the kernel. A head that is refused is replaced by one that only this process can have written, so that the refusal is
+//! answered in its turn, behind the answers to earlier requests on the connection.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use evergate_core::{Error, Fault};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Sleep;
+use tokio_rustls::server::TlsStream;
+
+use super::head::{self, Chunks, Framing, HeadLimits};
+use crate::gate::Pass;
+
+/// The HTTP/2 connection preface (RFC 9113, 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Most bytes read and thrown away after our last answer, so that the client can read it before a reset.
+const LINGER_BYTES_MAX: usize = 256 * 1024;
+const LINGER: Duration = Duration::from_millis(500);
+
+/// How a connection reaches us.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// TLS over TCP.
+    Tls(Box<TlsStream<TcpStream>>),
+    /// A Unix socket.
+    Unix(UnixStream),
+}
+
+/// What a connection may do, the same for all of a worker.
+#[derive(Clone, Copy, Debug)]
+pub struct IoLimits {
+    /// Head sizes.
+    pub head: HeadLimits,
+    /// A head from its first byte.
+    pub header_timeout: Duration,
+    /// Without any request.
+    pub idle_timeout: Duration,
+}
+
+/// What the I/O type and the requests of its connection tell each other.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Requests between head and last byte.
+    pub active: AtomicU32,
+    /// Set when the head now delivered stands for a refusal.
+    refusal: Mutex<Option<Error>>,
+    is_refused: AtomicBool,
+    /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
+    finishing: Mutex<Vec<Pass>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Each value is replaced in one step, so a panic while it was locked cannot have left it half-changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The refusal that the request now at hand stands for.
+    #[must_use]
+    pub fn take_refusal(&self) -> Option<Error> {
+        if self.is_refused.load(Ordering::Relaxed) { lock(&self.refusal).take() } else { None }
+    }
+
+    /// Keeps a request's pass until its last byte is the kernel's.
+    pub fn finish(&self, pass: Pass) {
+        lock(&self.finishing).push(pass);
+    }
+
+    fn refuse(&self, error: Error) {
+        *lock(&self.refusal) = Some(error);
+        self.is_refused.store(true, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+enum Reading {
+    Head,
+    Body(u64),
+    Chunked(Chunks),
+    /// HTTP/2, or nothing more to judge.
+    Opaque,
+    /// A refusal was delivered: nothing more is read.
+    Refused,
+}
+
+/// A client connection.
+pub struct ClientIo {
+    stream: Stream,
+    shared: Arc<Shared>,
+    limits: IoLimits,
+    reading: Reading,
+    /// Read from the socket, not yet judged.
+    raw: BytesMut,
+    searched: usize,
+    /// Judged, not yet taken by the HTTP library.
+    ready: Bytes,
+    head_since: Option<Instant>,
+    active_at: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+    linger: Option<(usize, Pin<Box<Sleep>>)>,
+}
+
+impl ClientIo {
+    /// A connection of which nothing has been read.
+    #[must_use]
+    pub fn new(stream: Stream, limits: IoLimits) -> Self {
+        Self {
+            stream,
+            shared: Arc::default(),
+            limits,
+            reading: Reading::Head,
+            raw: BytesMut::new(),
+            searched: 0,
+            ready: Bytes::new(),
+            head_since: None,
+            active_at: Instant::now(),
+            timer: None,
+            linger: None,
+        }
+    }
+
+    /// The side that requests see.
+    #[must_use]
+    pub fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
+    /// Whether HTTP/2 was agreed on in the TLS handshake.
+    #[must_use]
+    pub fn is_h2_by_alpn(&self) -> bool {
+        matches!(&self.stream, Stream::Tls(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2"))
+    }
+
+    /// Reads until it is clear whether the client speaks HTTP/2 by prior knowledge; `None` if it left before, or
+    /// speaks TLS to a plain port.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn is_h2(&mut self) -> io::Result<Option<bool>> {
+        if self.is_h2_by_alpn() {
+            self.reading = Reading::Opaque;
+            return Ok(Some(true));
+        }
+        loop {
+            let seen = self.raw.len().min(PREFACE.len());
+            match self.raw.first() {
+                Some(0x16) => return Ok(None),
+                Some(_) if self.raw.get(..seen) != PREFACE.get(..seen) => return Ok(Some(false)),
+                Some(_) if seen == PREFACE.len() => {
+                    self.ready = std::mem::take(&mut self.raw).freeze();
+                    self.reading = Reading::Opaque;
+                    return Ok(Some(true));
+                }
+                _ => {}
+            }
+            match std::future::poll_fn(|cx| self.poll_fill(cx)).await? {
+                Filled::Bytes => {}
+                Filled::End => return Ok(None),
+                // The refusal, a 408, is answered by HTTP/1.1's rules.
+                Filled::Refused => return Ok(Some(false)),
+            }
+        }
+    }
+
+    /// Reads what the socket has into `raw`, under the header and idle timers.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Filled>> {
+        if self.raw.capacity() - self.raw.len() < 1024 {
+            self.raw.reserve(4096);
+        }
+        let before = self.raw.len();
+        // Through a fixed piece on the stack: the library's buffer type cannot be filled without unsafe code.
+        let mut piece = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut buf = ReadBuf::uninit(&mut piece);
+        match self.stream.poll_read(cx, &mut buf) {
+            Poll::Ready(Ok(())) => {
+                self.raw.extend_from_slice(buf.filled());
+                if self.raw.len() == before {
+                    return Poll::Ready(Ok(Filled::End));
+                }
+                if self.head_since.is_none() {
+                    self.head_since = Some(Instant::now());
+                }
+                Poll::Ready(Ok(Filled::Bytes))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => self.poll_timer(cx).map(Ok),
+        }
+    }
+
+    /// Waits for the header or idle limit, whichever is running.
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Filled> {
+        loop {
+            let due = match self.head_since {
+                Some(since) if !self.raw.is_empty() => since + self.limits.header_timeout,
+                _ => self.active_at + self.limits.idle_timeout,
+            };
+            let timer = match &mut self.timer {
+                // Armed later than needed only when a head has begun; earlier is harmless, it is looked at again.
+                Some(timer) if timer.deadline() <= due.into() => timer,
+                slot => slot.insert(Box::pin(tokio::time::sleep_until(due.into()))),
+            };
+            ready!(timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if self.shared.active.load(Ordering::Relaxed) > 0 {
+                // An answer is on its way: neither limit runs against the client.
+                self.active_at = now;
+                self.head_since = self.head_since.map(|_| now);
+            }
+            self.timer = None;
+            if now < due || self.shared.active.load(Ordering::Relaxed) > 0 {
+                continue;
+            }
+            if self.raw.is_empty() {
+                return Poll::Ready(Filled::End);
+            }
+            let message = "the request head was not complete in time (timeouts.header)";
+            self.refuse(Error::new(Fault::RequestTimeout, message));
+            return Poll::Ready(Filled::Refused);
+        }
+    }
+
+    /// Puts a refusal in the place of the head at hand.
+    fn refuse(&mut self, error: Error) {
+        self.shared.refuse(error);
+        self.ready = Bytes::from_static(b"GET /refused HTTP/1.1\r\nhost: refused\r\n\r\n");
+        self.raw = BytesMut::new();
+        self.reading = Reading::Refused;
+    }
+
+    /// Judges `raw` if it holds a whole head; says whether there is something to deliver now.
+    fn judge_head(&mut self) -> bool {
+        let limit = self.limits.head.bytes;
+        let Some(length) = head::complete(&self.raw, self.searched) else {
+            self.searched = self.raw.len();
+            if self.raw.len() > limit {
+                let message = format!("the request head is larger than {limit} bytes");
+                self.refuse(Error::new(Fault::HeadersTooLarge, message));
+                return true;
+            }
+            return false;
+        };
+        let checked = if length > limit {
+            Err(Error::new(Fault::HeadersTooLarge, format!("the request head is larger than {limit} bytes")))
+        } else {
+            self.raw.get(..length).map_or_else(
+                || Err(Error::new(Fault::Internal, "a head longer than what was read")),
+                |head| head::check(head, &self.limits.head),
+            )
+        };
+        match checked {
+            Ok(framing) => {
+                self.ready = self.raw.split_to(length).freeze();
+                self.searched = 0;
+                self.head_since = (!self.raw.is_empty()).then(Instant::now);
+                self.reading = match framing {
+                    Framing::Length(0) => Reading::Head,
+                    Framing::Length(bytes) => Reading::Body(bytes),
+                    Framing::Chunked => Reading::Chunked(Chunks::default()),
+                };
+            }
+            Err(error) => self.refuse(error),
+        }
+        true
+    }
+
+    /// Delivers what lies in `raw` of the body at hand; says whether there was something.
+    fn judge_body(&mut self) -> io::Result<bool> {
+        if self.raw.is_empty() {
+            return Ok(false);
+        }
+        let (taken, is_done) = match &mut self.reading {
+            Reading::Body(left) => {
+                let here = usize::try_from(*left).unwrap_or(usize::MAX).min(self.raw.len());
+                *left -= here as u64;
+                (here, *left == 0)
+            }
+            Reading::Chunked(chunks) => {
+                chunks.take(&self.raw).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
+            }
+            _ => return Ok(false),
+        };
+        self.ready = self.raw.split_to(taken).freeze();
+        if is_done {
+            self.reading = Reading::Head;
+            self.head_since = (!self.raw.is_empty()).then(Instant::now);
+        }
+        Ok(true)
+    }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, left: u64) -> Poll<io::Result<()>> {
+        let room = usize::try_from(left).unwrap_or(usize::MAX).min(out.remaining());
+        let mut part = out.take(room);
+        let start = part.filled().len();
+        ready!(self.stream.poll_read(cx, &mut part))?;
+        let filled = part.filled().len() - start;
+        let fresh = part.initialized().len();
+        // `take` gives a view on the same memory, so what the socket wrote is there; only the cursor has to follow.
+        let done = Self::advance(out, filled, fresh);
+        self.reading = match left - done as u64 {
+            0 if done > 0 => Reading::Head,
+            left => Reading::Body(left),
+        };
+        Poll::Ready(Ok(()))
+    }
+
+    fn advance(out: &mut ReadBuf<'_>, filled: usize, _initialized: usize) -> usize {
+        let start = out.filled().len();
+        let end = start + filled;
+        if out.initialized().len() < end {
+            out.initialize_unfilled_to(filled);
+        }
+        out.set_filled(end);
+        filled
+    }
+}
+
+enum Filled {
+    Bytes,
+    End,
+    Refused,
+}

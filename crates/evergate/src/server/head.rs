@@ -1,0 +1,396 @@
+//! The pre-scan of an HTTP/1.1 request head: refuses what the HTTP library behind it would let pass or hide.
+//!
+//! hyper drops `Content-Length` beside `Transfer-Encoding`, takes the first of two `Host` fields, swallows equal
+//! duplicates of `Content-Length` and accepts bare line feeds (measured). Each of these is how one server is made to
+//! see another request than the next one does, so they are refused here (RFC 9112, sections 2.2, 3.2, 5, 6.3).
+
+use evergate_core::{Error, Fault};
+
+/// How the body after a head is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// `Content-Length`, 0 without a body.
+    Length(u64),
+    /// `Transfer-Encoding: chunked`.
+    Chunked,
+}
+
+/// What a head may be at most.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLimits {
+    /// Bytes with the final empty line.
+    pub bytes: usize,
+    /// Header fields.
+    pub fields: usize,
+    /// Bytes of the request target.
+    pub uri_bytes: usize,
+}
+
+/// Length of the first head in `bytes`, its empty line included; `None` while it is not complete.
+///
+/// `from` is where the search may begin: everything before it was searched without a hit.
+#[must_use]
+pub fn complete(bytes: &[u8], from: usize) -> Option<usize> {
+    let start = from.saturating_sub(3);
+    let rest = bytes.get(start..)?;
+    // A bare LF ends lines for lenient parsers, so it must end the head here too, to be refused below.
+    memchr::memchr_iter(b'\n', rest).map(|at| at + start).find_map(|at| {
+        let tail = bytes.get(at + 1..)?;
+        if tail.first() == Some(&b'\n') {
+            return Some(at + 2);
+        }
+        (tail.first() == Some(&b'\r') && tail.get(1) == Some(&b'\n')).then_some(at + 3)
+    })
+}
+
+fn refuse(message: &'static str) -> Error {
+    Error::new(Fault::MalformedRequest, message)
+}
+
+/// Judges one complete head.
+///
+/// # Errors
+/// `malformed_request`, `uri_too_long` or `headers_too_large`; the connection cannot be used after any of them.
+pub fn check(head: &[u8], limits: &HeadLimits) -> Result<Framing, Error> {
+    let mut lines = Lines { rest: head };
+    let mut line = lines.next_line()?;
+    // RFC 9112, 2.2: an empty line before a request line should be ignored; hyper does so too.
+    while line.is_empty() && !lines.rest.is_empty() {
+        line = lines.next_line()?;
+    }
+    let request = request_line(line, limits)?;
+    let mut fields = Fields::default();
+    let mut count = 0_usize;
+    loop {
+        let line = lines.next_line()?;
+        if line.is_empty() {
+            break;
+        }
+        count += 1;
+        if count > limits.fields {
+            let message = format!("the request has more than {} header fields", limits.fields);
+            return Err(Error::new(Fault::HeadersTooLarge, message));
+        }
+        fields.take(line)?;
+    }
+    fields.check_host(&request)?;
+    fields.framing(&request)
+}
+
+struct Lines<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Lines<'a> {
+    /// The next line without its CRLF.
+    fn next_line(&mut self) -> Result<&'a [u8], Error> {
+        let end = memchr::memchr(b'\n', self.rest).ok_or_else(|| refuse("the request head is not complete"))?;
+        let (line, rest) = self.rest.split_at(end + 1);
+        self.rest = rest;
+        let line = line.strip_suffix(b"\r\n").ok_or_else(|| refuse("a line of the request head ends without CR"))?;
+        if line.iter().any(|byte| matches!(byte, b'\r' | 0)) {
+            return Err(refuse("the request head holds a bare CR or a NUL"));
+        }
+        Ok(line)
+    }
+}
+
+struct RequestLine<'a> {
+    /// Authority of an absolute-form target.
+    authority: Option<&'a [u8]>,
+    is_http_1_0: bool,
+}
+
+fn request_line<'a>(line: &'a [u8], limits: &HeadLimits) -> Result<RequestLine<'a>, Error> {
+    let mut parts = line.splitn(3, |byte| *byte == b' ');
+    let (Some(method), Some(target), Some(version)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err(refuse("the request line is not METHOD SP TARGET SP VERSION"));
+    };
+    if method.is_empty() || !method.iter().all(|byte| is_token(*byte)) {
+        return Err(refuse("the request method is not a token"));
+    }
+    if target.len() > limits.uri_bytes {
+        let message = format!("the request target is longer than {} bytes", limits.uri_bytes);
+        return Err(Error::new(Fault::UriTooLong, message));
+    }
+    let is_http_1_0 = match version {
+        b"HTTP/1.1" => false,
+        b"HTTP/1.0" => true,
+        _ => return Err(refuse("the protocol version is not HTTP/1.1 or HTTP/1.0")),
+    };
+    let authority = [&b"http://"[..], b"https://"].iter().find_map(|scheme| {
+        let rest = target.strip_prefix(*scheme)?;
+        rest.split(|byte| matches!(byte, b'/' | b'?')).next()
+    });
+    Ok(RequestLine { authority, is_http_1_0 })
+}
+
+#[derive(Default)]
+struct Fields<'a> {
+    host: Option<&'a [u8]>,
+    length: Option<u64>,
+    is_chunked: bool,
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, line: &'a [u8]) -> Result<(), Error> {
+        if matches!(line.first(), Some(b' ' | b'\t')) {
+            return Err(refuse("a header field is folded over lines"));
+        }
+        let colon = memchr::memchr(b':', line).ok_or_else(|| refuse("a header line has no colon"))?;
+        let (name, value) = line.split_at(colon);
+        if name.is_empty() || !name.iter().all(|byte| is_token(*byte)) {
+            return Err(refuse("a header name is not a token"));
+        }
+        let value = value.get(1..).unwrap_or_default().trim_ascii();
+        match name.len() {
+            4 if name.eq_ignore_ascii_case(b"host") => {
+                if self.host.replace(value).is_some() {
+                    return Err(refuse("the request has two Host fields"));
+                }
+            }
+            14 if name.eq_ignore_ascii_case(b"content-length") => {
+                if self.length.replace(decimal(value)?).is_some() {
+                    return Err(refuse("the request has two Content-Length fields"));
+                }
+            }
+            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
+                if self.is_chunked || !value.eq_ignore_ascii_case(b"chunked") {
+                    return Err(refuse("Transfer-Encoding must be \"chunked\", once"));
+                }
+                self.is_chunked = true;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn check_host(&self, request: &RequestLine<'_>) -> Result<(), Error> {
+        let Some(host) = self.host else {
+            return if request.is_http_1_0 { Ok(()) } else { Err(refuse("the request has no Host field")) };
+        };
+        let is_host_byte =
+            |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']' | b'%' | b'~');
+        if !host.iter().all(is_host_byte) {
+            return Err(refuse("the Host field is not a host and port"));
+        }
+        match request.authority {
+            Some(authority) if !authority.eq_ignore_ascii_case(host) => {
+                Err(refuse("the request target names another host than the Host field"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn framing(&self, request: &RequestLine<'_>) -> Result<Framing, Error> {
+        match (self.is_chunked, self.length) {
+            (true, Some(_)) => Err(refuse("the request has both Content-Length and Transfer-Encoding")),
+            (true, None) if request.is_http_1_0 => Err(refuse("Transfer-Encoding is not part of HTTP/1.0")),
+            (true, None) => Ok(Framing::Chunked),
+            (false, length) => Ok(Framing::Length(length.unwrap_or(0))),
+        }
+    }
+}
+
+fn decimal(value: &[u8]) -> Result<u64, Error> {
+    let wrong = || refuse("Content-Length is not a decimal number");
+    if value.is_empty() || value.len() > 19 || !value.iter().all(u8::is_ascii_digit) {
+        return Err(wrong());
+    }
+    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or_else(wrong)
+}
+
+/// A token's bytes (RFC 9110, 5.6.2).
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric()
+        || matches!(
+            byte,
+            b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
+        )
+}
+
+/// Follows a chunked body to find where it ends; the bytes themselves are judged again by the HTTP library.
+#[derive(Debug, Default)]
+pub struct Chunks {
+    state: ChunkState,
+    /// Bytes of size lines and trailers so far in the current one.
+    line_bytes: usize,
+}
+
+#[derive(Debug, Default)]
+enum ChunkState {
+    #[default]
+    SizeStart,
+    Size(u64),
+    Extension(u64),
+    SizeLf(u64),
+    Data(u64),
+    DataCr,
+    DataLf,
+    TrailerStart,
+    Trailer,
+    TrailerLf,
+    EndLf,
+    Done,
+}
+
+/// Longest size line with its extension, and longest trailer line.
+const CHUNK_LINE_BYTES_MAX: usize = 4096;
+
+impl Chunks {
+    /// Takes the bytes that belong to this body; returns how many, and whether the body is complete.
+    ///
+    /// # Errors
+    /// `malformed_request` for a framing that RFC 9112, 7.1 does not allow.
+    pub fn take(&mut self, bytes: &[u8]) -> Result<(usize, bool), Error> {
+        let mut at = 0;
+        while at < bytes.len() && !matches!(self.state, ChunkState::Done) {
+            if let ChunkState::Data(left) = self.state {
+                let here = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len() - at);
+                at += here;
+                let left = left - here as u64;
+                self.state = if left == 0 { ChunkState::DataCr } else { ChunkState::Data(left) };
+                continue;
+            }
+            let Some(byte) = bytes.get(at) else { break };
+            self.step(*byte)?;
+            at += 1;
+        }
+        Ok((at, matches!(self.state, ChunkState::Done)))
+    }
+
+    fn step(&mut self, byte: u8) -> Result<(), Error> {
+        use ChunkState as S;
+        self.line_bytes += 1;
+        if self.line_bytes > CHUNK_LINE_BYTES_MAX {
+            return Err(refuse("a chunk's size line or a trailer is too long"));
+        }
+        let next = match (&self.state, byte) {
+            (S::SizeStart, _) => S::Size(hex(0, byte)?),
+            (S::Size(n), b'\r') => S::SizeLf(*n),
+            (S::Size(n), b';' | b' ' | b'\t') => S::Extension(*n),
+            (S::Size(n), _) => S::Size(hex(*n, byte)?),
+            (S::Extension(n), b'\r') => S::SizeLf(*n),
+            (S::Extension(n), byte) if byte != b'\n' => S::Extension(*n),
+            (S::SizeLf(0), b'\n') => S::TrailerStart,
+            (S::SizeLf(n), b'\n') => S::Data(*n),
+            (S::DataCr, b'\r') => S::DataLf,
+            (S::DataLf, b'\n') => S::SizeStart,
+            (S::TrailerStart, b'\r') => S::EndLf,
+            (S::Trailer, b'\r') => S::TrailerLf,
+            (S::TrailerStart | S::Trailer, byte) if byte != b'\n' => S::Trailer,
+            (S::TrailerLf, b'\n') => S::TrailerStart,
+            (S::EndLf, b'\n') => S::Done,
+            _ => return Err(refuse("the chunked body breaks its own framing")),
+        };
+        if matches!(next, S::SizeStart | S::Data(_) | S::TrailerStart) {
+            self.line_bytes = 0;
+        }
+        self.state = next;
+        Ok(())
+    }
+}
+
+fn hex(so_far: u64, byte: u8) -> Result<u64, Error> {
+    let digit = char::from(byte).to_digit(16).ok_or_else(|| refuse("a chunk's size is not a hexadecimal number"))?;
+    if so_far >> 60 != 0 {
+        return Err(refuse("a chunk's size is too large"));
+    }
+    Ok(so_far << 4 | u64::from(digit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits { bytes: 4096, fields: 4, uri_bytes: 64 };
+
+    fn judge(head: &str) -> Result<Framing, Fault> {
+        assert_eq!(complete(head.as_bytes(), 0), Some(head.len()), "{head:?}");
+        check(head.as_bytes(), &LIMITS).map_err(|error| error.fault)
+    }
+
+    #[test]
+    fn good_heads_give_their_framing() {
+        assert_eq!(judge("GET / HTTP/1.1\r\nhost: a\r\n\r\n"), Ok(Framing::Length(0)));
+        assert_eq!(judge("POST /x HTTP/1.1\r\nHost: a:1\r\nContent-Length: 12\r\n\r\n"), Ok(Framing::Length(12)));
+        assert_eq!(judge("POST /x HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: Chunked\r\n\r\n"), Ok(Framing::Chunked));
+        assert_eq!(judge("GET http://a/x HTTP/1.1\r\nHost: A\r\n\r\n"), Ok(Framing::Length(0)));
+        assert_eq!(judge("GET / HTTP/1.0\r\n\r\n"), Ok(Framing::Length(0)));
+    }
+
+    #[test]
+    fn what_hyper_hides_is_refused() {
+        for fields in [
+            "Host: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+            "Host: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n",
+            "Host: a\r\nContent-Length: +1\r\n",
+            "Host: a\r\nContent-Length: 1, 1\r\n",
+            "Host: a\r\nContent-Length: 0x1\r\n",
+            "Host: a\r\nContent-Length: 99999999999999999999\r\n",
+            "Host: a\r\nContent-Length: \r\n",
+            "Host: a\r\nTransfer-Encoding: gzip, chunked\r\n",
+            "Host: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+            "Host: a\r\nHost: a\r\n",
+            "Host: a/b@c\r\n",
+            "",
+            "Host : a\r\n",
+            "Host: a\r\n folded\r\n",
+            "Host: a\r\nx\r\n",
+            "Host: a\r\nx: a\rb\r\n",
+            "Host: a\r\nx: a\0b\r\n",
+            "Host: a\nx: b\r\n",
+        ] {
+            let head = format!("POST / HTTP/1.1\r\n{fields}\r\n");
+            assert_eq!(judge(&head), Err(Fault::MalformedRequest), "{head:?}");
+        }
+        for line in ["GET  / HTTP/1.1", "GET /", "G@T / HTTP/1.1", "GET / HTTP/2.0", "GET http://b/ HTTP/1.1"] {
+            let head = format!("{line}\r\nHost: a\r\n\r\n");
+            assert_eq!(judge(&head), Err(Fault::MalformedRequest), "{head:?}");
+        }
+        assert_eq!(judge("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"), Err(Fault::MalformedRequest));
+    }
+
+    #[test]
+    fn limits_have_their_own_faults() {
+        let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(64));
+        assert_eq!(judge(&long), Err(Fault::UriTooLong));
+        let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "x: y\r\n".repeat(4));
+        assert_eq!(judge(&many), Err(Fault::HeadersTooLarge));
+    }
+
+    #[test]
+    fn a_head_is_complete_at_its_empty_line_however_it_arrives() {
+        let head = b"GET / HTTP/1.1\r\nHost: a\r\n\r\nrest";
+        for seen in 0..head.len() {
+            for from in 0..=seen {
+                let expected = (seen >= head.len() - 4).then_some(head.len() - 4);
+                let found = complete(&head[..seen], from);
+                // A search that begins behind the hit may miss it: callers begin at what they have not searched.
+                assert!(found == expected || from >= head.len() - 4, "{seen} {from}");
+            }
+        }
+        assert_eq!(complete(b"GET / HTTP/1.1\nHost: a\n\n", 0), Some(24));
+    }
+
+    #[test]
+    fn chunks_end_where_they_end_for_every_split() {
+        let body = b"5;ext=1\r\nhello\r\n0\r\nTrailer: x\r\n\r\nGET /next";
+        let end = body.len() - "GET /next".len();
+        for split in 0..=body.len() {
+            let mut chunks = Chunks::default();
+            let (first, done) = chunks.take(&body[..split]).unwrap();
+            let total = if done { first } else { first + chunks.take(&body[split..]).unwrap().0 };
+            assert_eq!(total, end, "{split}");
+        }
+    }
+
+    #[test]
+    fn broken_chunks_are_refused() {
+        for bad in [&b"x\r\n"[..], b"\r\n", b"5\nhello", b"1\r\nab\r\n", b"fffffffffffffffff\r\n", b"0\r\n\n", b"-1\r\n"] {
+            assert!(Chunks::default().take(bad).is_err(), "{bad:?}");
+        }
+        let long = [b"1;".to_vec(), vec![b'x'; CHUNK_LINE_BYTES_MAX]].concat();
+        assert!(Chunks::default().take(&long).is_err());
+    }
+}

@@ -1,0 +1,266 @@
+//! From nothing to a master that can start children.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use evergate_board::{Board, MasterPhase, Shape, monotonic_ns};
+use evergate_core::inherit::{self, code};
+use evergate_core::plan::{Address, Plan};
+use evergate_sys::{Pid, Signal, Signals, Spawn, Status, unix_ms};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, kill_process, pidfd_open, setrlimit};
+
+use crate::children::Estate;
+use crate::control::{self, Control};
+use crate::exits::Exits;
+use crate::listen::Listener;
+use crate::master::Master;
+use crate::orphans::Orphans;
+use crate::runfile::Run;
+use crate::step::{Rules, State};
+use crate::{Failure, Options, talk};
+
+/// How long the configuration may take to be validated.
+const COMPILE_TIME: Duration = Duration::from_secs(30);
+/// How long a dead predecessor's children may keep its port.
+const PORT_TIME: Duration = Duration::from_secs(5);
+/// Room for access records while the clerk is away: some two thousand.
+const ACCESS_BYTES: usize = 1 << 20;
+
+/// Every signal that the master answers.
+const SIGNALS: [Signal; 10] = [
+    Signal::TERM,
+    Signal::INT,
+    Signal::QUIT,
+    Signal::HUP,
+    Signal::TTIN,
+    Signal::TTOU,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::WINCH,
+    Signal::CHILD,
+];
+
+/// Adds what was attempted to the system's words.
+fn attempt<T>(what: &str, outcome: Result<T, impl Into<io::Error>>) -> Result<T, Failure> {
+    outcome.map_err(|error| Failure::system(format!("cannot {what}: {}", error.into())))
+}
+
+/// Everything up to the point where children can be started.
+pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
+    let signals = attempt("take signals", Signals::block(&SIGNALS))?;
+    let exe = attempt("open our own program", evergate_sys::own_executable())?;
+    let folder = attempt("find the state folder", std::path::absolute(&options.state_dir))?;
+    let lock = lock(&folder)?;
+    let (plan, config) = compile(options, &exe, &signals)?;
+    let mut exits = attempt("open the exit records", Exits::open(&folder))?;
+    let mut orphans = Orphans::find(&folder, &mut exits);
+    orphans.signal(Signal::TERM);
+    let (listeners, admin) = bind_all(&plan, &mut orphans, &signals)?;
+    raise_descriptor_limit();
+    attempt("become the parent of orphans", evergate_sys::become_subreaper())?;
+    let board = Board::create(Shape::for_plan(&plan), run_id())
+        .map_err(|error| Failure::system(format!("cannot make the board: {error}")))?;
+    describe(&board, &plan);
+    let control = control::path(&folder);
+    let what = format!("open the control socket {}", control.display());
+    let control = attempt(&what, Control::open(control))?;
+    let rules = Rules::of_plan(&plan);
+    let now = monotonic_ns();
+    let state = State::new(rules, board.shape().children, !orphans.is_empty(), board.run_id(), now);
+    let estate = Estate {
+        exe,
+        config,
+        life: attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC))?,
+        kick: attempt("make an eventfd", eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?,
+        access: access_pipe()?,
+        nothing: attempt(
+            "open /dev/null",
+            rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()),
+        )?,
+        listeners,
+        admin,
+        env: options.child_env.clone(),
+        board,
+    };
+    Ok(Master::new(options.clone(), folder, lock, signals, estate, exits, orphans, control, state, plan))
+}
+
+/// Makes the state folder and takes its lock, which the kernel gives back however this process ends (I6, I7).
+fn lock(folder: &Path) -> Result<File, Failure> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    attempt(&format!("make the state folder {}", folder.display()), made)?;
+    let path = folder.join("lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = attempt(&format!("open {}", path.display()), file)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let holder = Run::read(folder).ok().flatten().map(|run| format!(" (pid {})", run.pid));
+            Err(Failure::system(format!(
+                "another gateway{} runs with the state folder {}; stop it, or choose another with --state-dir",
+                holder.unwrap_or_default(),
+                folder.display()
+            )))
+        }
+        Err(error) => attempt(&format!("lock {}", path.display()), Err(error)),
+    }
+}
+
+/// Has a child validate the configuration: the plan for us, and the sealed configuration for the children.
+fn compile(options: &Options, exe: &OwnedFd, signals: &Signals) -> Result<(Plan, OwnedFd), Failure> {
+    let plan = attempt("make a memfd", evergate_sys::memfd(c"evergate-plan"))?;
+    let config = attempt("make a memfd", evergate_sys::memfd(c"evergate-config"))?;
+    let env: Vec<(OsString, OsString)> = std::env::vars_os().collect();
+    let pid = evergate_sys::spawn(&Spawn {
+        exe: exe.as_fd(),
+        argv0: OsStr::new("evergate: compile"),
+        args: &options.compile_args,
+        env: &env,
+        fds: &[(plan.as_fd(), inherit::COMPILE_PLAN), (config.as_fd(), inherit::COMPILE_CONFIG)],
+        ignored: &[],
+        own_group: false,
+    });
+    let pid = attempt("start the validation of the configuration", pid)?;
+    await_compile(pid, signals)?;
+    for file in [&plan, &config] {
+        attempt("seal the configuration", evergate_sys::seal(file))?;
+    }
+    let mut text = String::new();
+    let read = evergate_sys::reopen_read_only(&plan).and_then(|file| File::from(file).read_to_string(&mut text));
+    attempt("read the plan", read)?;
+    let plan = Plan::parse(&text).map_err(Failure::internal)?;
+    Ok((plan, config))
+}
+
+/// The validating child has said on standard error what is wrong; its exit code becomes ours.
+fn await_compile(pid: Pid, signals: &Signals) -> Result<(), Failure> {
+    let process = attempt("watch the validation", pidfd_open(pid, PidfdFlags::empty()))?;
+    let end = Instant::now() + COMPILE_TIME;
+    let mut failure = None;
+    loop {
+        let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).ok();
+        let mut fds = [PollFd::new(&process, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        let ready = poll(&mut fds, left.as_ref());
+        if fds.first().is_some_and(|process| !process.revents().is_empty()) {
+            break;
+        }
+        let is_over = ready == Ok(0) && failure.is_none();
+        if is_over {
+            failure = Some(Failure::internal("the validation of the configuration did not end in time"));
+        }
+        if has_stop(signals) && failure.is_none() {
+            failure = Some(Failure { code: code::OK, text: String::new() });
+        }
+        if failure.is_some() {
+            // Its end comes by the pidfd in the next turn.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+    let exit = attempt("take the validation's end", evergate_sys::reap(pid))?;
+    match (failure, exit.status) {
+        (Some(failure), _) => Err(failure),
+        (None, Status::Code(0)) => Ok(()),
+        (None, Status::Code(code)) => Err(Failure { code, text: String::new() }),
+        (None, Status::Signal { number, .. }) => {
+            Err(Failure::internal(format!("the validation of the configuration was ended by signal {number}")))
+        }
+    }
+}
+
+/// Whether somebody wants us to stop; takes every pending signal.
+fn has_stop(signals: &Signals) -> bool {
+    let mut has_stop = false;
+    while let Ok(Some(taken)) = signals.take() {
+        has_stop |= [Signal::TERM, Signal::INT, Signal::QUIT].iter().any(|stop| stop.as_raw() == taken.number);
+    }
+    has_stop
+}
+
+fn bind_all(
+    plan: &Plan,
+    orphans: &mut Orphans,
+    signals: &Signals,
+) -> Result<(Vec<Listener>, Option<Listener>), Failure> {
+    let mut listeners = Vec::new();
+    for address in &plan.listen {
+        listeners.push(bind(address, orphans, signals)?);
+    }
+    let admin = plan.admin.as_ref().map(|address| bind(address, orphans, signals)).transpose()?;
+    Ok((listeners, admin))
+}
+
+/// Binds one address. A dead predecessor's children close theirs as soon as they see that it is gone; until then the
+/// port is waited for.
+fn bind(address: &Address, orphans: &mut Orphans, signals: &Signals) -> Result<Listener, Failure> {
+    let end = Instant::now() + PORT_TIME;
+    let mut is_last = orphans.is_empty();
+    loop {
+        let error = match Listener::bind(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => error,
+        };
+        if is_last || error.kind() != io::ErrorKind::AddrInUse {
+            return Err(match error.kind() {
+                io::ErrorKind::AddrInUse => Failure::system(format!("{address} is taken by another program")),
+                _ => Failure::system(format!("cannot listen on {address}: {error}")),
+            });
+        }
+        if Instant::now() >= end {
+            // Whoever did not notice for so long does not notice any more.
+            orphans.signal(Signal::KILL);
+            is_last = true;
+        }
+        let pause = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+        let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], Some(&pause));
+        if has_stop(signals) {
+            return Err(Failure { code: code::OK, text: String::new() });
+        }
+    }
+}
+
+/// One descriptor per connection: the soft limit is often 1,024, for the sake of programs that use select(2).
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    if let Err(error) = raised {
+        talk::say(&format!("cannot raise the limit of open files: {error}"));
+    }
+}
+
+fn access_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
+    let pipe = attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK))?;
+    // Above the user's share of pipe memory the kernel refuses; then there is less room.
+    let _ = rustix::pipe::fcntl_setpipe_size(&pipe.1, ACCESS_BYTES);
+    Ok(pipe)
+}
+
+/// Random, so that request ids differ between runs; clock and pid serve where there is no random device.
+fn run_id() -> u64 {
+    let mut bytes = [0_u8; 8];
+    match File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)) {
+        Ok(()) => u64::from_ne_bytes(bytes),
+        Err(_) => unix_ms() << 22 ^ monotonic_ns() ^ u64::from(std::process::id()),
+    }
+}
+
+fn describe(board: &Board, plan: &Plan) {
+    let row = board.master();
+    let own = rustix::process::getpid();
+    row.set_pid(own.as_raw_nonzero().get());
+    row.set_start_ticks(evergate_sys::start_ticks(own).unwrap_or(0));
+    row.set_started_unix_ms(unix_ms());
+    row.set_beat_ns(monotonic_ns());
+    row.set_workers_min(plan.workers_min);
+    row.set_workers_max(plan.workers_max);
+    row.set_workers_target(plan.workers_min);
+    row.set_generation(1);
+    row.set_phase(MasterPhase::Starting);
+}

@@ -1,0 +1,104 @@
+//! Starting children: what each inherits, and who is running.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use evergate_board::{Board, Claim, monotonic_ns};
+use evergate_core::exit::Kind;
+use evergate_core::inherit;
+use evergate_sys::{Exit, Pid, Signal, Spawn, start_ticks};
+
+use crate::listen::Listener;
+use crate::step::{Birth, name};
+
+/// Everything that is open for children to inherit; all of it close-on-exec.
+#[derive(Debug)]
+pub(crate) struct Estate {
+    /// Our own program, of the build that this master is.
+    pub(crate) exe: OwnedFd,
+    pub(crate) board: Board,
+    /// The sealed configuration.
+    pub(crate) config: OwnedFd,
+    /// Both ends, so that the pipe breaks when this process ends and not before.
+    pub(crate) life: (OwnedFd, OwnedFd),
+    pub(crate) kick: OwnedFd,
+    /// Both ends, so that a dead clerk loses nothing.
+    pub(crate) access: (OwnedFd, OwnedFd),
+    pub(crate) nothing: OwnedFd,
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) admin: Option<Listener>,
+    pub(crate) env: Vec<(OsString, OsString)>,
+}
+
+/// A child that runs, or has ended and is not buried yet.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) birth: Birth,
+    pub(crate) pid: Pid,
+    pub(crate) ticks: u64,
+    pub(crate) spawned_ns: u64,
+    /// Once it was reaped: its number is not its own any more.
+    pub(crate) exit: Option<Exit>,
+}
+
+/// By epoch.
+pub(crate) type Children = BTreeMap<u32, Running>;
+
+impl Estate {
+    /// Claims the child's row and starts it.
+    pub(crate) fn start(&self, birth: Birth) -> io::Result<Running> {
+        let row = self.board.child(birth.row).ok_or_else(|| io::Error::other("the board has no such row"))?;
+        let Birth { kind, slot, epoch, generation, .. } = birth;
+        let spawned_ns = monotonic_ns();
+        row.claim(&Claim { kind, slot, epoch, generation, spawned_ns });
+        let outcome = self.exec(birth);
+        if outcome.is_err() {
+            self.board.bury(birth.row);
+        }
+        let pid = outcome?;
+        // Not reaped yet, so there is a start time even if it has ended.
+        let ticks = start_ticks(pid).unwrap_or(0);
+        row.set_pid(pid.as_raw_nonzero().get());
+        row.set_start_ticks(ticks);
+        Ok(Running { birth, pid, ticks, spawned_ns, exit: None })
+    }
+
+    fn exec(&self, birth: Birth) -> io::Result<Pid> {
+        // A description of its own, because children read the file and must not share a position.
+        let config = evergate_sys::reopen_read_only(&self.config)?;
+        let (access, listeners): (_, Vec<BorrowedFd<'_>>) = match birth.kind {
+            Kind::Clerk => (&self.access.0, self.admin.iter().map(AsFd::as_fd).collect()),
+            Kind::Master | Kind::Worker | Kind::Runner | Kind::Host => {
+                (&self.access.1, self.listeners.iter().map(AsFd::as_fd).collect())
+            }
+        };
+        let mut fds = vec![
+            (self.nothing.as_fd(), 0),
+            (self.board.fd(), inherit::BOARD),
+            (config.as_fd(), inherit::CONFIG),
+            (self.life.0.as_fd(), inherit::LIFE),
+            (self.kick.as_fd(), inherit::KICK),
+            (access.as_fd(), inherit::ACCESS),
+        ];
+        fds.extend(listeners.iter().copied().zip(inherit::LISTENERS..));
+        let mut args = vec![OsString::from(birth.kind.name())];
+        let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
+        for (flag, value) in
+            [("--row", birth.row), ("--epoch", birth.epoch), ("--generation", birth.generation), ("--listeners", count)]
+        {
+            args.extend([flag.into(), value.to_string().into()]);
+        }
+        evergate_sys::spawn(&Spawn {
+            exe: self.exe.as_fd(),
+            argv0: OsStr::new(&format!("evergate: {}", name(birth.kind, birth.slot))),
+            args: &args,
+            env: &self.env,
+            fds: &fds,
+            // A Ctrl-C or a closed terminal reaches every process of it; the master alone decides what that means.
+            ignored: &[Signal::INT, Signal::HUP],
+            own_group: false,
+        })
+    }
+}

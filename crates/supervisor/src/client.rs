@@ -1,0 +1,150 @@
+//! The other end of the control socket: what `evergate status` and `evergate stop` use.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use evergate_sys::{Pid, start_ticks};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt::socket_peercred};
+use rustix::process::{PidfdFlags, pidfd_open};
+
+use crate::control;
+use crate::runfile::Run;
+
+/// How long a master may take to answer; it does so in its next turn.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the master said.
+#[derive(Debug)]
+pub struct Reply {
+    /// Its words, such as `ok`, without a line end.
+    pub text: String,
+    /// The board, for `status`.
+    pub fd: Option<OwnedFd>,
+}
+
+/// Why there is no reply.
+#[derive(Debug)]
+pub enum ClientError {
+    /// No master runs with this state folder.
+    NotRunning,
+    /// The master refused, in its own words.
+    Refused(String),
+    /// The system did.
+    Io(io::Error),
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotRunning => write!(f, "no gateway runs with this state folder"),
+            Self::Refused(words) => write!(f, "the gateway refused: {words}"),
+            Self::Io(_) => write!(f, "cannot talk to the gateway"),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Io(error) => Some(error),
+            Self::NotRunning | Self::Refused(_) => None,
+        }
+    }
+}
+
+impl From<io::Error> for ClientError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Sends one command (`ping`, `status`, `stop`, `stop now`) to the master of a state folder.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn request(state_dir: &Path, command: &str) -> Result<Reply, ClientError> {
+    let socket = connect(state_dir)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    io::Write::write_all(&mut &socket, format!("{command}\n").as_bytes())?;
+    let (bytes, fd) = receive(&socket)?;
+    let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+    match text.strip_prefix("error: ") {
+        Some(words) => Err(ClientError::Refused(words.to_owned())),
+        // A master that dies before it answers.
+        None if text.is_empty() => Err(ClientError::NotRunning),
+        None => Ok(Reply { text, fd }),
+    }
+}
+
+/// Waits for a process to be gone: the master of a run file, as from [`Run::read`]. Says whether it is.
+///
+/// # Errors
+/// What pidfd_open(2) and poll(2) say.
+pub fn wait_gone(pid: i32, ticks: u64, timeout: Duration) -> io::Result<bool> {
+    let Some(pid) = Pid::from_raw(pid) else { return Ok(true) };
+    let process = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => process,
+        Err(rustix::io::Errno::SRCH) => return Ok(true),
+        Err(error) => return Err(error.into()),
+    };
+    if start_ticks(pid) != Some(ticks) {
+        return Ok(true);
+    }
+    let limit = Timespec::try_from(timeout).map_err(io::Error::other)?;
+    loop {
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The run file's path first: the master may have been started in another environment than this command.
+fn connect(state_dir: &Path) -> Result<UnixStream, ClientError> {
+    let named = Run::read(state_dir).ok().flatten().map(|run| run.control);
+    let path = named.filter(|path| !path.is_empty()).map_or_else(|| control::path(state_dir), Into::into);
+    let socket = match UnixStream::connect(path) {
+        Ok(socket) => socket,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Err(ClientError::NotRunning);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // In a shared temporary folder anybody could have put a socket under our name.
+    let peer = socket_peercred(&socket).map_err(io::Error::from)?.uid;
+    if peer.is_root() || peer == rustix::process::geteuid() || rustix::process::geteuid().is_root() {
+        return Ok(socket);
+    }
+    Err(ClientError::Refused("the control socket belongs to another user".into()))
+}
+
+fn receive(socket: &UnixStream) -> Result<(Vec<u8>, Option<OwnedFd>), ClientError> {
+    let (mut text, mut fd) = (Vec::new(), None);
+    loop {
+        let mut bytes = [0_u8; 512];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            outcome => outcome.map_err(io::Error::from)?,
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                fd = fds.last().or(fd);
+            }
+        }
+        if got.bytes == 0 || text.len() > 64 << 10 {
+            return Ok((text, fd));
+        }
+        text.extend_from_slice(bytes.get(..got.bytes).unwrap_or_default());
+    }
+}

@@ -1,0 +1,274 @@
+//! The loop: wait, look, ask the rules, do what they say.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::PathBuf;
+
+use evergate_board::{MasterPhase, Phase, monotonic_ns};
+use evergate_core::plan::{Address, Plan};
+use evergate_sys::{Pid, Signal, Signals, peek_exit, reap};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::kill_process;
+
+use crate::burial::{bury, status};
+use crate::children::{Children, Estate};
+use crate::control::Control;
+use crate::exits::Exits;
+use crate::orphans::Orphans;
+use crate::runfile::{Run, RunChild};
+use crate::step::{Action, Event, Ns, Order, SECOND, Seen, Sig, State, step};
+use crate::{Failure, Options, talk};
+
+/// The shell around the rules.
+#[derive(Debug)]
+pub(crate) struct Master {
+    options: Options,
+    folder: PathBuf,
+    /// Held for as long as we live.
+    _lock: File,
+    signals: Signals,
+    estate: Estate,
+    exits: Exits,
+    orphans: Orphans,
+    control: Control,
+    state: State,
+    banner: Vec<String>,
+    is_tls: bool,
+    children: Children,
+    touched: Ns,
+    exit: Option<u8>,
+}
+
+impl Master {
+    #[allow(clippy::too_many_arguments, reason = "called once, by the boot that has made each of them")]
+    pub(crate) fn new(
+        options: Options,
+        folder: PathBuf,
+        lock: File,
+        signals: Signals,
+        estate: Estate,
+        exits: Exits,
+        orphans: Orphans,
+        control: Control,
+        state: State,
+        plan: Plan,
+    ) -> Self {
+        Self {
+            options,
+            folder,
+            _lock: lock,
+            signals,
+            estate,
+            exits,
+            orphans,
+            control,
+            state,
+            banner: plan.banner,
+            is_tls: plan.is_tls,
+            children: Children::new(),
+            touched: 0,
+            exit: None,
+        }
+    }
+
+    /// Runs until the rules say that it is over.
+    pub(crate) fn run(&mut self) -> Result<u8, Failure> {
+        self.apply(Event::Start);
+        loop {
+            if let Some(code) = self.exit {
+                Run::remove(&self.folder);
+                return Ok(code);
+            }
+            self.wait();
+            self.turn();
+        }
+    }
+
+    /// Until a signal, a kick, a client or the next time at which the rules have something to do.
+    fn wait(&self) {
+        let now = monotonic_ns();
+        let due = self.control.due().map_or_else(|| self.state.due(), |due| due.min(self.state.due()));
+        let left = std::time::Duration::from_nanos(due.saturating_sub(now));
+        let limit = Timespec::try_from(left).ok();
+        let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.estate.kick, PollFlags::IN)];
+        fds.extend(self.control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        // Whatever it says, everything is looked at afterwards; nothing here can fail for longer than a tick.
+        let _ = poll(&mut fds, limit.as_ref());
+    }
+
+    fn turn(&mut self) {
+        let now = monotonic_ns();
+        let master = self.estate.board.master();
+        master.set_beat_ns(now);
+        master.set_talk_dropped(talk::dropped());
+        if now.saturating_sub(self.touched) >= SECOND {
+            self.touched = now;
+            Run::touch(&self.folder);
+        }
+        // The count is of no interest, and empty is as good.
+        let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
+        // The board before the burials: a child that became ready and died at once did become ready.
+        self.look();
+        self.reap_all();
+        while let Ok(Some(taken)) = self.signals.take() {
+            if let Some(order) = order_of(taken.number) {
+                self.apply(Event::Order(order));
+            }
+        }
+        for order in self.control.turn(&self.estate.board, now) {
+            self.apply(Event::Order(order));
+        }
+    }
+
+    fn look(&mut self) {
+        let seen = |(epoch, running): (&u32, &crate::children::Running)| {
+            let row = self.estate.board.child(running.birth.row)?;
+            let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting);
+            Some(Seen { epoch: *epoch, is_ready, beat: row.beat_ns(), took_queue: row.took_queue() })
+        };
+        let children = self.children.iter().filter_map(seen).collect();
+        let queue = self.estate.listeners.iter().fold(0_u32, |sum, listener| sum.saturating_add(listener.queue()));
+        self.estate.board.master().set_queue(queue);
+        self.apply(Event::Seen { children, queue });
+    }
+
+    /// Everybody who has ended: ours are an event, strangers (we are a subreaper, or process 1) have no effect.
+    fn reap_all(&mut self) {
+        while let Ok(Some(pid)) = peek_exit() {
+            let Ok(exit) = reap(pid) else { break };
+            let ours = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
+            if let Some((epoch, running)) = ours {
+                let epoch = *epoch;
+                running.exit = Some(exit);
+                self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+            } else {
+                let master = self.estate.board.master();
+                master.set_strangers(master.strangers().saturating_add(1));
+            }
+        }
+    }
+
+    /// Asks the rules and does what they say; what comes of it at once is asked about in turn.
+    fn apply(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in step(&mut self.state, event, monotonic_ns()) {
+                events.extend(self.carry_out(action));
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Option<Event> {
+        let board = self.estate.board.clone();
+        match action {
+            Action::Spawn(birth) => match self.estate.start(birth) {
+                Ok(running) => {
+                    self.children.insert(birth.epoch, running);
+                }
+                Err(error) => return Some(Event::SpawnFailed { epoch: birth.epoch, why: error.to_string() }),
+            },
+            Action::Send { epoch, signal } => self.send(epoch, signal),
+            Action::Bury { epoch, initiator } => {
+                if let Some(dead) = self.children.remove(&epoch) {
+                    bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
+                }
+            }
+            Action::SetPhase(phase) => {
+                board.master().set_phase(phase);
+                self.save();
+            }
+            Action::SetTarget(target) => board.master().set_workers_target(target),
+            Action::SetDegraded(count) => board.master().set_degraded(count),
+            Action::Announce => self.announce(),
+            Action::SaveRun => self.save(),
+            Action::CloseListeners => self.estate.listeners.iter_mut().for_each(crate::listen::Listener::close),
+            Action::KillOrphans => self.orphans.signal(Signal::KILL),
+            Action::Say(text) => talk::say(&text),
+            Action::Exit(code) => self.exit = Some(code),
+        }
+        None
+    }
+
+    /// Only to a child that was not reaped: until then its number is its own.
+    fn send(&self, epoch: u32, signal: Sig) {
+        let Some(running) = self.children.get(&epoch).filter(|running| running.exit.is_none()) else { return };
+        let signal = match signal {
+            Sig::Term => Signal::TERM,
+            Sig::Quit => Signal::QUIT,
+            Sig::Abort => Signal::ABORT,
+            Sig::Kill => Signal::KILL,
+            Sig::Usr1 => Signal::USR1,
+        };
+        // It may have ended a moment ago; then its end is on the way.
+        let _ = kill_process(running.pid, signal);
+    }
+
+    fn announce(&self) {
+        let url = |address: &Address, scheme| match address {
+            Address::Tcp(address) => format!("{scheme}://{address}"),
+            Address::Unix(path) => format!("unix:{path}"),
+        };
+        let scheme = if self.is_tls { "https" } else { "http" };
+        let listen = self.estate.listeners.first().map(|listener| url(&listener.address, scheme)).unwrap_or_default();
+        let admin = self.estate.admin.as_ref().map(|listener| url(&listener.address, "http"));
+        for line in &self.banner {
+            // Without an admin listener there is nothing to say about it.
+            if admin.is_none() && line.contains("{admin}") {
+                continue;
+            }
+            talk::print(&line.replace("{listen}", &listen).replace("{admin}", admin.as_deref().unwrap_or_default()));
+        }
+    }
+
+    fn save(&self) {
+        let row = self.estate.board.master();
+        // Nothing left to be found by a successor: the file goes in a moment.
+        if row.phase() == MasterPhase::Stopped {
+            return;
+        }
+        let alive = self.children.values().filter(|running| running.exit.is_none());
+        let run = Run {
+            pid: row.pid(),
+            start_ticks: row.start_ticks(),
+            run_id: self.estate.board.run_id(),
+            started_unix_ms: row.started_unix_ms(),
+            listen: self.estate.listeners.iter().map(|listener| listener.address.to_string()).collect(),
+            admin: self.estate.admin.as_ref().map(|admin| admin.address.to_string()).unwrap_or_default(),
+            control: self.control.path().to_string_lossy().into_owned(),
+            generation: self.state.generation(),
+            phase: row.phase().name().to_owned(),
+            children: alive
+                .map(|running| RunChild {
+                    kind: running.birth.kind.name().to_owned(),
+                    pid: pid_number(running.pid),
+                    start_ticks: running.ticks,
+                    slot: running.birth.slot,
+                    row: running.birth.row,
+                    epoch: running.birth.epoch,
+                    generation: running.birth.generation,
+                })
+                .collect(),
+        };
+        if let Err(error) = run.write(&self.folder) {
+            talk::say(&format!("cannot write the run file: {error}"));
+        }
+    }
+}
+
+fn pid_number(pid: Pid) -> i32 {
+    pid.as_raw_nonzero().get()
+}
+
+/// What a signal means; CHLD has done its work by waking us.
+fn order_of(number: i32) -> Option<Order> {
+    let orders = [
+        (Signal::TERM, Order::Term),
+        (Signal::INT, Order::Interrupt),
+        (Signal::QUIT, Order::Interrupt),
+        (Signal::HUP, Order::Reload),
+        (Signal::TTIN, Order::More),
+        (Signal::TTOU, Order::Fewer),
+        (Signal::USR1, Order::ReopenLogs),
+    ];
+    orders.into_iter().find(|(signal, _)| signal.as_raw() == number).map(|(_, order)| order)
+}

@@ -1,0 +1,205 @@
+//! What the shell tells the rules, and what the rules tell the shell.
+
+use std::time::Duration;
+
+use evergate_board::MasterPhase;
+use evergate_core::exit::{Initiator, Kind, Status};
+use evergate_core::plan::Plan;
+
+/// Monotonic nanoseconds.
+pub type Ns = u64;
+
+/// One second.
+pub(crate) const SECOND: Ns = 1_000_000_000;
+/// One millisecond.
+pub(crate) const MS: Ns = 1_000_000;
+
+/// The numbers of a configuration that the rules use; times in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Fewest workers.
+    pub workers_min: u32,
+    /// Most workers.
+    pub workers_max: u32,
+    /// From start to ready.
+    pub boot_timeout: Ns,
+    /// Age of the last beat at which a child counts as hung.
+    pub hang_timeout: Ns,
+    /// Readiness says 503, still serving.
+    pub settle: Ns,
+    /// In-flight requests may finish.
+    pub drain: Ns,
+    /// Cancelled requests may say so.
+    pub cancel: Ns,
+    /// Resources may close.
+    pub cleanup: Ns,
+}
+
+impl Rules {
+    /// The rules of a plan.
+    #[must_use]
+    pub fn of_plan(plan: &Plan) -> Self {
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4);
+        Self {
+            workers_min: plan.workers_min,
+            workers_max: plan.workers_max,
+            boot_timeout: ns(plan.boot_timeout),
+            hang_timeout: ns(plan.hang_timeout),
+            settle: ns(plan.settle),
+            drain: ns(plan.drain),
+            cancel: ns(plan.cancel),
+            cleanup: ns(plan.cleanup),
+        }
+    }
+
+    /// What a child has from TERM to its end.
+    #[must_use]
+    pub fn graceful(&self) -> Ns {
+        self.drain.saturating_add(self.quick())
+    }
+
+    /// What a child has from QUIT to its end: its own stages, and one second to be seen ending by itself.
+    #[must_use]
+    pub fn quick(&self) -> Ns {
+        self.cancel.saturating_add(self.last())
+    }
+
+    /// What the clerk has.
+    #[must_use]
+    pub fn last(&self) -> Ns {
+        self.cleanup.saturating_add(SECOND)
+    }
+}
+
+/// What an operator wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// `TERM`: stop gracefully; a second one hastens.
+    Term,
+    /// `INT` or `QUIT`: stop quickly; during a stop, hasten it.
+    Interrupt,
+    /// `evergate stop`; said twice it does not hasten.
+    Stop,
+    /// `evergate stop --now`; said twice it does not hasten further.
+    StopNow,
+    /// `TTIN`: one worker more.
+    More,
+    /// `TTOU`: one worker less.
+    Fewer,
+    /// `HUP`.
+    Reload,
+    /// `USR1`.
+    ReopenLogs,
+}
+
+/// A child as the board shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Which child.
+    pub epoch: u32,
+    /// Whether its phase is `Ready` or a later one.
+    pub is_ready: bool,
+    /// Its last beat; 0 before the first.
+    pub beat: Ns,
+    /// Whether it found the accept queue empty after it was told to stop.
+    pub took_queue: bool,
+}
+
+/// Something happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The shell is ready to start children. Comes once, first.
+    Start,
+    /// The board was looked at; comes in every turn of the shell's loop, at least every half second.
+    Seen {
+        /// Every child that runs.
+        children: Vec<Seen>,
+        /// Connections in the TCP listeners' accept queues.
+        queue: u32,
+    },
+    /// A child could not be started.
+    SpawnFailed {
+        /// Which.
+        epoch: u32,
+        /// The system's words.
+        why: String,
+    },
+    /// A child has ended and was reaped.
+    Exited {
+        /// Which.
+        epoch: u32,
+        /// How.
+        status: Status,
+    },
+    /// An operator wants something.
+    Order(Order),
+}
+
+/// A child to be started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Birth {
+    /// What it is.
+    pub kind: Kind,
+    /// Its slot among its kind.
+    pub slot: u32,
+    /// Its row on the board.
+    pub row: u32,
+    /// Its number within the run.
+    pub epoch: u32,
+    /// Generation of its configuration.
+    pub generation: u32,
+}
+
+/// The signals that the rules send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sig {
+    /// Finish what you have.
+    Term,
+    /// Cancel what you have.
+    Quit,
+    /// Die with a core, so that somebody can see where you hang.
+    Abort,
+    /// Die.
+    Kill,
+    /// Reopen your logs.
+    Usr1,
+}
+
+/// Something is to be done, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Start a child in an empty row. [`Event::SpawnFailed`] follows if that is impossible.
+    Spawn(Birth),
+    /// Signal a child.
+    Send {
+        /// Which.
+        epoch: u32,
+        /// What.
+        signal: Sig,
+    },
+    /// Record a child's end, account for what died with it and empty its row.
+    Bury {
+        /// Which.
+        epoch: u32,
+        /// Whose doing it was.
+        initiator: Initiator,
+    },
+    /// Show the master's phase on the board.
+    SetPhase(MasterPhase),
+    /// Show how many workers are wanted.
+    SetTarget(u32),
+    /// Show how many slots keep dying.
+    SetDegraded(u32),
+    /// Tell the operator that the gateway serves.
+    Announce,
+    /// Write the run file: the set of children has changed.
+    SaveRun,
+    /// Refuse connects from now on.
+    CloseListeners,
+    /// Kill what is left of a predecessor's children.
+    KillOrphans,
+    /// Tell the operator.
+    Say(String),
+    /// Leave, with this code. The last action of a run; every child is buried.
+    Exit(u8),
+}

@@ -1,0 +1,205 @@
+//! The stop, stage by stage: settle, workers, listeners, clerk, end.
+
+use evergate_board::MasterPhase;
+use evergate_core::exit::{Initiator, Kind};
+use evergate_core::inherit::code;
+
+use super::{Action, Child, MS, Ns, Order, Phase, Sig, State};
+
+/// How long the workers have to take what is in the accept queue before connects are refused.
+const QUEUE_TIME: Ns = 500 * MS;
+/// How often the accept queue is looked at meanwhile.
+const QUEUE_LOOK: Ns = 10 * MS;
+
+/// A stop under way.
+#[derive(Debug)]
+pub(super) struct Stop {
+    stage: Stage,
+    speed: Speed,
+    code: u8,
+    /// Whether this is the end of a start that failed: then nothing is started any more.
+    is_abandoned: bool,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Still serving; readiness says no.
+    Settling { until: Ns },
+    /// Workers finish; the clerk goes on.
+    Draining { close_at: Ns, is_open: bool },
+    /// The clerk finishes.
+    Clerk,
+}
+
+/// How much patience is left; it only shrinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Speed {
+    Graceful,
+    Quick,
+    Kill,
+}
+
+impl Stop {
+    /// Force was needed.
+    pub(super) fn force(&mut self) {
+        if self.code == code::OK {
+            self.code = code::FORCED;
+        }
+    }
+
+    /// While settling everything goes on as before; the clerk is needed until the last worker is gone.
+    pub(super) fn fills(&self, kind: Kind) -> bool {
+        match self.stage {
+            _ if self.is_abandoned => false,
+            Stage::Settling { .. } => true,
+            Stage::Draining { .. } => kind == Kind::Clerk,
+            Stage::Clerk => false,
+        }
+    }
+
+    pub(super) fn due(&self, last: Ns) -> Option<Ns> {
+        match self.stage {
+            Stage::Settling { until } => Some(until),
+            Stage::Draining { close_at, is_open: true } => Some(close_at.min(last.saturating_add(QUEUE_LOOK))),
+            Stage::Draining { is_open: false, .. } | Stage::Clerk => None,
+        }
+    }
+}
+
+impl State {
+    /// An operator wants the end, or wants it sooner.
+    pub(super) fn stop(&mut self, order: Order, now: Ns, out: &mut Vec<Action>) {
+        let is_hasty = matches!(order, Order::Interrupt | Order::StopNow);
+        match &self.phase {
+            Phase::Starting | Phase::Serving if is_hasty => self.drain(Speed::Quick, code::OK, now, out),
+            // Before anything serves there is nothing that a balancer should be told.
+            Phase::Starting => self.drain(Speed::Graceful, code::OK, now, out),
+            Phase::Serving => {
+                let until = now.saturating_add(self.rules.settle);
+                let stage = Stage::Settling { until };
+                let stop = Stop { stage, speed: Speed::Graceful, code: code::OK, is_abandoned: false };
+                self.phase = Phase::Stopping(stop);
+                out.push(Action::SetPhase(MasterPhase::Settling));
+            }
+            Phase::Stopping(stop) => match (stop.speed, order) {
+                (_, Order::Stop) | (Speed::Quick | Speed::Kill, Order::StopNow) => {}
+                (Speed::Graceful, _) => self.hasten(Speed::Quick, now, out),
+                (Speed::Quick | Speed::Kill, _) => self.hasten(Speed::Kill, now, out),
+            },
+            Phase::Ended => {}
+        }
+    }
+
+    /// The start has failed: everything that did start ends, quickly and in order.
+    pub(super) fn abandon(&mut self, code: u8, now: Ns, out: &mut Vec<Action>) {
+        self.drain(Speed::Quick, code, now, out);
+        if let Phase::Stopping(stop) = &mut self.phase {
+            stop.is_abandoned = true;
+        }
+    }
+
+    /// Takes the stop as far as it can go at this time.
+    pub(super) fn go_on_stopping(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let Phase::Stopping(stop) = &self.phase else { return };
+        let (speed, code) = (stop.speed, stop.code);
+        if let Stage::Settling { until } = stop.stage
+            && until <= now
+        {
+            self.drain(speed, code, now, out);
+        }
+        self.close_listeners(now, out);
+        self.finish_workers(now, out);
+        self.finish(out);
+    }
+
+    /// Workers are told to end. Those that are waiting to be started never are.
+    fn drain(&mut self, speed: Speed, code: u8, now: Ns, out: &mut Vec<Action>) {
+        let stage = Stage::Draining { close_at: now.saturating_add(QUEUE_TIME), is_open: true };
+        self.phase = Phase::Stopping(Stop { stage, speed, code, is_abandoned: false });
+        out.push(Action::SetPhase(MasterPhase::Draining));
+        let (clerk, workers): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.slots).into_iter().partition(|slot| slot.kind == Kind::Clerk);
+        self.slots = clerk;
+        self.leaving.extend(workers.into_iter().filter_map(|slot| slot.child));
+        let (signal, patience) = match speed {
+            Speed::Graceful => (Sig::Term, self.rules.graceful()),
+            Speed::Quick | Speed::Kill => (Sig::Quit, self.rules.quick()),
+        };
+        for child in &mut self.leaving {
+            child.tell(signal, now.saturating_add(patience), out);
+        }
+    }
+
+    fn hasten(&mut self, speed: Speed, now: Ns, out: &mut Vec<Action>) {
+        let Phase::Stopping(stop) = &mut self.phase else { return };
+        stop.speed = speed;
+        if matches!(stop.stage, Stage::Settling { .. }) {
+            let code = stop.code;
+            self.drain(speed, code, now, out);
+            return;
+        }
+        let patience = match speed {
+            Speed::Graceful | Speed::Quick => self.rules.quick(),
+            Speed::Kill => 0,
+        };
+        for child in &mut self.leaving {
+            child.tell(Sig::Quit, now.saturating_add(patience), out);
+        }
+    }
+
+    /// Connects are refused once the workers have taken what was queued, or the time for that is over.
+    fn close_listeners(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let queue = self.queue;
+        let has_taken = self.leaving.iter().all(|child| child.took_queue);
+        let is_empty = self.leaving.is_empty();
+        let Phase::Stopping(Stop { stage: Stage::Draining { close_at, is_open }, .. }) = &mut self.phase else {
+            return;
+        };
+        if *is_open && (is_empty || (has_taken && queue == 0) || *close_at <= now) {
+            *is_open = false;
+            out.push(Action::CloseListeners);
+        }
+    }
+
+    /// When the last worker is gone it is the clerk's turn.
+    fn finish_workers(&mut self, now: Ns, out: &mut Vec<Action>) {
+        if !self.leaving.is_empty() {
+            return;
+        }
+        let last = self.rules.last();
+        let Phase::Stopping(stop) = &mut self.phase else { return };
+        if !matches!(stop.stage, Stage::Draining { .. }) {
+            return;
+        }
+        stop.stage = Stage::Clerk;
+        for mut child in std::mem::take(&mut self.slots).into_iter().filter_map(|slot| slot.child) {
+            child.tell(Sig::Term, now.saturating_add(last), out);
+            self.leaving.push(child);
+        }
+    }
+
+    fn finish(&mut self, out: &mut Vec<Action>) {
+        let Phase::Stopping(Stop { stage: Stage::Clerk, code, .. }) = &self.phase else { return };
+        if !self.leaving.is_empty() {
+            return;
+        }
+        let code = *code;
+        self.phase = Phase::Ended;
+        if self.orphans_kill_at.take().is_some() {
+            out.push(Action::KillOrphans);
+        }
+        out.push(Action::SetPhase(MasterPhase::Stopped));
+        out.push(Action::Exit(code));
+    }
+}
+
+impl Child {
+    /// Tells it to end; never gives it more time than it had.
+    fn tell(&mut self, signal: Sig, kill_at: Ns, out: &mut Vec<Action>) {
+        self.ending.get_or_insert(Initiator::Operator);
+        self.kill_at = Some(self.kill_at.map_or(kill_at, |before| before.min(kill_at)));
+        if !self.is_killed {
+            out.push(Action::Send { epoch: self.epoch, signal });
+        }
+    }
+}

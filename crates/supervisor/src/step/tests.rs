@@ -1,0 +1,314 @@
+//! Single rules, each in a small life of its own.
+
+use evergate_core::exit::{Initiator, Status};
+use evergate_core::plan::Plan;
+
+use super::{Action, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, step};
+
+const T0: Ns = 100 * SECOND;
+
+fn rules() -> Rules {
+    Rules {
+        workers_min: 2,
+        workers_max: 3,
+        boot_timeout: 30 * SECOND,
+        hang_timeout: 10 * SECOND,
+        settle: 0,
+        drain: 20 * SECOND,
+        cancel: SECOND,
+        cleanup: 3 * SECOND,
+    }
+}
+
+/// A master whose clerk (1) and workers (2, 3) are ready.
+fn serving(rules: Rules) -> State {
+    let mut state = State::new(rules, 8, false, 1, T0);
+    step(&mut state, Event::Start, T0);
+    let actions = beat(&mut state, &[1, 2, 3], T0 + MS);
+    assert!(actions.contains(&Action::Announce));
+    state
+}
+
+fn beat(state: &mut State, epochs: &[u32], now: Ns) -> Vec<Action> {
+    let seen = |epoch: &u32| Seen { epoch: *epoch, is_ready: true, beat: now, took_queue: false };
+    step(state, Event::Seen { children: epochs.iter().map(seen).collect(), queue: 0 }, now)
+}
+
+fn die(state: &mut State, epoch: u32, status: Status, now: Ns) -> Vec<Action> {
+    step(state, Event::Exited { epoch, status }, now)
+}
+
+fn initiator(actions: &[Action]) -> Option<Initiator> {
+    actions.iter().find_map(|action| match action {
+        Action::Bury { initiator, .. } => Some(*initiator),
+        _ => None,
+    })
+}
+
+fn spawned(actions: &[Action]) -> Vec<(u32, u32)> {
+    let births = actions.iter().filter_map(|action| match action {
+        Action::Spawn(birth) => Some((birth.epoch, birth.row)),
+        _ => None,
+    });
+    births.collect()
+}
+
+fn signals(actions: &[Action]) -> Vec<(u32, Sig)> {
+    let sent = actions.iter().filter_map(|action| match action {
+        Action::Send { epoch, signal } => Some((*epoch, *signal)),
+        _ => None,
+    });
+    sent.collect()
+}
+
+fn exit(actions: &[Action]) -> Option<u8> {
+    actions.iter().find_map(|action| match action {
+        Action::Exit(code) => Some(*code),
+        _ => None,
+    })
+}
+
+const KILLED: Status = Status::Signal { number: 9, core: false };
+
+#[test]
+fn a_killed_worker_is_buried_and_replaced_at_once_in_its_row() {
+    let mut state = serving(rules());
+    let actions = die(&mut state, 2, KILLED, T0 + SECOND);
+    assert!(matches!(actions[0], Action::Bury { epoch: 2, initiator: Initiator::Unknown }));
+    assert_eq!(spawned(&actions), [(4, 1)]);
+}
+
+#[test]
+fn the_initiator_is_what_the_facts_allow() {
+    for (status, expected) in [
+        (KILLED, Initiator::Unknown),
+        (Status::Signal { number: 15, core: false }, Initiator::Unknown),
+        (Status::Signal { number: 11, core: true }, Initiator::Crash),
+        (Status::Signal { number: 6, core: false }, Initiator::Crash),
+        (Status::Code(70), Initiator::Crash),
+        (Status::Code(0), Initiator::Unknown),
+    ] {
+        let actions = die(&mut serving(rules()), 3, status, T0 + SECOND);
+        assert_eq!(initiator(&actions), Some(expected), "{status:?}");
+    }
+    // The replacement was not ready yet.
+    let mut state = serving(rules());
+    die(&mut state, 3, KILLED, T0 + SECOND);
+    assert_eq!(initiator(&die(&mut state, 4, KILLED, T0 + SECOND)), Some(Initiator::Boot));
+    // Told to stop, it does; but a mistake of its own stays one.
+    for (status, expected) in [(Status::Code(0), Initiator::Operator), (KILLED, Initiator::Operator)] {
+        let mut state = serving(rules());
+        step(&mut state, Event::Order(Order::Term), T0 + SECOND);
+        assert_eq!(initiator(&die(&mut state, 2, status, T0 + SECOND)), Some(expected));
+        let crash = Status::Signal { number: 11, core: true };
+        assert_eq!(initiator(&die(&mut state, 3, crash, T0 + SECOND)), Some(Initiator::Crash));
+    }
+}
+
+#[test]
+fn a_crash_loop_slows_down_is_shown_and_forgiven() {
+    let mut state = serving(rules());
+    let mut now = T0 + SECOND;
+    let (mut epoch, mut pauses, mut degraded) = (2, Vec::new(), 0);
+    for _ in 0..12 {
+        let died = now;
+        let mut actions = die(&mut state, epoch, Status::Code(1), now);
+        while spawned(&actions).is_empty() {
+            now = state.due();
+            actions.extend(beat(&mut state, &[1, 3], now));
+        }
+        degraded += actions.iter().filter(|action| **action == Action::SetDegraded(1)).count();
+        pauses.push((now - died) / MS);
+        epoch = spawned(&actions)[0].0;
+        beat(&mut state, &[1, 3, epoch], now);
+    }
+    assert_eq!((pauses[0], degraded), (0, 1));
+    for (at, pause) in pauses.iter().enumerate().skip(1) {
+        let base = (100 << (at - 1)).min(10_000);
+        assert!((base * 80 / 100..=base * 120 / 100).contains(pause), "{pauses:?}");
+    }
+    let mut forgiven = false;
+    for _ in 0..70 {
+        now = state.due();
+        forgiven |= beat(&mut state, &[1, 3, epoch], now).contains(&Action::SetDegraded(0));
+    }
+    assert!(forgiven);
+    assert_eq!(spawned(&die(&mut state, epoch, Status::Code(1), now)).len(), 1, "at once again");
+}
+
+#[test]
+fn a_start_fails_with_the_childs_own_code() {
+    for (status, code) in
+        [(Status::Code(78), 78), (Status::Code(71), 71), (Status::Code(3), 70), (Status::Code(0), 70), (KILLED, 70)]
+    {
+        let mut state = State::new(rules(), 8, false, 1, T0);
+        step(&mut state, Event::Start, T0);
+        let actions = die(&mut state, 3, status, T0 + MS);
+        assert_eq!(initiator(&actions), Some(Initiator::Boot));
+        assert_eq!(signals(&actions), [(2, Sig::Quit)]);
+        assert_eq!(signals(&die(&mut state, 2, Status::Code(0), T0 + 2 * MS)), [(1, Sig::Term)]);
+        assert_eq!(exit(&die(&mut state, 1, Status::Code(0), T0 + 3 * MS)), Some(code));
+    }
+}
+
+#[test]
+fn a_child_that_is_not_ready_in_time_is_killed() {
+    let mut state = serving(rules());
+    die(&mut state, 2, KILLED, T0 + SECOND);
+    let mut now = T0 + SECOND;
+    let mut sent = Vec::new();
+    while sent.is_empty() {
+        now = state.due();
+        sent = signals(&beat(&mut state, &[1, 3], now));
+    }
+    assert_eq!(sent, [(4, Sig::Kill)]);
+    assert!((now - T0) / SECOND == 31, "{}", now - T0);
+    assert_eq!(initiator(&die(&mut state, 4, KILLED, now)), Some(Initiator::Boot));
+}
+
+#[test]
+fn a_child_that_stops_beating_is_aborted_then_killed() {
+    let mut state = serving(rules());
+    let last = T0 + MS;
+    let frozen = |now: Ns| {
+        let seen = |epoch, beat| Seen { epoch, is_ready: true, beat, took_queue: false };
+        Event::Seen { children: vec![seen(1, now), seen(2, last), seen(3, now)], queue: 0 }
+    };
+    let mut now;
+    let mut sent = Vec::new();
+    loop {
+        now = state.due();
+        for signal in signals(&step(&mut state, frozen(now), now)) {
+            sent.push((signal, (now - last) / SECOND));
+        }
+        if sent.len() == 2 {
+            break;
+        }
+    }
+    assert_eq!(sent, [((2, Sig::Abort), 10), ((2, Sig::Kill), 11)]);
+    assert_eq!(initiator(&die(&mut state, 2, KILLED, now)), Some(Initiator::Hang));
+}
+
+#[test]
+fn h7_a_machine_that_stood_still_blames_nobody() {
+    let mut state = serving(rules());
+    let stale = |state: &mut State, now: Ns| {
+        let seen = |epoch| Seen { epoch, is_ready: true, beat: T0 + MS, took_queue: false };
+        step(state, Event::Seen { children: [1, 2, 3].map(seen).to_vec(), queue: 0 }, now)
+    };
+    assert!(signals(&stale(&mut state, T0 + 3600 * SECOND)).is_empty());
+    // Who still does not beat after that is hung.
+    let mut now = T0 + 3600 * SECOND;
+    while now < T0 + 3611 * SECOND {
+        now = state.due();
+        if !signals(&stale(&mut state, now)).is_empty() {
+            assert!(now > T0 + 3610 * SECOND);
+            return;
+        }
+    }
+    panic!("never");
+}
+
+#[test]
+fn a_second_term_hastens_and_a_third_kills() {
+    let mut state = serving(rules());
+    let term = |state: &mut State, now| step(state, Event::Order(Order::Term), now);
+    assert_eq!(signals(&term(&mut state, T0 + SECOND)), [(2, Sig::Term), (3, Sig::Term)]);
+    // `evergate stop` said again is no impatience.
+    assert!(signals(&step(&mut state, Event::Order(Order::Stop), T0 + SECOND)).is_empty());
+    assert_eq!(signals(&term(&mut state, T0 + SECOND)), [(2, Sig::Quit), (3, Sig::Quit)]);
+    let third = signals(&term(&mut state, T0 + SECOND));
+    assert!(third.contains(&(2, Sig::Kill)) && third.contains(&(3, Sig::Kill)), "{third:?}");
+    for epoch in [2, 3] {
+        die(&mut state, epoch, KILLED, T0 + SECOND);
+    }
+    assert_eq!(exit(&die(&mut state, 1, Status::Code(0), T0 + SECOND)), Some(75), "force was needed");
+}
+
+#[test]
+fn connects_are_refused_once_the_queue_is_taken() {
+    let mut state = serving(rules());
+    let take = |state: &mut State, took: [bool; 2], queue, now| {
+        let seen = |epoch, took_queue| Seen { epoch, is_ready: true, beat: now, took_queue };
+        let children = vec![seen(1, false), seen(2, took[0]), seen(3, took[1])];
+        step(state, Event::Seen { children, queue }, now).contains(&Action::CloseListeners)
+    };
+    let now = T0 + SECOND;
+    assert!(!step(&mut state, Event::Order(Order::Term), now).contains(&Action::CloseListeners));
+    assert!(!take(&mut state, [true, false], 0, now + 10 * MS));
+    assert!(!take(&mut state, [true, true], 1, now + 20 * MS));
+    assert!(take(&mut state, [true, true], 0, now + 30 * MS));
+    assert!(!take(&mut state, [true, true], 0, now + 40 * MS), "once");
+    // A worker that does not answer delays it by half a second and no more.
+    let mut state = serving(rules());
+    step(&mut state, Event::Order(Order::Term), now);
+    assert!(!take(&mut state, [true, false], 0, now + 499 * MS));
+    assert!(take(&mut state, [true, false], 0, now + 500 * MS));
+}
+
+#[test]
+fn settling_goes_on_serving() {
+    let mut state = serving(Rules { settle: 5 * SECOND, ..rules() });
+    let now = T0 + SECOND;
+    assert!(signals(&step(&mut state, Event::Order(Order::Term), now)).is_empty());
+    assert_eq!(spawned(&die(&mut state, 2, KILLED, now + SECOND)).len(), 1, "replaced while settling");
+    assert!(signals(&beat(&mut state, &[1, 3, 4], now + 2 * SECOND)).is_empty());
+    assert_eq!(signals(&beat(&mut state, &[1, 3, 4], now + 5 * SECOND)).len(), 2);
+}
+
+#[test]
+fn workers_are_added_and_taken_within_bounds() {
+    let mut state = serving(rules());
+    let order = |state: &mut State, order| step(state, Event::Order(order), T0 + SECOND);
+    assert_eq!(spawned(&order(&mut state, Order::More)), [(4, 3)]);
+    assert!(spawned(&order(&mut state, Order::More)).is_empty(), "three is the most");
+    // The one that is not ready yet goes first.
+    assert_eq!(signals(&order(&mut state, Order::Fewer)), [(4, Sig::Term)]);
+    assert!(signals(&order(&mut state, Order::Fewer)).is_empty(), "two is the fewest");
+    // Its row is its own until it is buried.
+    assert_eq!(spawned(&order(&mut state, Order::More)), [(5, 4)]);
+    let actions = die(&mut state, 4, Status::Code(0), T0 + 2 * SECOND);
+    assert_eq!(initiator(&actions), Some(Initiator::ScaleDown));
+    assert!(spawned(&actions).is_empty());
+    beat(&mut state, &[1, 2, 3, 5], T0 + 2 * SECOND);
+    assert_eq!(signals(&order(&mut state, Order::Fewer)), [(2, Sig::Term)], "the oldest");
+}
+
+#[test]
+fn a_failed_spawn_is_tried_again_and_never_at_once() {
+    let mut state = serving(rules());
+    die(&mut state, 2, KILLED, T0 + SECOND);
+    let failed = Event::SpawnFailed { epoch: 4, why: "no memory".into() };
+    let actions = step(&mut state, failed, T0 + SECOND);
+    assert!(spawned(&actions).is_empty());
+    let mut now = T0 + SECOND;
+    let mut births = Vec::new();
+    while births.is_empty() {
+        now = state.due();
+        births = spawned(&beat(&mut state, &[1, 3], now));
+    }
+    assert!(now - T0 - SECOND >= 80 * MS);
+    assert_eq!(births, [(5, 1)]);
+}
+
+#[test]
+fn orphans_are_killed_when_their_time_is_over() {
+    let mut state = State::new(rules(), 8, true, 1, T0);
+    step(&mut state, Event::Start, T0);
+    let mut now = T0;
+    loop {
+        now = state.due().max(now);
+        if beat(&mut state, &[1, 2, 3], now).contains(&Action::KillOrphans) {
+            assert_eq!(now - T0, 24 * SECOND);
+            return;
+        }
+        assert!(now < T0 + 60 * SECOND);
+    }
+}
+
+#[test]
+fn rules_come_from_the_plan() {
+    let plan = Plan::parse("evergate-plan=1\nlisten=127.0.0.1:0\nworkers_min=1\nworkers_max=4\nslots=1\ndrain_ms=7\n");
+    let rules = Rules::of_plan(&plan.unwrap());
+    assert_eq!((rules.workers_min, rules.workers_max, rules.drain), (1, 4, 7 * MS));
+}

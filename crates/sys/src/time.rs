@@ -1,0 +1,33 @@
+//! The two clocks.
+
+use rustix::time::{ClockId, Timespec, clock_gettime};
+
+/// Nanoseconds of `CLOCK_MONOTONIC`: the same count in every process of the machine, standing still in suspend.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    nanos(clock_gettime(ClockId::Monotonic))
+}
+
+/// Milliseconds since the Unix epoch.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    nanos(clock_gettime(ClockId::Realtime)) / 1_000_000
+}
+
+fn nanos(time: Timespec) -> u64 {
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let nanos = u64::try_from(time.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn monotonic_clock_does_not_go_back() {
+        let first = monotonic_ns();
+        assert!(first > 0 && monotonic_ns() >= first);
+        assert!(unix_ms() > 1_600_000_000_000);
+    }
+}

@@ -1,0 +1,134 @@
+//! Reading server-sent events with the moment each came in.
+
+use std::time::Instant;
+
+use serde_json::Value;
+
+/// One event, or one group of comment lines.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// When its last byte was there.
+    pub at: Instant,
+    /// The `event` field.
+    pub name: Option<String>,
+    /// The `data` lines, joined with line feeds.
+    pub data: String,
+    /// Whether it held comments only.
+    pub is_comment: bool,
+    /// All its bytes, the blank line included.
+    pub raw: Vec<u8>,
+}
+
+impl Event {
+    /// Whether it is `[DONE]`.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.data.trim() == "[DONE]"
+    }
+
+    /// Its data as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.data).unwrap_or_else(|error| panic!("{error} in {:?}", self.data))
+    }
+
+    /// `choices[0].delta.content` or `choices[0].text`, empty if there is none.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Ok(value) = serde_json::from_str::<Value>(&self.data) else { return String::new() };
+        let choice = &value["choices"][0];
+        choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str()).unwrap_or_default().to_owned()
+    }
+
+    /// The error's code, if it is an error event.
+    #[must_use]
+    pub fn error_code(&self) -> Option<String> {
+        let value: Value = serde_json::from_str(&self.data).ok()?;
+        let error = value.get("error").filter(|error| !error.is_null())?;
+        Some(error["code"].as_str().unwrap_or_default().to_owned())
+    }
+}
+
+/// Collects bytes and gives the events they complete.
+#[derive(Debug, Default)]
+pub struct Reader {
+    rest: Vec<u8>,
+}
+
+impl Reader {
+    /// Takes bytes and returns the events that are whole now.
+    pub fn push(&mut self, bytes: &[u8], at: Instant) -> Vec<Event> {
+        self.rest.extend_from_slice(bytes);
+        let mut events = Vec::new();
+        let mut start = 0;
+        while let Some(length) = event_end(&self.rest[start..]) {
+            events.push(parse(&self.rest[start..start + length], at));
+            start += length;
+        }
+        self.rest.drain(..start);
+        events
+    }
+
+    /// Bytes of an event that is not whole.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        &self.rest
+    }
+}
+
+/// Text of all events together.
+#[must_use]
+pub fn text_of(events: &[Event]) -> String {
+    events.iter().map(Event::text).collect()
+}
+
+/// Where the first blank line ends; LF and CRLF only, which is what servers send.
+fn event_end(bytes: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    while let Some(length) = bytes[at..].iter().position(|&byte| byte == b'\n') {
+        let line = &bytes[at..at + length];
+        at += length + 1;
+        if line.is_empty() || line == b"\r" {
+            return Some(at);
+        }
+    }
+    None
+}
+
+fn parse(raw: &[u8], at: Instant) -> Event {
+    let text = String::from_utf8_lossy(raw);
+    let (mut name, mut data, mut is_comment) = (None, Vec::new(), true);
+    for line in text.lines().map(|line| line.trim_end_matches('\r')).filter(|line| !line.is_empty()) {
+        let (field, value) = line.split_once(':').unwrap_or((line, ""));
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        is_comment &= field.is_empty();
+        match field {
+            "event" => name = Some(value.to_owned()),
+            "data" => data.push(value.to_owned()),
+            _ => {}
+        }
+    }
+    Event { at, name, data: data.join("\n"), is_comment, raw: raw.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_the_same_however_the_bytes_are_cut() {
+        let stream = ": hi\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"é\"}}]}\r\n\r\nevent: x\ndata: 1\ndata:2\n\ndata: [DO";
+        for size in 1..=stream.len() {
+            let (mut reader, at) = (Reader::default(), Instant::now());
+            let events: Vec<Event> = stream.as_bytes().chunks(size).flat_map(|piece| reader.push(piece, at)).collect();
+            assert_eq!(events.len(), 3);
+            assert!(events[0].is_comment && !events[1].is_comment);
+            assert_eq!(text_of(&events), "é");
+            assert_eq!((events[2].name.as_deref(), events[2].data.as_str()), (Some("x"), "1\n2"));
+            assert_eq!(reader.rest(), b"data: [DO");
+        }
+    }
+}

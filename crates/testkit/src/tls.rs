@@ -1,0 +1,77 @@
+//! TLS for both ends of a test: a certificate made on the spot, and the two configurations that use it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+/// A self-signed certificate for `localhost` and `127.0.0.1` with its key. It is its own root.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Certificate, PEM.
+    pub cert_pem: String,
+    /// Private key, PKCS#8 PEM.
+    pub key_pem: String,
+    cert: CertificateDer<'static>,
+    key: Vec<u8>,
+}
+
+impl Identity {
+    /// Makes a new one.
+    #[must_use]
+    pub fn generate() -> Self {
+        Self::for_names(&["localhost", "127.0.0.1"])
+    }
+
+    /// Makes one for other names, such as a wrong one.
+    #[must_use]
+    pub fn for_names(names: &[&str]) -> Self {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        let made = rcgen::generate_simple_self_signed(names).expect("self-signed certificate");
+        Self {
+            cert_pem: made.cert.pem(),
+            key_pem: made.signing_key.serialize_pem(),
+            cert: made.cert.der().clone(),
+            key: made.signing_key.serialize_der(),
+        }
+    }
+
+    /// Writes `cert.pem` and `key.pem` into `folder` and returns their paths.
+    pub fn write_to(&self, folder: &Path) -> (PathBuf, PathBuf) {
+        let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+        std::fs::write(&cert, &self.cert_pem).expect("write cert.pem");
+        std::fs::write(&key, &self.key_pem).expect("write key.pem");
+        (cert, key)
+    }
+
+    /// The server's side, offering HTTP/1.1 only.
+    pub(crate) fn server_config(&self) -> Arc<ServerConfig> {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.clone()));
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .expect("TLS versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![self.cert.clone()], key)
+            .expect("own certificate");
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Arc::new(config)
+    }
+
+    /// The client's side, trusting this certificate only; `alpn` is what it offers.
+    pub fn client_config(&self, alpn: &[&str]) -> Arc<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.cert.clone()).expect("own certificate as root");
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .expect("TLS versions")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        Arc::new(config)
+    }
+}
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}

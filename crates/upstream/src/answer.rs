@@ -1,0 +1,84 @@
+//! The body of an answer, and the connection it arrives on.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use evergate_core::{Error, Fault};
+use http_body::Body;
+use hyper::body::Incoming;
+
+use crate::client::{Connection, Pool, drive};
+
+/// An answer's body. Read to its end, the connection goes back to the pool; dropped earlier, it is closed.
+pub struct AnswerBody {
+    body: Incoming,
+    connection: Option<Connection>,
+    pool: Arc<Pool>,
+}
+
+impl std::fmt::Debug for AnswerBody {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AnswerBody").field("body", &self.body).finish_non_exhaustive()
+    }
+}
+
+impl AnswerBody {
+    pub(crate) fn new(body: Incoming, connection: Connection, pool: Arc<Pool>) -> Self {
+        Self { body, connection: Some(connection), pool }
+    }
+
+    /// The next bytes; `None` at the end that the framing promised.
+    ///
+    /// # Errors
+    /// `upstream_disconnected` when the connection ends or breaks its framing before that.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        // The body is asked first, because its wish for data is what makes the connection read.
+        let mut is_driven = false;
+        loop {
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Pending if is_driven => return Poll::Pending,
+                Poll::Pending => {
+                    let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+                    drive(connection, cx);
+                    is_driven = true;
+                }
+                Poll::Ready(Some(Ok(frame))) => {
+                    // Trailers carry nothing that a client was promised.
+                    if let Ok(data) = frame.into_data()
+                        && !data.is_empty()
+                    {
+                        return Poll::Ready(Some(Ok(data)));
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    self.connection = None;
+                    let message = "the upstream's connection ended before its answer did";
+                    return Poll::Ready(Some(Err(Error::new(Fault::UpstreamDisconnected, message).detail(error))));
+                }
+                Poll::Ready(None) => {
+                    self.give_back(cx);
+                    return Poll::Ready(None);
+                }
+            }
+        }
+    }
+
+    /// The next bytes, as a future; cancel-safe, since nothing is taken before it is ready.
+    ///
+    /// # Errors
+    /// As `poll_data`.
+    pub async fn data(&mut self) -> Option<Result<Bytes, Error>> {
+        poll_fn(|cx| self.poll_data(cx)).await
+    }
+
+    fn give_back(&mut self, cx: &mut Context<'_>) {
+        if let Some(mut connection) = self.connection.take() {
+            // Lets the connection notice that the body is done, and whether it may be kept.
+            drive(&mut connection, cx);
+            self.pool.give(connection);
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! One upstream: its pool and its calls.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use evergate_core::config::BaseUrl;
+use evergate_core::deadline::Limit;
+use evergate_core::{Deadline, Error, Fault};
+use http::header::{AUTHORIZATION, CONTENT_ENCODING, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::{Method, Request, StatusCode};
+use http_body_util::Full;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+
+use crate::answer::AnswerBody;
+use crate::connect::connect;
+use crate::io::UpstreamIo;
+use crate::tls::Trust;
+
+/// What a client is made of.
+#[derive(Debug)]
+pub struct Settings {
+    /// The upstream's name, for messages.
+    pub name: String,
+    /// Where it is.
+    pub base_url: BaseUrl,
+    /// Value of `Authorization`, marked sensitive; none for an upstream without a credential.
+    pub authorization: Option<HeaderValue>,
+    /// What its certificate is checked against.
+    pub trust: Trust,
+    /// `timeouts.connect`.
+    pub connect: Duration,
+    /// `timeouts.upstream_idle`.
+    pub idle: Duration,
+    /// `limits.upstream_idle`.
+    pub idle_max: usize,
+}
+
+/// One call.
+#[derive(Debug)]
+pub struct Call {
+    /// Path below the base URL, such as `/chat/completions`.
+    pub path: &'static str,
+    /// Client headers that may travel on; everything else is built here.
+    pub headers: HeaderMap,
+    /// The JSON body.
+    pub body: Bytes,
+    /// The call's own end.
+    pub deadline: Deadline,
+    /// How long the response head may take once the request is written; none leaves it to `deadline`.
+    pub first_byte: Option<Duration>,
+}
+
+/// How far a call came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing reached the upstream: another target may be tried.
+    Connect,
+    /// The request was (or may have been) sent: it may have been billed.
+    Sent,
+}
+
+/// A call without an answer.
+#[derive(Debug)]
+pub struct Failure {
+    /// For the client and the records.
+    pub error: Error,
+    /// How far it came.
+    pub phase: Phase,
+}
+
+/// An answer's head, and its body to come.
+#[derive(Debug)]
+pub struct Answer {
+    /// The upstream's status, whatever it is.
+    pub status: StatusCode,
+    /// The upstream's headers.
+    pub headers: HeaderMap,
+    /// The rest.
+    pub body: AnswerBody,
+}
+
+type Driver = http1::Connection<TokioIo<UpstreamIo>, Full<Bytes>>;
+
+/// An open connection and the half that speaks on it.
+pub(crate) struct Connection {
+    pub(crate) sender: http1::SendRequest<Full<Bytes>>,
+    /// `None` once it has ended; polled only by who holds the connection.
+    pub(crate) driver: Option<Pin<Box<Driver>>>,
+    idle_since: Instant,
+}
+
+/// One upstream's connections and what every request to it carries.
+#[derive(Debug)]
+pub struct Client {
+    settings: Settings,
+    host: HeaderValue,
+    pool: Arc<Pool>,
+}
+
+/// Idle connections, last in first out, so that the spare ones grow old and go.
+pub(crate) struct Pool {
+    idle: Mutex<Vec<Connection>>,
+    idle_max: usize,
+    open: Arc<AtomicU32>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("open", &self.open).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+        // The list is whole between any two operations, so a panic elsewhere cannot have broken it.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes back a connection that is between two requests.
+    pub(crate) fn give(&self, mut connection: Connection) {
+        if connection.driver.is_some() {
+            connection.idle_since = Instant::now();
+            let mut idle = self.lock();
+            if idle.len() < self.idle_max {
+                idle.push(connection);
+            }
+        }
+    }
+}
+
+const AGENT: HeaderValue = HeaderValue::from_static(concat!("evergate/", env!("CARGO_PKG_VERSION")));
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+impl Client {
+    /// A client without open connections.
+    ///
+    /// # Errors
+    /// When the base URL's authority cannot be a `Host` header; configuration has ruled that out.
+    pub fn new(settings: Settings) -> Result<Self, String> {
+        let host = HeaderValue::from_str(&settings.base_url.authority)
+            .map_err(|_| format!("upstream {}: the base URL's host is not a header value", settings.name))?;
+        let pool = Arc::new(Pool {
+            idle: Mutex::new(Vec::new()),
+            idle_max: settings.idle_max,
+            open: Arc::new(AtomicU32::new(0)),
+        });
+        Ok(Self { settings, host, pool })
+    }
+
+    /// Open connections, busy and idle.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.pool.open.load(Ordering::Relaxed)
+    }
+
+    /// Closes idle connections that are older than the limit or that the upstream has closed.
+    pub async fn sweep(&self) {
+        let all = std::mem::take(&mut *self.pool.lock());
+        let mut kept = Vec::with_capacity(all.len());
+        for mut connection in all {
+            if connection.idle_since.elapsed() < self.settings.idle && is_usable(&mut connection).await {
+                kept.push(connection);
+            }
+        }
+        let mut idle = self.pool.lock();
+        // Connections given back meanwhile are younger: they stay on top.
+        kept.append(&mut idle);
+        *idle = kept;
+    }
+
+    /// Closes every idle connection.
+    pub fn close_idle(&self) {
+        self.pool.lock().clear();
+    }
+
+    /// Sends the call and waits for the answer's head. Dropping the future closes the connection.
+    ///
+    /// # Errors
+    /// `upstream_connect_failed`, `upstream_timeout` (connect), `first_token_timeout`, `deadline_exceeded`,
+    /// `upstream_disconnected`, `upstream_bad_response` (framing, a content encoding that was not asked for).
+    pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
+        let request = self.request(&call)?;
+        let name = &self.settings.name;
+        let sent = |error| Failure { error, phase: Phase::Sent };
+        let pooled = self.take().await;
+        let mut is_reused = pooled.is_some();
+        let mut connection = match pooled {
+            Some(connection) => connection,
+            None => self.open(call.deadline).await?,
+        };
+        let response = loop {
+            let until = match call.first_byte {
+                Some(limit) => call.deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
+                None => call.deadline,
+            };
+            let mut answering = std::pin::pin!(connection.sender.try_send_request(request.clone()));
+            let head = poll_fn(|cx| {
+                drive(&mut connection, cx);
+                answering.as_mut().poll(cx)
+            });
+            match tokio::time::timeout_at(until.at().into(), head).await {
+                Ok(Ok(response)) => break response,
+                // A pooled connection that closed under our hands, and the request is still ours: nothing was written.
+                Ok(Err(failed)) if is_reused && failed.message().is_some() => {
+                    connection = self.open(call.deadline).await?;
+                    is_reused = false;
+                }
+                Ok(Err(failed)) => return Err(sent(broken(name, failed.error()))),
+                Err(_) => return Err(sent(timed_out(name, until.limit()))),
+            }
+        };
+        let (head, body) = response.into_parts();
+        if head.headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+            let message = format!("the upstream \"{name}\" compressed its answer although it was not asked to");
+            return Err(sent(Error::new(Fault::UpstreamBadResponse, message)));
+        }
+        let body = AnswerBody::new(body, connection, Arc::clone(&self.pool));
+        Ok(Answer { status: head.status, headers: head.headers, body })
+    }
+
+    fn request(&self, call: &Call) -> Result<Request<Full<Bytes>>, Failure> {
+        let mut request = Request::new(Full::new(call.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = format!("{}{}", self.settings.base_url.path, call.path).parse().map_err(|_| Failure {
+            error: Error::new(Fault::Internal, "the upstream's base URL makes no request target"),
+            phase: Phase::Connect,
+        })?;
+        let headers = request.headers_mut();
+        headers.reserve(call.headers.len() + 4);
+        headers.insert(HOST, self.host.clone());
+        headers.insert(http::header::CONTENT_TYPE, JSON);
+        headers.insert(USER_AGENT, AGENT);
+        if let Some(authorization) = &self.settings.authorization {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        for (name, value) in &call.headers {
+            headers.append(HeaderName::clone(name), value.clone());
+        }
+        Ok(request)
+    }
+
+    async fn take(&self) -> Option<Connection> {
+        loop {
+            let mut connection = self.pool.lock().pop()?;
+            if connection.idle_since.elapsed() < self.settings.idle && is_usable(&mut connection).await {
+                return Some(connection);
+            }
+        }
+    }
+
+    async fn open(&self, deadline: Deadline) -> Result<Connection, Failure> {
+        let name = &self.settings.name;
+        let until = deadline.min(Deadline::new(Instant::now(), self.settings.connect, Limit::Connect));
+        let failed = |error| Failure { error, phase: Phase::Connect };
+        let opening = connect(&self.settings.base_url.transport, &self.settings.trust, &self.pool.open);
+        let io = match tokio::time::timeout_at(until.at().into(), opening).await {
+            Ok(Ok(io)) => io,
+            Ok(Err(error)) => {
+                let message = format!("no connection to the upstream \"{name}\" could be made");
+                return Err(failed(Error::new(Fault::UpstreamConnectFailed, message).detail(error)));
+            }
+            Err(_) => return Err(failed(timed_out(name, until.limit()))),
+        };
+        let (sender, driver) = http1::Builder::new()
+            .handshake(TokioIo::new(io))
+            .await
+            .map_err(|error| failed(broken(name, &error)))?;
+        Ok(Connection { sender, driver: Some(Box::pin(driver)), idle_since: Instant::now() })
+    }
+}
+
+/// Moves the connection forward; an end of it is seen by whoever waits for something from it.
+pub(crate) fn drive(connection: &mut Connection, cx: &mut std::task::Context<'_>) {
+    if let Some(driver) = &mut connection.driver
+        && driver.as_mut().poll(cx).is_ready()
+    {
+        connection.driver = None;
+    }
+}
+
+/// Whether a request can be sent now; polls once, which is what notices that the upstream has closed.
+async fn is_usable(connection: &mut Connection) -> bool {
+    poll_fn(|cx| {
+        drive(connection, cx);
+        Poll::Ready(connection.driver.is_some() && connection.sender.is_ready())
+    })
+    .await
+}
+
+fn timed_out(name: &str, limit: Limit) -> Error {
+    let fault = match limit {
+        Limit::FirstToken => Fault::FirstTokenTimeout,
+        Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
+        Limit::Connect | Limit::Idle => Fault::UpstreamTimeout,
+    };
+    Error::new(fault, format!("the upstream \"{name}\" did not answer within {}", limit.key()))
+}
+
+/// The error of a connection that failed after the request was handed to it.
+pub(crate) fn broken(name: &str, error: &hyper::Error) -> Error {
+    if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
+        Error::new(Fault::UpstreamBadResponse, format!("the upstream \"{name}\" sent an answer that is not HTTP"))
+            .detail(error)
+    } else {
+        Error::new(Fault::UpstreamDisconnected, format!("the upstream \"{name}\" closed the connection without an answer"))
+            .detail(error)
+    }
+}
