@@ -73,6 +73,8 @@ faults! {
     InvalidJson => 400 "invalid_request_error" "invalid_json" retry=false after=None, close=false Client;
     /// A field is missing or has a value that cannot be used.
     InvalidValue => 400 "invalid_request_error" "invalid_value" retry=false after=None, close=false Client;
+    /// The upstream refuses the request with a 4xx of its own, which is passed on.
+    UpstreamRefused => 400 "invalid_request_error" "upstream_refused" retry=false after=None, close=false Client;
     /// No key, or a wrong one.
     InvalidApiKey => 401 "invalid_request_error" "invalid_api_key" retry=false after=None, close=false Client;
     /// A web page's origin, or a host name that is not ours, while auth is off.
@@ -137,13 +139,25 @@ pub struct Error {
     pub detail: Option<String>,
     /// Another status than the table's, only for an upstream's own 4xx that is passed on.
     pub status: Option<u16>,
+    /// Another `code` than the table's, only for an upstream's own 4xx that is passed on.
+    pub code: Option<String>,
+    /// Seconds that the upstream asked to wait.
+    pub retry_after_s: Option<u32>,
 }
 
 impl Error {
     /// An error with its message and nothing else.
     #[must_use]
     pub fn new(fault: Fault, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { fault, message: message.into(), param: None, detail: None, status: None }
+        Self {
+            fault,
+            message: message.into(),
+            param: None,
+            detail: None,
+            status: None,
+            code: None,
+            retry_after_s: None,
+        }
     }
 
     /// Names the request field that is at fault.
@@ -181,7 +195,7 @@ impl Error {
             None => out.push_str("null"),
         }
         out.push_str(",\"code\":");
-        write_string(&mut out, row.code);
+        write_string(&mut out, self.code.as_deref().unwrap_or(row.code));
         out.push_str("}}");
         out
     }

@@ -173,8 +173,16 @@ impl ExitRecord {
         let _ = write!(
             out,
             "{{\"at_ms\":{},\"kind\":\"{}\",\"pid\":{},\"slot\":{},\"epoch\":{},\"generation\":{},\"code\":{},\"signal\":{},\"core\":{core},\"initiator\":\"{}\",\"age_ms\":{},\"last_beat_ms\":{},\"phase\":",
-            self.at_ms, self.kind.name(), self.pid, self.slot, self.epoch, self.generation,
-            number(code.map(u64::from)), number(signal.map(u64::from)), self.initiator.name(), self.age_ms,
+            self.at_ms,
+            self.kind.name(),
+            self.pid,
+            self.slot,
+            self.epoch,
+            self.generation,
+            number(code.map(u64::from)),
+            number(signal.map(u64::from)),
+            self.initiator.name(),
+            self.age_ms,
             number(self.last_beat_ms),
         );
         write_string(&mut out, &self.phase);

@@ -101,14 +101,7 @@ impl Access<'_> {
         out.push_str("}\n");
         if out.len() - start > LINE_BYTES_MAX {
             // Eight fields of 256 control characters each; keep the fact and drop the words.
-            let lean = Access {
-                client_id: "",
-                tenant: "",
-                model: "",
-                backend: "",
-                detail: "",
-                ..self.clone()
-            };
+            let lean = Access { client_id: "", tenant: "", model: "", backend: "", detail: "", ..self.clone() };
             out.truncate(start);
             lean.write_line(out);
         }

@@ -267,10 +267,8 @@ impl Client {
             }
             Err(_) => return Err(failed(timed_out(name, until.limit()))),
         };
-        let (sender, driver) = http1::Builder::new()
-            .handshake(TokioIo::new(io))
-            .await
-            .map_err(|error| failed(broken(name, &error)))?;
+        let (sender, driver) =
+            http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(|error| failed(broken(name, &error)))?;
         Ok(Connection { sender, driver: Some(Box::pin(driver)), idle_since: Instant::now() })
     }
 }
@@ -308,7 +306,10 @@ pub(crate) fn broken(name: &str, error: &hyper::Error) -> Error {
         Error::new(Fault::UpstreamBadResponse, format!("the upstream \"{name}\" sent an answer that is not HTTP"))
             .detail(error)
     } else {
-        Error::new(Fault::UpstreamDisconnected, format!("the upstream \"{name}\" closed the connection without an answer"))
-            .detail(error)
+        Error::new(
+            Fault::UpstreamDisconnected,
+            format!("the upstream \"{name}\" closed the connection without an answer"),
+        )
+        .detail(error)
     }
 }

@@ -62,6 +62,7 @@ pub struct Shared {
     is_refused: AtomicBool,
     /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
     finishing: Mutex<Vec<Pass>>,
+    has_finishing: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -79,6 +80,7 @@ impl Shared {
     /// Keeps a request's pass until its last byte is the kernel's.
     pub fn finish(&self, pass: Pass) {
         lock(&self.finishing).push(pass);
+        self.has_finishing.store(true, Ordering::Relaxed);
     }
 
     fn refuse(&self, error: Error) {
@@ -302,30 +304,28 @@ impl ClientIo {
         Ok(true)
     }
 
+    /// Reads body bytes straight into the library's buffer, never past the body's end.
     fn poll_body(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, left: u64) -> Poll<io::Result<()>> {
         let room = usize::try_from(left).unwrap_or(usize::MAX).min(out.remaining());
-        let mut part = out.take(room);
-        let start = part.filled().len();
+        let mut part = ReadBuf::new(out.initialize_unfilled_to(room));
         ready!(self.stream.poll_read(cx, &mut part))?;
-        let filled = part.filled().len() - start;
-        let fresh = part.initialized().len();
-        // `take` gives a view on the same memory, so what the socket wrote is there; only the cursor has to follow.
-        let done = Self::advance(out, filled, fresh);
-        self.reading = match left - done as u64 {
-            0 if done > 0 => Reading::Head,
+        let read = part.filled().len();
+        out.advance(read);
+        self.reading = match left - read as u64 {
+            0 => Reading::Head,
             left => Reading::Body(left),
         };
         Poll::Ready(Ok(()))
     }
 
-    fn advance(out: &mut ReadBuf<'_>, filled: usize, _initialized: usize) -> usize {
-        let start = out.filled().len();
-        let end = start + filled;
-        if out.initialized().len() < end {
-            out.initialize_unfilled_to(filled);
+    fn deliver(&mut self, out: &mut ReadBuf<'_>) {
+        let room = self.ready.len().min(out.remaining());
+        out.put_slice(self.ready.get(..room).unwrap_or_default());
+        self.ready.advance(room);
+        if self.ready.is_empty() {
+            // Gives the memory back while a long answer is under way.
+            self.ready = Bytes::new();
         }
-        out.set_filled(end);
-        filled
     }
 }
 
@@ -333,4 +333,112 @@ enum Filled {
     Bytes,
     End,
     Refused,
+}
+
+impl AsyncRead for ClientIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if !this.ready.is_empty() {
+                this.deliver(out);
+                return Poll::Ready(Ok(()));
+            }
+            let has_more = match this.reading {
+                Reading::Opaque => return this.stream.poll_read(cx, out),
+                // The refusal's answer ends the connection; end of file here would end it before.
+                Reading::Refused => return Poll::Pending,
+                Reading::Head => this.judge_head(),
+                Reading::Body(left) if this.raw.is_empty() => return this.poll_body(cx, out, left),
+                Reading::Body(_) | Reading::Chunked(_) => this.judge_body()?,
+            };
+            if has_more {
+                continue;
+            }
+            match ready!(this.poll_fill(cx))? {
+                Filled::Bytes | Filled::Refused => {}
+                Filled::End => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.get_mut().stream.poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.stream.poll_flush(cx))?;
+        // Everything written so far is the kernel's now, so requests whose last byte was in it are over.
+        if this.shared.has_finishing.swap(false, Ordering::Relaxed) {
+            let finished = std::mem::take(&mut *lock(&this.shared.finishing));
+            finished.into_iter().for_each(Pass::complete);
+            this.active_at = Instant::now();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Says that nothing more comes, then reads on for a moment: closing a socket with unread bytes resets it, and the
+    /// reset would overtake the answer.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.linger.is_none() {
+            ready!(this.stream.poll_shutdown(cx))?;
+            if matches!(this.reading, Reading::Opaque) {
+                return Poll::Ready(Ok(()));
+            }
+            this.linger = Some((0, Box::pin(tokio::time::sleep(LINGER))));
+        }
+        let mut piece = [std::mem::MaybeUninit::uninit(); 4096];
+        while let Some((thrown_away, timer)) = &mut this.linger {
+            let mut buf = ReadBuf::uninit(&mut piece);
+            if timer.as_mut().poll(cx).is_ready() || *thrown_away > LINGER_BYTES_MAX {
+                break;
+            }
+            ready!(this.stream.poll_read(cx, &mut buf))?;
+            if buf.filled().is_empty() {
+                break;
+            }
+            *thrown_away += buf.filled().len();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+macro_rules! each {
+    ($self:ident, $stream:ident => $body:expr) => {
+        match $self {
+            Stream::Tcp($stream) => {
+                let $stream = Pin::new($stream);
+                $body
+            }
+            Stream::Tls($stream) => {
+                let $stream = Pin::new(&mut **$stream);
+                $body
+            }
+            Stream::Unix($stream) => {
+                let $stream = Pin::new($stream);
+                $body
+            }
+        }
+    };
+}
+
+impl Stream {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => stream.poll_read(cx, buf))
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, stream => stream.poll_write(cx, bytes))
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => stream.poll_shutdown(cx))
+    }
 }

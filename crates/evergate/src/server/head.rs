@@ -169,8 +169,9 @@ impl<'a> Fields<'a> {
         let Some(host) = self.host else {
             return if request.is_http_1_0 { Ok(()) } else { Err(refuse("the request has no Host field")) };
         };
-        let is_host_byte =
-            |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']' | b'%' | b'~');
+        let is_host_byte = |byte: &u8| {
+            byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']' | b'%' | b'~')
+        };
         if !host.iter().all(is_host_byte) {
             return Err(refuse("the Host field is not a host and port"));
         }
@@ -314,7 +315,10 @@ mod tests {
     fn good_heads_give_their_framing() {
         assert_eq!(judge("GET / HTTP/1.1\r\nhost: a\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("POST /x HTTP/1.1\r\nHost: a:1\r\nContent-Length: 12\r\n\r\n"), Ok(Framing::Length(12)));
-        assert_eq!(judge("POST /x HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: Chunked\r\n\r\n"), Ok(Framing::Chunked));
+        assert_eq!(
+            judge("POST /x HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: Chunked\r\n\r\n"),
+            Ok(Framing::Chunked)
+        );
         assert_eq!(judge("GET http://a/x HTTP/1.1\r\nHost: A\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("GET / HTTP/1.0\r\n\r\n"), Ok(Framing::Length(0)));
     }
@@ -387,7 +391,9 @@ mod tests {
 
     #[test]
     fn broken_chunks_are_refused() {
-        for bad in [&b"x\r\n"[..], b"\r\n", b"5\nhello", b"1\r\nab\r\n", b"fffffffffffffffff\r\n", b"0\r\n\n", b"-1\r\n"] {
+        for bad in
+            [&b"x\r\n"[..], b"\r\n", b"5\nhello", b"1\r\nab\r\n", b"fffffffffffffffff\r\n", b"0\r\n\n", b"-1\r\n"]
+        {
             assert!(Chunks::default().take(bad).is_err(), "{bad:?}");
         }
         let long = [b"1;".to_vec(), vec![b'x'; CHUNK_LINE_BYTES_MAX]].concat();

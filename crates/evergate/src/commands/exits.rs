@@ -1,0 +1,222 @@
+//! `evergate exits`: how the processes of this state folder ended, oldest first. Works without a running gateway.
+
+use std::io;
+use std::path::Path;
+
+use evergate_core::inherit::code;
+use evergate_supervisor::{EXITS_FILE, EXITS_OLD_FILE};
+use serde_json::Value;
+
+use super::{print, print_json};
+use crate::cli::Form;
+use crate::telemetry::status::{age_text, printable, table};
+
+/// Ids of lost requests shown in a row of the table; `--json` has them all.
+const IDS_SHOWN: usize = 3;
+
+/// Prints all records; returns the exit code, 1 when they cannot be read.
+#[must_use]
+pub fn run(state_dir: &Path, form: Form) -> u8 {
+    let records = match read(state_dir) {
+        Ok(records) => records,
+        Err(error) => {
+            eprintln!("evergate: cannot read the exit records in {}: {error}", state_dir.display());
+            return code::FAILED;
+        }
+    };
+    match form {
+        Form::Json => print_json(&records),
+        Form::Text if records.is_empty() => {
+            eprintln!("evergate: no exit records in {}", state_dir.display());
+            code::OK
+        }
+        Form::Text => print(&table(&HEAD, &records.iter().map(cells).collect::<Vec<_>>())),
+    }
+}
+
+/// The records of both files. Lines that are no records are left out with a word about it: a machine that lost its power
+/// leaves half of one.
+fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
+    let mut records = Vec::new();
+    for name in [EXITS_OLD_FILE, EXITS_FILE] {
+        let bytes = match std::fs::read(state_dir.join(name)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for (line, number) in bytes.split(|byte| *byte == b'\n').zip(1_u64..).filter(|(line, _)| !line.is_empty()) {
+            match serde_json::from_slice::<Value>(line) {
+                Ok(record) if record.is_object() => records.push(record),
+                _ => eprintln!("evergate: {name}:{number}: not a whole record, left out"),
+            }
+        }
+    }
+    Ok(records)
+}
+
+const HEAD: [&str; 9] = ["TIME", "CHILD", "PID", "ENDED", "INITIATOR", "AGE", "LOST", "IDS", "NOTE"];
+
+fn cells(record: &Value) -> Vec<String> {
+    let text = |key: &str| printable(record.get(key).and_then(Value::as_str).unwrap_or_default());
+    let number = |key: &str| record.get(key).and_then(Value::as_u64);
+    let shown = |key: &str| number(key).map_or_else(|| "-".to_owned(), |number| number.to_string());
+    let lost = record.get("lost").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let cells = vec![
+        number("at_ms").map_or_else(|| "-".to_owned(), utc),
+        format!("{} {}", text("kind"), shown("slot")),
+        shown("pid"),
+        how(record),
+        text("initiator"),
+        number("age_ms").map_or_else(|| "-".to_owned(), age_text),
+        lost.len().to_string(),
+        ids(lost),
+        text("note"),
+    ];
+    // An empty cell would move the ones after it for whoever splits at spaces.
+    cells.into_iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { cell }).collect()
+}
+
+fn ids(lost: &[Value]) -> String {
+    let id = |lost: &Value| lost.get("request_id").and_then(Value::as_str).map(printable);
+    let shown: Vec<String> = lost.iter().filter_map(id).take(IDS_SHOWN).collect();
+    let more = lost.len().saturating_sub(shown.len());
+    let tail = if more > 0 { format!(",+{more}") } else { String::new() };
+    format!("{}{tail}", shown.join(","))
+}
+
+/// `code 0`, `signal 9 (SIGKILL)`, or `unknown`.
+fn how(record: &Value) -> String {
+    let number = |key: &str| record.get(key).and_then(Value::as_u64);
+    match (number("code"), number("signal")) {
+        (Some(code), _) => format!("code {code}"),
+        (None, Some(signal)) => {
+            let core = record.get("core").and_then(Value::as_bool).unwrap_or(false);
+            format!("signal {signal} ({}){}", signal_name(signal), if core { ", core dumped" } else { "" })
+        }
+        (None, None) => "unknown".to_owned(),
+    }
+}
+
+/// Linux's names (signal(7)) of the signals that end a process; x86 and ARM number these alike.
+fn signal_name(number: u64) -> &'static str {
+    const NAMES: [(u64, &str); 17] = [
+        (1, "SIGHUP"),
+        (2, "SIGINT"),
+        (3, "SIGQUIT"),
+        (4, "SIGILL"),
+        (5, "SIGTRAP"),
+        (6, "SIGABRT"),
+        (7, "SIGBUS"),
+        (8, "SIGFPE"),
+        (9, "SIGKILL"),
+        (10, "SIGUSR1"),
+        (11, "SIGSEGV"),
+        (12, "SIGUSR2"),
+        (13, "SIGPIPE"),
+        (14, "SIGALRM"),
+        (15, "SIGTERM"),
+        (24, "SIGXCPU"),
+        (31, "SIGSYS"),
+    ];
+    NAMES.into_iter().find(|(known, _)| *known == number).map_or("other", |(_, name)| name)
+}
+
+/// Unix milliseconds as `2026-11-21T06:05:45.123Z`. The calendar is Howard Hinnant's `civil_from_days`
+/// (howardhinnant.github.io/date_algorithms.html), for days from 1970 on.
+fn utc(at_ms: u64) -> String {
+    let (days, rest) = (at_ms / 86_400_000, at_ms % 86_400_000);
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (seconds, ms) = (rest / 1_000, rest % 1_000);
+    let (hour, minute, second) = (seconds / 3_600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evergate_core::exit::{ExitRecord, Initiator, Kind, Lost, Status};
+
+    fn record(status: Status, lost: u32) -> String {
+        let lost_one = |number: u32| Lost {
+            request_id: format!("req_{number}"),
+            client_id: String::new(),
+            route: "/v1/x".into(),
+            model: String::new(),
+            phase: "wait".into(),
+            age_ms: 1,
+        };
+        let record = ExitRecord {
+            at_ms: 1_795_241_145_123,
+            kind: Kind::Worker,
+            pid: 77,
+            slot: 1,
+            epoch: 2,
+            generation: 1,
+            status,
+            initiator: Initiator::Unknown,
+            age_ms: 61_000,
+            last_beat_ms: None,
+            phase: "ready".into(),
+            rss_max_kib: 1,
+            cpu_ms: 1,
+            note: String::new(),
+            lost: (0..lost).map(lost_one).collect(),
+        };
+        record.to_json()
+    }
+
+    #[test]
+    fn both_files_are_read_in_order_and_a_broken_line_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(read(folder.path()).unwrap(), Vec::<Value>::new());
+        let killed = record(Status::Signal { number: 9, core: false }, 5);
+        let ended = record(Status::Code(0), 0);
+        std::fs::write(folder.path().join(EXITS_OLD_FILE), format!("{killed}\n")).unwrap();
+        let half = ended.get(..40).unwrap();
+        std::fs::write(folder.path().join(EXITS_FILE), format!("{ended}\n{half}")).unwrap();
+        let records = read(folder.path()).unwrap();
+        assert_eq!(records.len(), 2);
+        assert_eq!(
+            cells(&records[0]),
+            [
+                "2026-11-21T06:05:45.123Z",
+                "worker 1",
+                "77",
+                "signal 9 (SIGKILL)",
+                "unknown",
+                "1m01s",
+                "5",
+                "req_0,req_1,req_2,+2",
+                "-"
+            ]
+        );
+        assert_eq!(cells(&records[1])[3], "code 0");
+    }
+
+    #[test]
+    fn a_master_that_nobody_reaped_is_unknown() {
+        let value: Value = serde_json::from_str(&record(Status::Unknown, 0)).unwrap();
+        assert_eq!(how(&value), "unknown");
+    }
+
+    #[test]
+    fn times_are_utc() {
+        for (ms, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_400_000, "2000-02-29T00:00:00.000Z"),
+            (1_709_251_199_999, "2024-02-29T23:59:59.999Z"),
+            (1_709_251_200_000, "2024-03-01T00:00:00.000Z"),
+            (4_102_444_799_000, "2099-12-31T23:59:59.000Z"),
+        ] {
+            assert_eq!(utc(ms), text);
+        }
+        let _ = utc(u64::MAX);
+    }
+}

@@ -1,0 +1,46 @@
+//! What an operator calls. Data goes to standard output, talk to standard error.
+
+use std::io::Write;
+
+use evergate_core::inherit::code;
+use evergate_supervisor::client::ClientError;
+
+pub mod check;
+pub mod exits;
+pub mod state_dir;
+pub mod status;
+pub mod stop;
+
+/// Prints data. A reader that has seen enough (`| head`) is no failure; returns the exit code.
+fn print(text: &str) -> u8 {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("evergate: cannot write to standard output: {error}");
+            code::FAILED
+        }
+        _ => code::OK,
+    }
+}
+
+/// Prints a value as one line of JSON; returns the exit code.
+fn print_json(value: &impl serde::Serialize) -> u8 {
+    match serde_json::to_string(value) {
+        Ok(text) => print(&format!("{text}\n")),
+        Err(error) => {
+            eprintln!("evergate: cannot write this as JSON: {error}");
+            code::INTERNAL
+        }
+    }
+}
+
+/// Says why the master did not answer; returns the exit code.
+fn refuse(error: &ClientError, state_dir: &std::path::Path) -> u8 {
+    let folder = state_dir.display();
+    match error {
+        ClientError::NotRunning => eprintln!("evergate: no gateway runs with the state folder {folder}"),
+        ClientError::Io(source) => eprintln!("evergate: {error} with the state folder {folder}: {source}"),
+        ClientError::Refused(_) => eprintln!("evergate: {error}"),
+    }
+    code::FAILED
+}

@@ -1,0 +1,56 @@
+//! What belongs to one request and is passed along explicitly: its ids, its cancel token, its clock.
+
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context as Task, Waker};
+
+use evergate_core::cancel::CauseCell;
+use evergate_core::{Cause, Error};
+
+/// Cancels one request, with a cause. Whoever works for the request registers itself and looks at the cause whenever
+/// it is polled; dropping the work is what stops it.
+#[derive(Debug, Default)]
+pub struct Token {
+    cause: CauseCell,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Token {
+    /// Cancels, unless that has happened; wakes who is registered.
+    pub fn cancel(&self, cause: Cause) {
+        if self.cause.set(cause)
+            && let Some(waker) = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            waker.wake();
+        }
+    }
+
+    /// The cause, if it was cancelled.
+    #[must_use]
+    pub fn cause(&self) -> Option<Cause> {
+        self.cause.get()
+    }
+
+    /// Registers the task that is being polled and gives the cause, if there is one.
+    pub fn check(&self, task: &Task<'_>) -> Option<Cause> {
+        let mut waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *waker {
+            Some(known) => known.clone_from(task.waker()),
+            none => *none = Some(task.waker().clone()),
+        }
+        drop(waker);
+        // Read after registering: a cancel in between has woken the task or is seen here.
+        self.cause.get()
+    }
+}
+
+/// The error a client that is still there gets for a cancelled request.
+#[must_use]
+pub fn cancelled(cause: Cause) -> Error {
+    let message = match cause {
+        Cause::Draining => "the gateway is stopping and the time to finish (shutdown.drain) is over; try again",
+        Cause::DeadlinePassed => "the request's time is over",
+        Cause::ClientGone | Cause::LostRace => "the request was cancelled",
+        Cause::Operator => "an operator ended the request",
+    };
+    Error::new(cause.fault(), message)
+}

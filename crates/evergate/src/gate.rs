@@ -1,0 +1,458 @@
+//! The gate of a worker: admits requests, knows the live ones, and holds each of them until its last byte.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use evergate_board::{Board, ChildRow, InflightPhase, InflightRows, InflightStart, Ticket, monotonic_ns};
+use evergate_core::ids::RequestId;
+use evergate_core::json::Usage;
+use evergate_core::record::Access;
+use evergate_core::{Cause, Deadline, Error, Fault};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::context::Token;
+use crate::telemetry::access::AccessLog;
+use crate::telemetry::names::{self, End};
+
+/// A stream holds its place for long, so it weighs more than a unary request in the load that peers compare.
+const STREAM_WEIGHT: u32 = 2;
+
+/// How far a worker is on its way to the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Serving.
+    Serving,
+    /// No new connections; what is there may finish.
+    Draining,
+    /// Live requests are told to end.
+    Cancelling,
+}
+
+/// Admits requests and keeps them in view.
+#[derive(Debug)]
+pub struct Gate {
+    board: Board,
+    row: u32,
+    epoch: u32,
+    rows: InflightRows,
+    slots: Arc<Semaphore>,
+    waiting_max: u32,
+    waiting: AtomicU32,
+    seq: AtomicU32,
+    live: Mutex<HashMap<u32, Arc<Token>>>,
+    empty: Notify,
+    stage: watch::Sender<Stage>,
+    access: AccessLog,
+    load: AtomicU32,
+}
+
+/// What is known of a request when it arrives.
+#[derive(Clone, Debug, Default)]
+pub struct Arrival {
+    /// The client's well-formed request id, or empty.
+    pub client_id: String,
+    /// Name of the key it came with.
+    pub tenant: String,
+    /// Method.
+    pub method: &'static str,
+    /// Path as labelled.
+    pub route: &'static str,
+}
+
+impl Gate {
+    /// The gate of the child that owns `row`, with `slots` places and as many to wait in.
+    #[must_use]
+    pub fn new(board: Board, row: u32, epoch: u32, slots: u32, access: AccessLog) -> Arc<Self> {
+        let rows = board.inflight_rows(row);
+        Arc::new(Self {
+            board,
+            row,
+            epoch,
+            rows,
+            slots: Arc::new(Semaphore::new(slots as usize)),
+            waiting_max: slots,
+            waiting: AtomicU32::new(0),
+            seq: AtomicU32::new(0),
+            live: Mutex::default(),
+            empty: Notify::new(),
+            stage: watch::Sender::new(Stage::Serving),
+            access,
+            load: AtomicU32::new(0),
+        })
+    }
+
+    /// The board.
+    #[must_use]
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// The owner's row number.
+    #[must_use]
+    pub fn row(&self) -> u32 {
+        self.row
+    }
+
+    fn child(&self) -> Option<&ChildRow> {
+        self.board.child(self.row)
+    }
+
+    /// A new request's own id.
+    #[must_use]
+    pub fn next_id(&self) -> RequestId {
+        let seq = self.seq.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        RequestId { run: self.board.run_id(), epoch: self.epoch, seq }
+    }
+
+    /// Follows the stage.
+    #[must_use]
+    pub fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
+    /// Whether the worker is on its way out.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        *self.stage.borrow() != Stage::Serving
+    }
+
+    /// Goes to a later stage; never back.
+    pub fn enter(&self, stage: Stage) {
+        self.stage.send_if_modified(|now| {
+            let is_later = stage > *now;
+            if is_later {
+                *now = stage;
+            }
+            is_later
+        });
+        if stage == Stage::Cancelling {
+            for token in self.lock_live().values() {
+                token.cancel(Cause::Draining);
+            }
+        }
+    }
+
+    /// Live requests.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.lock_live().len()
+    }
+
+    /// Waits until no request is live.
+    pub async fn wait_empty(&self) {
+        loop {
+            let emptied = self.empty.notified();
+            if self.live() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Arc<Token>>> {
+        // Inserting and removing leave the map whole whatever happens between.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Admits a request, waiting for a place until its deadline.
+    ///
+    /// # Errors
+    /// `overloaded` when as many requests wait as there are places, or none was free in time.
+    pub async fn admit(
+        self: &Arc<Self>,
+        id: RequestId,
+        arrival: Arrival,
+        deadline: Deadline,
+        token: &Arc<Token>,
+    ) -> Result<Pass, Error> {
+        let full = || Error::new(Fault::Overloaded, "all places of this worker are taken (workers.slots); try again");
+        let permit = match Arc::clone(&self.slots).try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => {
+                let _waiting = Waiting::enter(self).ok_or_else(full)?;
+                tokio::time::timeout_at(deadline.at().into(), Arc::clone(&self.slots).acquire_owned())
+                    .await
+                    .ok()
+                    .and_then(Result::ok)
+                    .ok_or_else(full)?
+            }
+        };
+        let start = InflightStart {
+            seq: id.seq,
+            epoch: self.epoch,
+            client_id: &arrival.client_id,
+            route: self.board.label(arrival.route),
+            key: self.board.label(&arrival.tenant),
+            started_ns: monotonic_ns(),
+        };
+        let ticket = self.rows.admit(start).ok_or_else(full)?;
+        ticket.set_phase(InflightPhase::Route);
+        self.lock_live().insert(id.seq, Arc::clone(token));
+        if *self.stage.borrow() == Stage::Cancelling {
+            token.cancel(Cause::Draining);
+        }
+        let record = Record { started: Instant::now(), ..Record::new(id, arrival) };
+        let pass = Pass {
+            gate: Arc::clone(self),
+            ticket,
+            token: Arc::clone(token),
+            _permit: permit,
+            record: Box::new(record),
+            weight: 0,
+        };
+        Ok(pass.weigh(1))
+    }
+
+    /// Writes the record of a request that ended before it was admitted, or needed no admission.
+    pub fn record_unadmitted(
+        &self,
+        id: RequestId,
+        arrival: Arrival,
+        started: Instant,
+        (status, end): (u16, End),
+        error: Option<&Error>,
+    ) {
+        let mut record = Record { started, ..Record::new(id, arrival) };
+        record.end = Some((status, end));
+        record.detail = error.and_then(|error| error.detail.clone()).unwrap_or_default();
+        self.write(&record, 0);
+    }
+
+    fn write(&self, record: &Record, model_label: u16) {
+        let (status, end) = record.end.unwrap_or((499, End::ClientGone));
+        let Some(series) = self.board.series(self.row) else { return };
+        let upstream = self.board.label(&record.backend);
+        series.add(names::key(names::REQUESTS, model_label, upstream, names::status_and_end(status, end)), 1);
+        if let Some(ms) = record.first_token_ms {
+            series.add(names::key(names::FIRST_TOKEN_BUCKET, model_label, names::first_token_bucket(ms), 0), 1);
+            series.add(names::key(names::FIRST_TOKEN_SUM_US, model_label, 0, 0), (ms * 1000.0) as u64);
+        }
+        if let Some(usage) = record.usage {
+            let tenant = self.board.label(&record.arrival.tenant);
+            series.add(names::key(names::TOKENS_IN, model_label, tenant, 0), usage.tokens_in);
+            series.add(names::key(names::TOKENS_OUT, model_label, tenant, 0), usage.tokens_out);
+        }
+        let is_written = self.access.write(&Access {
+            at_ms: evergate_sys::unix_ms(),
+            request_id: &record.id.to_string(),
+            client_id: &record.arrival.client_id,
+            tenant: &record.arrival.tenant,
+            method: record.arrival.method,
+            route: record.arrival.route,
+            model: &record.model,
+            backend: &record.backend,
+            attempts: record.attempts,
+            status,
+            cause: end.name(),
+            is_stream: record.is_stream,
+            bytes_in: record.bytes_in,
+            bytes_out: record.bytes_out,
+            first_byte_ms: record.first_token_ms,
+            duration_ms: record.started.elapsed().as_secs_f64() * 1000.0,
+            tokens_in: record.usage.map(|usage| usage.tokens_in),
+            tokens_out: record.usage.map(|usage| usage.tokens_out),
+            detail: &record.detail,
+            pid: self.child().map_or(0, ChildRow::pid),
+        });
+        if !is_written {
+            series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
+        }
+    }
+
+    /// Counts open client connections on the board.
+    pub fn count_connections(&self, by: i32) {
+        if let Some(child) = self.child() {
+            child.set_connections(child.connections().wrapping_add_signed(by));
+        }
+    }
+
+    fn change_load(&self, by: i32) {
+        let load = self.load.fetch_add(by as u32, Ordering::Relaxed).wrapping_add(by as u32);
+        if let Some(child) = self.child() {
+            child.set_load(load);
+        }
+    }
+}
+
+struct Waiting<'a>(&'a Gate);
+
+impl<'a> Waiting<'a> {
+    fn enter(gate: &'a Gate) -> Option<Self> {
+        if gate.waiting.load(Ordering::Relaxed) >= gate.waiting_max {
+            return None;
+        }
+        let waiting = gate.waiting.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(child) = gate.child() {
+            child.set_waiting(waiting);
+        }
+        Some(Self(gate))
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let waiting = self.0.waiting.fetch_sub(1, Ordering::Relaxed) - 1;
+        if let Some(child) = self.0.child() {
+            child.set_waiting(waiting);
+        }
+    }
+}
+
+/// What the access record and the counters will say of a request.
+#[derive(Debug)]
+pub struct Record {
+    id: RequestId,
+    arrival: Arrival,
+    started: Instant,
+    /// Model as the client named it.
+    pub model: String,
+    /// Upstream that was called.
+    pub backend: String,
+    /// Calls made.
+    pub attempts: u32,
+    /// Whether it is a stream.
+    pub is_stream: bool,
+    /// Request body.
+    pub bytes_in: u64,
+    /// Response body.
+    pub bytes_out: u64,
+    /// Milliseconds from admission to the first piece of the answer.
+    pub first_token_ms: Option<f64>,
+    /// As the upstream reported it.
+    pub usage: Option<Usage>,
+    /// Our note on the cause.
+    pub detail: String,
+    model_label: u16,
+    end: Option<(u16, End)>,
+    is_complete: bool,
+}
+
+impl Record {
+    fn new(id: RequestId, arrival: Arrival) -> Self {
+        Self {
+            id,
+            arrival,
+            started: Instant::now(),
+            model: String::new(),
+            backend: String::new(),
+            attempts: 0,
+            is_stream: false,
+            bytes_in: 0,
+            bytes_out: 0,
+            first_token_ms: None,
+            usage: None,
+            detail: String::new(),
+            model_label: 0,
+            end: None,
+            is_complete: false,
+        }
+    }
+}
+
+/// A live request. Dropped before its end was set, it counts as left by its client; its record is written and its row
+/// on the board cleared when it goes.
+#[derive(Debug)]
+pub struct Pass {
+    gate: Arc<Gate>,
+    ticket: Ticket,
+    token: Arc<Token>,
+    _permit: OwnedSemaphorePermit,
+    /// For the access record.
+    pub record: Box<Record>,
+    weight: u32,
+}
+
+impl Pass {
+    fn weigh(mut self, weight: u32) -> Self {
+        self.gate.change_load(weight as i32 - self.weight as i32);
+        self.weight = weight;
+        self
+    }
+
+    /// Sets the phase on the board.
+    pub fn enter(&self, phase: InflightPhase) {
+        self.ticket.set_phase(phase);
+    }
+
+    /// Says which model it asks for: `name` as the client wrote it, `label` from the bounded set.
+    pub fn set_model(&mut self, name: &str, label: &str) {
+        self.record.model = name.to_owned();
+        self.record.model_label = self.gate.board.label(label);
+        self.ticket.set_model(self.record.model_label);
+    }
+
+    /// Says that it is a stream.
+    #[must_use]
+    pub fn into_stream(mut self) -> Self {
+        self.record.is_stream = true;
+        self.ticket.set_stream(true);
+        self.weigh(STREAM_WEIGHT)
+    }
+
+    /// Notes the arrival of the answer's first piece.
+    pub fn note_first_token(&mut self) {
+        if self.record.first_token_ms.is_none() {
+            self.record.first_token_ms = Some(self.record.started.elapsed().as_secs_f64() * 1000.0);
+        }
+    }
+
+    /// Sets how it ends, with the status that the client was sent. The first call counts.
+    pub fn set_end(&mut self, status: u16, end: End) {
+        if self.record.end.is_none() {
+            self.record.end = Some((status, end));
+        }
+    }
+
+    /// As `set_end`, for an error.
+    pub fn set_error(&mut self, status: u16, error: &Error) {
+        if let Some(detail) = &error.detail
+            && self.record.detail.is_empty()
+        {
+            self.record.detail.clone_from(detail);
+        }
+        self.set_end(status, End::Fault(error.fault));
+    }
+
+    /// Counts a caught panic on the owner's row.
+    pub fn count_panic(&self, count: fn(&Board, u32)) {
+        count(&self.gate.board, self.gate.row);
+    }
+
+    /// The last byte is the kernel's.
+    pub fn complete(mut self) {
+        self.ticket.set_phase(InflightPhase::Write);
+        self.record.is_complete = true;
+    }
+}
+
+impl Pass {
+    /// Why a request went before its last byte did.
+    fn early_end(&self) -> (u16, End) {
+        let fault = if std::thread::panicking() { Some(Fault::Internal) } else { self.token.cause().map(Cause::fault) };
+        match fault {
+            Some(fault) => (fault.row().status, End::Fault(fault)),
+            None => (499, End::ClientGone),
+        }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        if !self.record.is_complete && matches!(self.record.end, None | Some((_, End::Ok))) {
+            self.record.end = Some(self.early_end());
+        }
+        self.gate.change_load(-(self.weight as i32));
+        if let Some(child) = self.gate.child() {
+            child.set_requests(child.requests() + 1);
+        }
+        // The record first, then the row: a death in between shows the request twice rather than never.
+        self.gate.write(&self.record, self.record.model_label);
+        let mut live = self.gate.lock_live();
+        live.remove(&self.record.id.seq);
+        if live.is_empty() {
+            self.gate.empty.notify_waiters();
+        }
+    }
+}

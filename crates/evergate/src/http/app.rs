@@ -1,0 +1,97 @@
+//! What every request of a worker can reach: the configuration made ready.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use evergate_core::config::{Roots, Sealed, Upstream};
+use evergate_core::router::Router;
+use evergate_upstream::{Client, Settings, Trust};
+use http::HeaderValue;
+
+use super::auth::Door;
+use crate::gate::Gate;
+
+/// A worker's common ground.
+#[derive(Debug)]
+pub struct App {
+    /// The configuration and the values of its secrets.
+    pub sealed: Sealed,
+    /// Finds a model's place.
+    pub router: Router,
+    /// Clients by upstream name.
+    pub clients: BTreeMap<String, Arc<Client>>,
+    /// Who may come in.
+    pub door: Door,
+    /// Admits requests.
+    pub gate: Arc<Gate>,
+    /// Unix seconds of the process's start; `created` of models.
+    pub started_s: u64,
+}
+
+impl App {
+    /// Makes a configuration ready.
+    ///
+    /// # Errors
+    /// Says which part of it cannot be used.
+    pub fn new(sealed: Sealed, gate: Arc<Gate>) -> Result<Self, String> {
+        let mut clients = BTreeMap::new();
+        for (name, upstream) in &sealed.config.upstreams {
+            clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed)?));
+        }
+        Ok(Self {
+            router: Router::new(&sealed.config),
+            door: Door::new(&sealed)?,
+            clients,
+            gate,
+            started_s: evergate_sys::unix_ms() / 1000,
+            sealed,
+        })
+    }
+
+    /// Open connections to all upstreams.
+    #[must_use]
+    pub fn upstream_connections(&self) -> u32 {
+        self.clients.values().map(|client| client.connections()).sum()
+    }
+
+    /// Takes every secret out of a text that comes from outside.
+    #[must_use]
+    pub fn redact(&self, text: &str) -> String {
+        let mut text = text.to_owned();
+        for secret in self.sealed.secrets.values() {
+            // Shorter ones are words; the configuration warns about them.
+            if secret.len() >= 8 && text.contains(secret.as_str()) {
+                text = text.replace(secret.as_str(), "[redacted]");
+            }
+        }
+        text
+    }
+}
+
+fn client(name: &str, upstream: &Upstream, sealed: &Sealed) -> Result<Client, String> {
+    let authorization = match &upstream.api_key {
+        None => None,
+        Some(reference) => {
+            let secret =
+                sealed.secret(reference).ok_or_else(|| format!("the secret {reference} was not handed over"))?;
+            let mut value = HeaderValue::try_from(format!("Bearer {secret}"))
+                .map_err(|_| format!("the secret {reference} cannot be a header value"))?;
+            value.set_sensitive(true);
+            Some(value)
+        }
+    };
+    let pem = match &upstream.roots {
+        Roots::File(path) => sealed.files.get(path).cloned(),
+        Roots::Bundled | Roots::System => None,
+    };
+    let config = &sealed.config;
+    Client::new(Settings {
+        name: name.to_owned(),
+        base_url: upstream.base_url.clone(),
+        authorization,
+        trust: Trust::new(upstream.roots.clone(), pem),
+        connect: config.timeouts.connect,
+        idle: config.timeouts.upstream_idle,
+        idle_max: config.limits.upstream_idle as usize,
+    })
+}

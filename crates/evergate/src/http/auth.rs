@@ -1,0 +1,171 @@
+//! Who may come in: keys, or, while auth is off, only who is not a web page.
+
+use evergate_core::config::{Auth, Sealed};
+use evergate_core::{Error, Fault};
+use http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
+use http::request::Parts;
+use subtle::ConstantTimeEq;
+
+/// The rules of one worker.
+#[derive(Debug)]
+pub enum Door {
+    /// A key is needed: names and values.
+    Keys(Keys),
+    /// Anybody who reaches the listener, except by way of a browser: host names that are ours.
+    Open {
+        /// Besides loopback ones.
+        hosts: Vec<String>,
+    },
+}
+
+/// Known keys. They have no `Debug` form.
+pub struct Keys(Vec<(String, Vec<u8>)>);
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Keys({})", self.0.len())
+    }
+}
+
+impl Door {
+    /// The door that a configuration asks for.
+    ///
+    /// # Errors
+    /// When a key's value is missing.
+    pub fn new(sealed: &Sealed) -> Result<Self, String> {
+        let config = &sealed.config;
+        if config.server.auth == Auth::Keys {
+            let keys = config.keys.iter().map(|(name, reference)| match sealed.secret(reference) {
+                Some(secret) if !secret.is_empty() => Ok((name.clone(), secret.as_bytes().to_vec())),
+                _ => Err(format!("the secret {reference} of key {name} was not handed over")),
+            });
+            return Ok(Self::Keys(Keys(keys.collect::<Result<_, _>>()?)));
+        }
+        let listening = config.server.listen.iter().filter_map(|text| host_of(text)).map(str::to_ascii_lowercase);
+        let named = config.server.hosts.iter().map(|host| host.to_ascii_lowercase());
+        Ok(Self::Open { hosts: listening.chain(named).collect() })
+    }
+
+    /// Lets a request in and gives the name of its key, empty while auth is off.
+    ///
+    /// # Errors
+    /// `invalid_api_key` or `origin_not_allowed`.
+    pub fn enter(&self, head: &Parts) -> Result<&str, Error> {
+        match self {
+            Self::Keys(keys) => keys.find(&head.headers),
+            Self::Open { hosts } => no_stranger(hosts, head).map(|()| ""),
+        }
+    }
+}
+
+impl Keys {
+    fn find(&self, headers: &HeaderMap) -> Result<&str, Error> {
+        let missing = || {
+            let message = "a key is required: send it as \"Authorization: Bearer KEY\"";
+            Error::new(Fault::InvalidApiKey, message)
+        };
+        let mut values = headers.get_all(AUTHORIZATION).iter();
+        let value = values.next().ok_or_else(missing)?.as_bytes();
+        let scheme = value.get(..7).ok_or_else(missing)?;
+        if values.next().is_some() || !scheme.eq_ignore_ascii_case(b"bearer ") {
+            return Err(missing());
+        }
+        let given = value.get(7..).unwrap_or_default().trim_ascii();
+        let mut found = None;
+        // Every key is compared, in constant time for its length: how long it takes tells nothing about any of them.
+        for (name, key) in &self.0 {
+            if bool::from(key.as_slice().ct_eq(given)) {
+                found = Some(name.as_str());
+            }
+        }
+        found.ok_or_else(|| Error::new(Fault::InvalidApiKey, "the key is not known here"))
+    }
+}
+
+/// The host of `HOST`, `HOST:PORT` or `[V6]:PORT`, without brackets.
+fn host_of(authority: &str) -> Option<&str> {
+    if let Some(rest) = authority.strip_prefix('[') {
+        return rest.split_once(']').map(|(host, _)| host);
+    }
+    Some(authority.split_once(':').map_or(authority, |(host, _)| host))
+}
+
+fn is_ours(hosts: &[String], host: &str) -> bool {
+    let host = host.to_ascii_lowercase();
+    let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+    is_loopback || host == "localhost" || host.ends_with(".localhost") || hosts.contains(&host)
+}
+
+/// Refuses what a web page in somebody's browser can send: any page could otherwise spend the operator's money, by a
+/// plain cross-site POST or by a name that it makes resolve to a loopback address.
+fn no_stranger(hosts: &[String], head: &Parts) -> Result<(), Error> {
+    let refuse = |message: &'static str| Err(Error::new(Fault::OriginNotAllowed, message));
+    let authority = match head.uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => match head.headers.get(HOST) {
+            None => None,
+            Some(host) => match host.to_str() {
+                Ok(host) => Some(host),
+                Err(_) => return refuse("the Host header is not text"),
+            },
+        },
+    };
+    if let Some(authority) = authority
+        && !host_of(authority).is_some_and(|host| is_ours(hosts, host))
+    {
+        return refuse("while auth is off, the Host header must be a loopback name; add others to server.hosts");
+    }
+    if let Some(origin) = head.headers.get(ORIGIN) {
+        let own =
+            |scheme: &str| authority.is_some_and(|own| origin.as_bytes() == format!("{scheme}://{own}").as_bytes());
+        if !own("http") && !own("https") {
+            return refuse("while auth is off, requests from web pages of another origin are refused");
+        }
+    }
+    if head.headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site" || site == "same-site") {
+        return refuse("while auth is off, cross-site requests are refused");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(headers: &[(&str, &str)]) -> Parts {
+        let mut request = http::Request::builder().uri("/v1/models");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn keys_are_compared_whole() {
+        let keys = Keys(vec![("a".into(), b"secret-a".to_vec()), ("b".into(), b"secret-b".to_vec())]);
+        let find = |value: &str| {
+            let parts = parts(&[("authorization", value)]);
+            keys.find(&parts.headers).map(str::to_owned).map_err(|error| error.fault)
+        };
+        assert_eq!(find("Bearer secret-b"), Ok("b".into()));
+        assert_eq!(find("bearer secret-a"), Ok("a".into()));
+        for bad in ["Bearer secret", "Bearer secret-bb", "Bearer ", "Basic secret-a", "secret-a", ""] {
+            assert_eq!(find(bad), Err(Fault::InvalidApiKey), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_web_page_is_refused_while_auth_is_off() {
+        let door = Door::Open { hosts: vec!["gateway.lan".into()] };
+        let enter = |headers: &[(&str, &str)]| door.enter(&parts(headers)).is_ok();
+        assert!(enter(&[("host", "127.0.0.1:4700")]));
+        assert!(enter(&[("host", "[::1]:4700")]));
+        assert!(enter(&[("host", "Gateway.LAN:1")]));
+        assert!(enter(&[("host", "localhost:4700"), ("origin", "http://localhost:4700")]));
+        assert!(!enter(&[("host", "evil.example")]));
+        assert!(!enter(&[("host", "127.0.0.1.evil.example")]));
+        assert!(!enter(&[("host", "localhost"), ("origin", "https://evil.example")]));
+        assert!(!enter(&[("host", "localhost"), ("origin", "null")]));
+        assert!(!enter(&[("host", "localhost"), ("sec-fetch-site", "cross-site")]));
+    }
+}

@@ -1,0 +1,236 @@
+//! Bodies of answers. Each holds what must live until the last byte: the request's pass and the count of active
+//! requests on its connection.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use evergate_board::InflightPhase;
+use evergate_core::{Error, Fault};
+use http_body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep};
+
+use super::fault::{Planted, strike};
+use super::relay::Relay;
+use crate::context::{Token, cancelled};
+use crate::gate::Pass;
+use crate::server::client_io::Shared;
+use crate::tasks::count_panic;
+use crate::telemetry::names::End;
+
+/// Counts a request as active on its connection for as long as it lives.
+#[derive(Debug)]
+pub struct Active(Arc<Shared>);
+
+impl Active {
+    /// One request more.
+    #[must_use]
+    pub fn new(shared: &Arc<Shared>) -> Self {
+        shared.active.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The body of an answer.
+#[derive(Debug)]
+pub struct Body {
+    content: Content,
+    pass: Option<Pass>,
+    active: Option<Active>,
+}
+
+#[derive(Debug)]
+enum Content {
+    Whole(Bytes),
+    Stream(Box<Stream>),
+    Done,
+}
+
+/// A stream under way.
+#[derive(Debug)]
+pub struct Stream {
+    /// Where events come from.
+    pub relay: Relay,
+    /// Events that came before the head was sent.
+    pub first: Option<Bytes>,
+    /// Ends it from outside.
+    pub token: Arc<Token>,
+    /// Silence after which a comment is sent.
+    pub keepalive: Duration,
+    /// A fault to plant.
+    pub planted: Option<Planted>,
+    /// Sends comments; armed at the first silence.
+    pub pinger: Option<Pin<Box<Sleep>>>,
+    /// When the last piece was written.
+    pub written_at: Instant,
+}
+
+impl Body {
+    /// A body in one piece.
+    #[must_use]
+    pub fn whole(bytes: Bytes) -> Self {
+        Self { content: Content::Whole(bytes), pass: None, active: None }
+    }
+
+    /// A stream.
+    #[must_use]
+    pub fn stream(stream: Stream) -> Self {
+        Self { content: Content::Stream(Box::new(stream)), pass: None, active: None }
+    }
+
+    /// Bytes of a whole body.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        if let Content::Whole(bytes) = &self.content { bytes.len() } else { 0 }
+    }
+
+    /// Whether it is known to be empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        matches!(self.content, Content::Done) || (!matches!(self.content, Content::Stream(_)) && self.len() == 0)
+    }
+
+    /// Gives the body what has to live as long as it does.
+    pub fn hold(&mut self, pass: Option<Pass>, active: Active) {
+        self.pass = pass;
+        self.active = Some(active);
+    }
+
+    /// The last byte was taken: the pass waits for the flush.
+    fn finish(&mut self) {
+        self.content = Content::Done;
+        if let (Some(pass), Some(active)) = (self.pass.take(), &self.active) {
+            active.0.finish(pass);
+        }
+    }
+
+    fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let Content::Stream(stream) = &mut self.content else { return Poll::Ready(None) };
+        let pass = &mut self.pass;
+        // Unwind safety: after a panic the stream is dropped, never polled again.
+        let polled = std::panic::catch_unwind(AssertUnwindSafe(|| stream.poll(cx, pass.as_mut())));
+        let piece = match polled {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(piece)) => piece,
+            Err(_) => {
+                if let Some(pass) = &self.pass {
+                    pass.count_panic(count_panic);
+                }
+                Some(Err(Error::new(Fault::Internal, "an internal error ended the stream")))
+            }
+        };
+        match piece {
+            Some(Ok(bytes)) => Poll::Ready(Some(self.count(bytes))),
+            Some(Err(error)) => {
+                let event = Bytes::from(error.event());
+                if let Some(pass) = &mut self.pass {
+                    pass.set_error(200, &error);
+                }
+                let event = self.count(event);
+                // Dropping the relay closes the upstream; the event is the last piece.
+                self.finish();
+                Poll::Ready(Some(event))
+            }
+            None => {
+                if let Some(pass) = &mut self.pass {
+                    pass.set_end(200, End::Ok);
+                }
+                self.finish();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn count(&mut self, bytes: Bytes) -> Bytes {
+        if let Some(pass) = &mut self.pass {
+            pass.record.bytes_out += bytes.len() as u64;
+        }
+        bytes
+    }
+}
+
+impl Stream {
+    fn poll(&mut self, cx: &mut Context<'_>, mut pass: Option<&mut Pass>) -> Poll<Option<Result<Bytes, Error>>> {
+        if let Some(cause) = self.token.check(cx) {
+            return Poll::Ready(Some(Err(cancelled(cause))));
+        }
+        if let Some(first) = self.first.take() {
+            self.written_at = Instant::now();
+            if let Some(pass) = &mut pass {
+                pass.enter(InflightPhase::Stream);
+            }
+            return Poll::Ready(Some(Ok(first)));
+        }
+        strike(self.planted, Planted::Stream);
+        if let Poll::Ready(piece) = self.relay.poll_next(cx) {
+            self.written_at = Instant::now();
+            if let Some(pass) = pass {
+                if self.relay.has_begun() {
+                    pass.note_first_token();
+                }
+                pass.record.usage = self.relay.usage().or(pass.record.usage);
+            }
+            return Poll::Ready(piece);
+        }
+        self.poll_keepalive(cx)
+    }
+
+    /// A comment when nothing was written for a while, so that proxies and clients do not take silence for death.
+    fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        loop {
+            let due = self.written_at + self.keepalive;
+            let pinger = self.pinger.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            if Future::poll(pinger.as_mut(), cx).is_pending() {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            if now >= due {
+                self.written_at = now;
+                pinger.as_mut().reset(now + self.keepalive);
+                return Poll::Ready(Some(Ok(Bytes::from_static(b": keepalive\n\n"))));
+            }
+            pinger.as_mut().reset(due);
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.get_mut();
+        match &mut this.content {
+            Content::Done => Poll::Ready(None),
+            Content::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                this.finish();
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Content::Stream(_) => this.poll_stream(cx).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // Never true while a pass is held: the library must ask for the end, which is when the pass is handed on.
+        matches!(self.content, Content::Done)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Done => SizeHint::with_exact(0),
+            Content::Stream(_) => SizeHint::default(),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Reads a request body: bounded in size, and in time between pieces and as a whole.
+
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use evergate_core::config::Config;
+use evergate_core::{Error, Fault};
+use http::HeaderMap;
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN};
+use http_body::Body;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+
+fn too_large(limit: u64) -> Error {
+    Error::new(Fault::RequestTooLarge, format!("the request body is larger than {limit} bytes (limits.body)"))
+}
+
+/// Refuses by the head alone what need not be read.
+///
+/// # Errors
+/// `request_too_large`, `unsupported_media_type`.
+pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
+    let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > config.limits.body_bytes) {
+        return Err(too_large(config.limits.body_bytes));
+    }
+    if headers.get(CONTENT_ENCODING).is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(Error::new(
+            Fault::UnsupportedMediaType,
+            "a compressed request body is not supported; send it plain",
+        ));
+    }
+    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
+    let is_json = kind.is_some_and(|kind| {
+        let kind = kind.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+        kind.eq_ignore_ascii_case(b"application/json")
+    });
+    // A browser sends text/plain to anywhere without asking first; programs that forget the type mean JSON.
+    if !is_json && headers.contains_key(ORIGIN) {
+        return Err(Error::new(Fault::UnsupportedMediaType, "the content type must be application/json"));
+    }
+    if kind
+        .is_some_and(|kind| kind.len() >= 10 && kind.get(..10).is_some_and(|it| it.eq_ignore_ascii_case(b"multipart/")))
+    {
+        return Err(Error::new(Fault::UnsupportedMediaType, "this endpoint takes application/json, not a form"));
+    }
+    Ok(())
+}
+
+/// Reads the whole body.
+///
+/// # Errors
+/// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks or it ends early.
+pub async fn read(mut body: Incoming, config: &Config) -> Result<Bytes, Error> {
+    let limit = config.limits.body_bytes;
+    let end = Instant::now() + config.timeouts.body;
+    let mut first = Bytes::new();
+    let mut rest = BytesMut::new();
+    loop {
+        let until = end.min(Instant::now() + config.timeouts.body_idle);
+        let frame = match tokio::time::timeout_at(until.into(), body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(None) => break,
+            Ok(Some(Err(error))) => {
+                let message = "the request body broke off or breaks its framing";
+                return Err(Error::new(Fault::MalformedRequest, message).detail(error));
+            }
+            Err(_) => {
+                let message = "the request body did not arrive in time (timeouts.body_idle, timeouts.body)";
+                return Err(Error::new(Fault::RequestTimeout, message));
+            }
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        if (first.len() + rest.len() + data.len()) as u64 > limit {
+            return Err(too_large(limit));
+        }
+        if first.is_empty() {
+            // Most bodies are one piece, and need no copy.
+            first = data;
+        } else {
+            if rest.is_empty() {
+                let hint = usize::try_from(body.size_hint().lower()).unwrap_or(0);
+                rest.reserve(first.len() + data.len() + hint.min(1 << 20));
+                rest.extend_from_slice(&first);
+                first = Bytes::from_static(b" ");
+            }
+            rest.extend_from_slice(&data);
+        }
+    }
+    Ok(if rest.is_empty() { first } else { rest.freeze() })
+}

@@ -1,0 +1,12 @@
+//! What is said on a client connection: dispatch, checks, the model endpoints and the bodies of answers.
+
+pub mod app;
+pub mod auth;
+pub mod body;
+pub mod fault;
+pub mod intake;
+pub mod model_call;
+pub mod refusal;
+pub mod relay;
+pub mod respond;
+pub mod service;

@@ -1,0 +1,78 @@
+//! What an upstream's refusal becomes for the client.
+
+use evergate_core::{Error, Fault};
+use http::StatusCode;
+use http::header::{HeaderMap, RETRY_AFTER};
+use serde_json::Value;
+
+use super::app::App;
+
+/// Longest message of an upstream that is passed on, bytes.
+const MESSAGE_BYTES_MAX: usize = 2048;
+
+/// The error for an answer that is not a 2xx; `body` is what was read of it.
+#[must_use]
+pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Error {
+    let code = status.as_u16();
+    let detail = format!("upstream {upstream} answered {code}");
+    let error = match code {
+        // The client would take it for a word about its own key.
+        401 | 403 => Error::new(
+            Fault::UpstreamAuthFailed,
+            format!("the upstream \"{upstream}\" does not accept the gateway's credential; its operator has to look"),
+        ),
+        429 => {
+            let mut error = passed_on(app, upstream, status, body);
+            error.fault = Fault::RateLimitExceeded;
+            error.retry_after_s = headers
+                .get(RETRY_AFTER)
+                .and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok())
+                .map(|s| s.ceil() as u32);
+            error
+        }
+        400..=499 => passed_on(app, upstream, status, body),
+        500..=599 => {
+            Error::new(Fault::UpstreamFailed, format!("the upstream \"{upstream}\" failed with status {code}"))
+        }
+        // A redirect is never followed: the credential would travel along.
+        300..=399 => Error::new(
+            Fault::UpstreamBadResponse,
+            format!("the upstream \"{upstream}\" answered with a redirect, which is not followed"),
+        ),
+        _ => Error::new(
+            Fault::UpstreamBadResponse,
+            format!("the upstream \"{upstream}\" answered with the unexpected status {code}"),
+        ),
+    };
+    error.detail(detail)
+}
+
+/// A 4xx that is the client's to mend: its status, and its words if they are in OpenAI's shape.
+fn passed_on(app: &App, upstream: &str, status: StatusCode, body: &[u8]) -> Error {
+    let said = serde_json::from_slice::<Value>(body).unwrap_or_default();
+    let said = said.get("error");
+    let text =
+        |key: &str| said.and_then(|error| error.get(key)).and_then(Value::as_str).map(|text| short(&app.redact(text)));
+    let message = text("message")
+        .unwrap_or_else(|| format!("the upstream \"{upstream}\" refused the request with status {}", status.as_u16()));
+    let mut error = Error::new(Fault::UpstreamRefused, message);
+    error.status = Some(status.as_u16());
+    error.code = text("code");
+    error.param = text("param").map(Into::into);
+    error
+}
+
+fn short(text: &str) -> String {
+    let end = (0..=MESSAGE_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text.get(..end).unwrap_or_default().to_owned()
+}
+
+/// The error that an upstream's error object stands for where its status said 200.
+#[must_use]
+pub fn of_object(app: &App, upstream: &str, message: Option<&str>) -> Error {
+    let message = match message {
+        Some(message) => format!("the upstream \"{upstream}\" reported: {}", short(&app.redact(message))),
+        None => format!("the upstream \"{upstream}\" reported an error"),
+    };
+    Error::new(Fault::UpstreamFailed, message)
+}

@@ -1,0 +1,314 @@
+//! A stream of events on its way through: bytes pass unchanged, whole events at a time, under the limits of time and
+//! size, and never end in a way that looks complete when it is not.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use evergate_core::chat::Chunks;
+use evergate_core::deadline::Limit;
+use evergate_core::json::{Chunk, Usage, scan_answer, scan_chunk};
+use evergate_core::sse::{Splitter, TooLarge};
+use evergate_core::{Deadline, Error, Fault};
+use evergate_upstream::AnswerBody;
+use tokio::time::Sleep;
+
+/// Pieces read behind `[DONE]` before the connection is given up.
+const AFTER_DONE_PIECES_MAX: usize = 4;
+
+/// A call on its way to a stream's head.
+pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Error>> + Send>>;
+
+/// The limits of one stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Until the first event: `total`.
+    pub total: Deadline,
+    /// Until the first event: `first_token`.
+    pub first_token: Deadline,
+    /// To the last byte.
+    pub stream_total: Deadline,
+    /// Between two pieces.
+    pub idle: Duration,
+    /// One event.
+    pub event_bytes: usize,
+}
+
+enum Source {
+    Calling(Calling),
+    Reading(AnswerBody),
+    /// The built-in model.
+    Echo(Chunks),
+    /// Everything was said.
+    Ended,
+}
+
+/// One stream.
+pub struct Relay {
+    source: Source,
+    upstream: String,
+    limits: Limits,
+    splitter: Splitter,
+    seen: Seen,
+    ready: VecDeque<Result<Bytes, Error>>,
+    timer: Option<Pin<Box<Sleep>>>,
+    piece_at: Instant,
+}
+
+/// What the events so far have said.
+#[derive(Debug, Default)]
+struct Seen {
+    /// An event that is more than a comment.
+    any: bool,
+    finish: bool,
+    done: bool,
+    usage: Option<Usage>,
+    /// An error object, with its message; the bytes before it in the same piece end here.
+    error: Option<(Option<String>, usize)>,
+    /// Where `[DONE]` ends.
+    done_at: usize,
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").field("upstream", &self.upstream).field("seen", &self.seen).finish_non_exhaustive()
+    }
+}
+
+impl Relay {
+    /// A stream that an upstream is asked for.
+    #[must_use]
+    pub fn new(calling: Calling, upstream: String, limits: Limits) -> Self {
+        Self::from_source(Source::Calling(calling), upstream, limits)
+    }
+
+    /// A stream of the built-in model.
+    #[must_use]
+    pub fn echo(chunks: Chunks, limits: Limits) -> Self {
+        Self::from_source(Source::Echo(chunks), "echo".into(), limits)
+    }
+
+    fn from_source(source: Source, upstream: String, limits: Limits) -> Self {
+        Self {
+            source,
+            upstream,
+            splitter: Splitter::new(limits.event_bytes),
+            limits,
+            seen: Seen::default(),
+            ready: VecDeque::new(),
+            timer: None,
+            piece_at: Instant::now(),
+        }
+    }
+
+    /// Whether an event has come that is more than a comment.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.seen.any
+    }
+
+    /// Usage, once an event has told it.
+    #[must_use]
+    pub fn usage(&self) -> Option<Usage> {
+        self.seen.usage
+    }
+
+    /// The next bytes for the client: whole events. After an error nothing more comes.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                if piece.is_err() {
+                    self.end();
+                    self.ready.clear();
+                }
+                return Poll::Ready(Some(piece));
+            }
+            let polled = match &mut self.source {
+                Source::Ended => return Poll::Ready(None),
+                Source::Echo(chunks) => {
+                    let chunk = chunks.next();
+                    self.take_echo(chunk);
+                    continue;
+                }
+                Source::Calling(calling) => calling.as_mut().poll(cx).map(|called| match called {
+                    Ok(body) => self.source = Source::Reading(body),
+                    Err(error) => self.ready.push_back(Err(error)),
+                }),
+                Source::Reading(body) => body.poll_data(cx).map(|data| self.take(data)),
+            };
+            match polled {
+                Poll::Ready(()) => self.piece_at = Instant::now(),
+                Poll::Pending => {
+                    let Poll::Ready(limit) = self.poll_limit(cx) else { return Poll::Pending };
+                    self.ready.push_back(Err(self.overrun(limit)));
+                }
+            }
+        }
+    }
+
+    fn take_echo(&mut self, chunk: Option<String>) {
+        match chunk {
+            Some(chunk) => {
+                let data = chunk.strip_prefix("data: ").unwrap_or_default();
+                self.seen.any = true;
+                self.seen.usage = scan_chunk(data.trim_end().as_bytes()).usage.or(self.seen.usage);
+                self.ready.push_back(Ok(Bytes::from(chunk)));
+            }
+            None => self.end(),
+        }
+    }
+
+    fn end(&mut self) {
+        self.source = Source::Ended;
+        self.timer = None;
+    }
+
+    fn take(&mut self, data: Option<Result<Bytes, Error>>) {
+        match data {
+            Some(Ok(data)) => self.take_bytes(data),
+            Some(Err(error)) if self.seen.finish && !self.seen.done => {
+                // The answer itself was complete; only its end was cut.
+                self.ready.push_back(Ok(Bytes::from_static(b"data: [DONE]\n\n")));
+                drop(error);
+                self.end();
+            }
+            Some(Err(error)) => self.ready.push_back(Err(self.cut(error))),
+            None if self.seen.finish => {
+                self.ready.push_back(Ok(Bytes::from_static(b"data: [DONE]\n\n")));
+                self.end();
+            }
+            None => {
+                let message = "the stream ended without a finish reason";
+                self.ready.push_back(Err(self.cut(Error::new(Fault::UpstreamDisconnected, message))));
+            }
+        }
+    }
+
+    fn cut(&self, error: Error) -> Error {
+        let message = format!("the upstream \"{}\" broke off its answer", self.upstream);
+        Error { message: message.into(), ..error }
+    }
+
+    fn take_bytes(&mut self, data: Bytes) {
+        let seen = &mut self.seen;
+        let pushed = self.splitter.push(data, &mut |event| {
+            if event.is_comment || seen.done || seen.error.is_some() {
+                return;
+            }
+            seen.any = true;
+            if event.is_done() {
+                seen.done = true;
+                seen.done_at = event.raw.end;
+                return;
+            }
+            if !event.has_data {
+                return;
+            }
+            let chunk: Chunk = scan_chunk(&event.data);
+            let is_error_event = event.event == Some(b"error");
+            if chunk.has_error || is_error_event {
+                let message = scan_answer(&event.data).ok().and_then(|answer| answer.error_message);
+                seen.error = Some((message, event.raw.start));
+                return;
+            }
+            seen.finish |= chunk.finish;
+            seen.usage = chunk.usage.or(seen.usage);
+        });
+        let (bytes, overflow) = match pushed {
+            Ok(bytes) => (bytes, None),
+            Err(TooLarge { bytes_max, completed }) => (completed, Some(bytes_max)),
+        };
+        self.pass_on(bytes, overflow);
+    }
+
+    /// Queues what may go to the client of the events just completed, and what ends the stream.
+    fn pass_on(&mut self, bytes: Bytes, overflow: Option<usize>) {
+        let keep = if let Some((_, start)) = &self.seen.error {
+            *start
+        } else if self.seen.done {
+            // Whatever follows the end is not part of the answer.
+            self.seen.done_at
+        } else {
+            bytes.len()
+        };
+        let bytes = bytes.slice(..keep.min(bytes.len()));
+        if !bytes.is_empty() {
+            self.ready.push_back(Ok(bytes));
+        }
+        if let Some((message, _)) = self.seen.error.take() {
+            let message = match message {
+                Some(message) => format!("the upstream \"{}\" reported: {message}", self.upstream),
+                None => format!("the upstream \"{}\" reported an error in its stream", self.upstream),
+            };
+            self.ready.push_back(Err(Error::new(Fault::UpstreamFailed, message)));
+        } else if self.seen.done {
+            self.finish_reading();
+        } else if let Some(bytes_max) = overflow {
+            let message = format!(
+                "the upstream \"{}\" sent an event larger than {bytes_max} bytes (limits.event)",
+                self.upstream
+            );
+            self.ready.push_back(Err(Error::new(Fault::UpstreamBadResponse, message)));
+        }
+    }
+
+    /// After `[DONE]`: gives the connection back if its framing ends here too, closes it otherwise.
+    fn finish_reading(&mut self) {
+        if let Source::Reading(body) = &mut self.source {
+            // With a waker that does nothing: the end is there now or the connection is not worth keeping.
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            for _ in 0..AFTER_DONE_PIECES_MAX {
+                if !matches!(body.poll_data(&mut cx), Poll::Ready(Some(Ok(_)))) {
+                    break;
+                }
+            }
+        }
+        self.end();
+    }
+
+    /// The limit that is running now, once it is over.
+    fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<Limit> {
+        let limits = &self.limits;
+        let mut due = limits.stream_total;
+        if self.seen.any {
+            due = due.min(Deadline::new(self.piece_at, limits.idle, Limit::Idle));
+        } else {
+            due = due.min(limits.total).min(limits.first_token);
+            if matches!(self.source, Source::Reading(_)) {
+                due = due.min(Deadline::new(self.piece_at, limits.idle, Limit::Idle));
+            }
+        }
+        loop {
+            let timer = match &mut self.timer {
+                // An earlier alarm is only looked at again; a later one would come too late.
+                Some(timer) if timer.deadline() <= due.at().into() => timer,
+                slot => slot.insert(Box::pin(tokio::time::sleep_until(due.at().into()))),
+            };
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.timer = None;
+            if due.is_past(Instant::now()) {
+                return Poll::Ready(due.limit());
+            }
+        }
+    }
+
+    fn overrun(&self, limit: Limit) -> Error {
+        let fault = match limit {
+            Limit::FirstToken => Fault::FirstTokenTimeout,
+            Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
+            Limit::Connect | Limit::Idle => Fault::UpstreamTimeout,
+        };
+        let what = match limit {
+            Limit::FirstToken => "sent no event within",
+            Limit::Idle => "was silent for longer than",
+            _ => "did not finish within",
+        };
+        Error::new(fault, format!("the upstream \"{}\" {what} {}", self.upstream, limit.key()))
+    }
+}

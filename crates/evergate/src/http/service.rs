@@ -1,0 +1,285 @@
+//! One request head to one response: dispatch, the door, the panic boundary, the books.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use evergate_core::ids::{RequestId, is_well_formed};
+use evergate_core::{Error, Fault, chat};
+use http::header::{ALLOW, CONNECTION, HeaderValue};
+use http::{Method, Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+
+use super::app::App;
+use super::body::{Active, Body};
+use super::model_call::{Endpoint, ModelCall, Outcome, settle};
+use super::respond;
+use crate::context::{Token, cancelled};
+use crate::gate::Arrival;
+use crate::server::client_io::Shared;
+use crate::tasks::{Caught, count_panic};
+use crate::telemetry::names::End;
+use evergate_board::MasterPhase;
+
+/// The service of one client connection.
+#[derive(Clone, Debug)]
+pub struct Service {
+    app: Arc<App>,
+    shared: Arc<Shared>,
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    Model(Endpoint),
+    Models,
+    OneModel,
+    Healthz,
+    Readyz,
+    Unknown,
+}
+
+impl Path {
+    fn of(path: &str) -> Self {
+        match path {
+            "/v1/chat/completions" => Self::Model(Endpoint::Chat),
+            "/v1/completions" => Self::Model(Endpoint::Completions),
+            "/v1/embeddings" => Self::Model(Endpoint::Embeddings),
+            "/v1/models" => Self::Models,
+            "/healthz" => Self::Healthz,
+            "/readyz" => Self::Readyz,
+            path if path.starts_with("/v1/models/") => Self::OneModel,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// As labelled: a bounded set.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Model(Endpoint::Chat) => "/v1/chat/completions",
+            Self::Model(Endpoint::Completions) => "/v1/completions",
+            Self::Model(Endpoint::Embeddings) => "/v1/embeddings",
+            Self::Models => "/v1/models",
+            Self::OneModel => "/v1/models/{id}",
+            Self::Healthz => "/healthz",
+            Self::Readyz => "/readyz",
+            Self::Unknown => "other",
+        }
+    }
+
+    fn allowed(self) -> &'static str {
+        if matches!(self, Self::Model(_)) { "POST" } else { "GET" }
+    }
+}
+
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::HEAD => "HEAD",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        Method::PATCH => "PATCH",
+        _ => "other",
+    }
+}
+
+impl Service {
+    /// The service of the connection that `shared` belongs to.
+    #[must_use]
+    pub fn new(app: Arc<App>, shared: Arc<Shared>) -> Self {
+        Self { app, shared }
+    }
+
+    async fn serve(self, request: Request<Incoming>, id: RequestId, token: Arc<Token>) -> Response<Body> {
+        let started = Instant::now();
+        let active = Active::new(&self.shared);
+        let (head, body) = request.into_parts();
+        let path = Path::of(head.uri.path());
+        let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
+        let mut arrival =
+            Arrival { client_id, tenant: String::new(), method: method_label(&head.method), route: path.label() };
+        let is_h1 = head.version <= Version::HTTP_11;
+        let (served, mut pass) = match self.judge(&head, path) {
+            Ok(tenant) => {
+                arrival.tenant = tenant;
+                let call = (arrival.clone(), started, token);
+                self.dispatch(head, body, path, id, call).await
+            }
+            Err(error) => (Err(error), None),
+        };
+        match &mut pass {
+            Some(pass) => settle(pass, &served),
+            // Probes come every second and tell nothing of what was served.
+            None if matches!(path, Path::Healthz | Path::Readyz) => {}
+            None => {
+                let (status, end) = match &served {
+                    Ok(response) => (response.status().as_u16(), End::Ok),
+                    Err(error) => (error.status(), End::Fault(error.fault)),
+                };
+                self.app.gate.record_unadmitted(id, arrival, started, (status, end), served.as_ref().err());
+            }
+        }
+        let mut response = served.unwrap_or_else(|error| {
+            let mut response = respond::error(&error);
+            if error.fault == Fault::MethodNotAllowed {
+                response.headers_mut().insert(ALLOW, HeaderValue::from_static(path.allowed()));
+            }
+            response
+        });
+        if !is_h1 {
+            response.headers_mut().remove(CONNECTION);
+        } else if self.app.gate.is_draining() {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response.body_mut().hold(pass, active);
+        response
+    }
+
+    /// What can be said by the head alone; gives the key's name.
+    fn judge(&self, head: &http::request::Parts, path: Path) -> Result<String, Error> {
+        if let Some(refusal) = self.shared.take_refusal() {
+            return Err(refusal);
+        }
+        if matches!(path, Path::Healthz | Path::Readyz) {
+            return Self::check_method(head, path).map(|()| String::new());
+        }
+        let tenant = self.app.door.enter(head)?.to_owned();
+        if path == Path::Unknown {
+            let message = "there is nothing at this path; the API is under /v1, such as /v1/chat/completions";
+            return Err(Error::new(Fault::NotFound, message));
+        }
+        Self::check_method(head, path)?;
+        Ok(tenant)
+    }
+
+    fn check_method(head: &http::request::Parts, path: Path) -> Result<(), Error> {
+        let is_allowed = head.method.as_str() == path.allowed();
+        let message = || format!("{} is answered at this path, {} is not", path.allowed(), method_label(&head.method));
+        if is_allowed { Ok(()) } else { Err(Error::new(Fault::MethodNotAllowed, message())) }
+    }
+
+    async fn dispatch(
+        &self,
+        head: http::request::Parts,
+        body: Incoming,
+        path: Path,
+        id: RequestId,
+        (arrival, started, token): (Arrival, Instant, Arc<Token>),
+    ) -> Outcome {
+        let app = &self.app;
+        let plain = |text: String| respond::json(StatusCode::OK, text);
+        match path {
+            Path::Model(endpoint) => {
+                let app = Arc::clone(app);
+                let call = ModelCall { app, endpoint, id, arrival, headers: head.headers, token, started };
+                call.run(body).await
+            }
+            Path::Models => (Ok(plain(chat::models_list(app.router.models(), app.started_s))), None),
+            Path::OneModel => {
+                let name = percent_decoded(head.uri.path().strip_prefix("/v1/models/").unwrap_or_default());
+                (app.router.find(&name).map(|name| plain(chat::model(name, app.started_s))), None)
+            }
+            Path::Healthz => (Ok(plain("{\"status\":\"alive\"}".into())), None),
+            Path::Readyz => (self.readiness(), None),
+            Path::Unknown => (Err(Error::new(Fault::NotFound, "there is nothing at this path")), None),
+        }
+    }
+
+    fn readiness(&self) -> Result<Response<Body>, Error> {
+        let is_serving = self.app.gate.board().master().phase() == MasterPhase::Serving;
+        if is_serving && !self.app.gate.is_draining() {
+            return Ok(respond::json(StatusCode::OK, "{\"status\":\"ready\"}"));
+        }
+        let message = "the gateway is starting or stopping; send no new requests";
+        Err(Error::new(Fault::ServerShuttingDown, message))
+    }
+}
+
+fn client_id(headers: &http::HeaderMap) -> Option<&HeaderValue> {
+    headers.get(respond::REQUEST_ID).filter(|id| is_well_formed(id.as_bytes()))
+}
+
+/// A model's name in a path: `%2F` and the like undone; what is not valid stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = |at: usize| after.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                out.push((high << 4 | low) as u8);
+                rest = after.get(2..).unwrap_or_default();
+            }
+            _ => {
+                out.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(out).unwrap_or_else(|_| text.to_owned())
+}
+
+impl hyper::service::Service<Request<Incoming>> for Service {
+    type Response = Response<Body>;
+    type Error = std::convert::Infallible;
+    type Future = Bounded;
+
+    fn call(&self, request: Request<Incoming>) -> Bounded {
+        let id = self.app.gate.next_id();
+        let token = Arc::new(Token::default());
+        let echoed = client_id(request.headers()).cloned().or_else(|| HeaderValue::try_from(id.to_string()).ok());
+        let serving = self.clone().serve(request, id, Arc::clone(&token));
+        Bounded {
+            serving: Caught(Box::pin(serving)),
+            token,
+            echoed,
+            app: Arc::clone(&self.app),
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+/// A handler with its two boundaries: a panic is a 500 for this request alone, and a cancel is answered at once,
+/// wherever the handler waits.
+pub struct Bounded {
+    serving: Caught<dyn Future<Output = Response<Body>> + Send>,
+    token: Arc<Token>,
+    /// Goes on every answer: the client's own id, or ours.
+    echoed: Option<HeaderValue>,
+    app: Arc<App>,
+    shared: Arc<Shared>,
+}
+
+impl Bounded {
+    fn answer(&self, error: &Error) -> Response<Body> {
+        let mut response = respond::error(error);
+        response.body_mut().hold(None, Active::new(&self.shared));
+        response
+    }
+}
+
+impl Future for Bounded {
+    type Output = Result<Response<Body>, std::convert::Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut response = if let Some(cause) = self.token.check(cx) {
+            self.answer(&cancelled(cause))
+        } else {
+            match std::task::ready!(Pin::new(&mut self.serving).poll(cx)) {
+                Ok(response) => response,
+                Err(_) => {
+                    count_panic(self.app.gate.board(), self.app.gate.row());
+                    self.answer(&Error::new(Fault::Internal, "an internal error ended the request"))
+                }
+            }
+        };
+        if let Some(echoed) = self.echoed.take() {
+            response.headers_mut().insert(respond::REQUEST_ID, echoed);
+        }
+        Poll::Ready(Ok(response))
+    }
+}

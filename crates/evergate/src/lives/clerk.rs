@@ -1,0 +1,211 @@
+//! The office, off the request path: writes the access log and answers on the admin listener.
+//!
+//! One thread runs everything but the writing of the log, which a disk may hold up and which has its own.
+
+use std::io::{self, Write as _};
+use std::net::TcpListener as StdTcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use evergate_board::{Board, Phase, monotonic_ns};
+use evergate_core::config::Shutdown;
+use evergate_core::inherit::code;
+use rustix::net::AddressFamily;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, timeout_at};
+
+use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
+use crate::tasks::Tasks;
+
+mod access_log;
+mod admin;
+mod pipe;
+
+use access_log::AccessLog;
+use pipe::Pipe;
+
+/// Between two beats; the master gets nervous after `hang_timeout`, a second at least.
+const BEAT: Duration = Duration::from_millis(250);
+/// Beats between two looks at the resident set, which costs a read of procfs.
+const BEATS_PER_RSS: u32 = 8;
+
+/// Runs the clerk until the master stops it or is gone; returns the exit code.
+#[must_use]
+pub fn run(args: &ChildArgs) -> u8 {
+    let inherited = match Inherited::adopt(args) {
+        Ok(inherited) => inherited,
+        Err(why) => {
+            eprintln!("evergate: clerk: {why}");
+            return code::INTERNAL;
+        }
+    };
+    let board = inherited.board.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build();
+    let outcome = runtime.and_then(|runtime| runtime.block_on(live(inherited, args.row)));
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            let why = format!("the start failed: {error}");
+            if let Some(row) = board.child(args.row) {
+                row.set_note(&why);
+            }
+            eprintln!("evergate: clerk: {why}");
+            code::SYSTEM
+        }
+    }
+}
+
+/// How the clerk's time came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The master said so, after the workers are buried.
+    Told,
+    /// The master is gone; workers may still be draining.
+    Orphaned,
+}
+
+async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
+    // First of all, so that a stop does not find the default action.
+    let mut signals = Signals::take()?;
+    let Inherited { board, sealed, life, kick: kick_fd, access, listeners, .. } = inherited;
+    let shutdown = sealed.config.shutdown.clone();
+    let folder = state_dir_from_env().ok_or_else(|| io::Error::other("no state folder in the environment"))?;
+    // Secrets are for workers.
+    drop(sealed);
+    let log = AccessLog::start(&folder, board.clone(), row)?;
+    let mut pipe = Pipe::new(access)?;
+    let tasks = Tasks::new(board.clone(), row);
+    let doors = Doors::open(listeners, &board, &tasks)?;
+    let beat = tasks.spawn("beat", beat(board.clone(), row));
+    ready(&board, row);
+    kick(&kick_fd);
+
+    let end = serve(&mut pipe, &log, &mut signals, life).await?;
+    if let Some(child) = board.child(row) {
+        child.set_phase(Phase::Draining);
+    }
+    // First, because a successor waits for the port.
+    doors.close();
+    let is_whole = finish(pipe, log, &shutdown, end).await;
+    beat.abort();
+    Ok(if is_whole { code::OK } else { code::FORCED })
+}
+
+/// The signals that mean something here.
+struct Signals {
+    term: Signal,
+    quit: Signal,
+    reopen: Signal,
+}
+
+impl Signals {
+    fn take() -> io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            quit: signal(SignalKind::quit())?,
+            reopen: signal(SignalKind::user_defined1())?,
+        })
+    }
+}
+
+/// Takes records until the end.
+async fn serve(pipe: &mut Pipe, log: &AccessLog, signals: &mut Signals, life: OwnedFd) -> io::Result<End> {
+    let mut gone = std::pin::pin!(master_gone(life));
+    loop {
+        // All of these may be dropped at their await: signals stay pending, the life pipe stays closed, and the pipe
+        // takes bytes and keeps them in one poll.
+        tokio::select! {
+            _ = signals.term.recv() => return Ok(End::Told),
+            _ = signals.quit.recv() => return Ok(End::Told),
+            outcome = &mut gone => return outcome.map(|()| End::Orphaned),
+            _ = signals.reopen.recv() => log.reopen(),
+            batch = pipe.next() => match batch {
+                Some(batch) => log.write(batch),
+                // No writer, so no master.
+                None => return Ok(End::Orphaned),
+            },
+        }
+    }
+}
+
+/// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
+async fn finish(mut pipe: Pipe, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
+    let now = Instant::now();
+    let cleanup = now + shutdown.cleanup;
+    match end {
+        End::Told => log.write(pipe.rest()),
+        End::Orphaned => {
+            // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
+            let last = cleanup + shutdown.drain + shutdown.cancel;
+            while let Ok(Some(batch)) = timeout_at(last, pipe.next()).await {
+                log.write(batch);
+            }
+        }
+    }
+    let is_whole = timeout_at(cleanup.max(Instant::now() + shutdown.cleanup), log.close()).await.is_ok();
+    if !is_whole {
+        // The process ends; what the disk did not take in this time is lost, and this says so.
+        let _ = writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time");
+    }
+    is_whole
+}
+
+/// The open admin listeners.
+struct Doors(Vec<tokio::task::JoinHandle<()>>);
+
+impl Doors {
+    fn open(listeners: Vec<OwnedFd>, board: &Board, tasks: &Tasks) -> io::Result<Self> {
+        let mut doors = Vec::new();
+        for fd in listeners {
+            let desk = Arc::new(admin::Desk::new(board.clone(), local_ip(&fd)));
+            let family = rustix::net::getsockname(&fd)?.address_family();
+            let task = if family == AddressFamily::UNIX {
+                let listener = UnixListener::from_std(StdUnixListener::from(fd))?;
+                tasks.spawn("admin", admin::serve_unix(listener, desk, tasks.clone()))
+            } else {
+                let listener = TcpListener::from_std(StdTcpListener::from(fd))?;
+                tasks.spawn("admin", admin::serve_tcp(listener, desk, tasks.clone()))
+            };
+            doors.push(task);
+        }
+        Ok(Self(doors))
+    }
+
+    /// No more connections; those that are there may finish.
+    fn close(self) {
+        self.0.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// The listener's own address, where it has one.
+fn local_ip(fd: &OwnedFd) -> Option<std::net::IpAddr> {
+    let address = std::net::SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()?;
+    Some(address.ip())
+}
+
+fn ready(board: &Board, row: u32) {
+    let Some(child) = board.child(row) else { return };
+    child.set_beat_ns(monotonic_ns());
+    child.set_rss_kib(rss_kib());
+    child.set_ready_ns(monotonic_ns());
+    child.set_phase(Phase::Ready);
+}
+
+/// Shows that the loop turns.
+async fn beat(board: Board, row: u32) {
+    let mut ticks = tokio::time::interval(BEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    for count in 0_u32.. {
+        let planned = ticks.tick().await;
+        let Some(child) = board.child(row) else { return };
+        let lag = Instant::now().saturating_duration_since(planned).as_micros();
+        child.set_loop_lag_us(u32::try_from(lag).unwrap_or(u32::MAX));
+        child.set_beat_ns(monotonic_ns());
+        if count.is_multiple_of(BEATS_PER_RSS) {
+            child.set_rss_kib(rss_kib());
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! A worker's life: boot in order, serve, drain in stages, stop in reverse order.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+use evergate_board::{Board, Phase, monotonic_ns};
+use evergate_core::inherit::code;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
+
+use super::{ChildArgs, Inherited, kick, master_gone, rss_kib};
+use crate::gate::{Gate, Stage};
+use crate::http::app::App;
+use crate::lifespan::{Lifespan, nothing};
+use crate::server::accept::{Acceptor, Listener};
+use crate::server::tls;
+use crate::tasks::Tasks;
+use crate::telemetry::access::AccessLog;
+
+/// How often the runtime shows that it turns.
+const BEAT: Duration = Duration::from_millis(250);
+
+/// How often idle upstream connections are looked through.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// Threads for name look-ups, the only blocking work of a worker.
+const BLOCKING_THREADS: usize = 8;
+
+/// Lives it; gives the exit code.
+#[must_use]
+pub fn run(args: &ChildArgs) -> u8 {
+    let inherited = match Inherited::adopt(args) {
+        Ok(inherited) => inherited,
+        Err(reason) => {
+            eprintln!("evergate worker: {reason}");
+            return code::INTERNAL;
+        }
+    };
+    let board = inherited.board.clone();
+    let failed = |reason: &str, code: u8| {
+        eprintln!("evergate worker: {reason}");
+        if let Some(child) = board.child(args.row) {
+            child.set_note(reason);
+        }
+        code
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("evergate-dns")
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&format!("the runtime did not start: {error}"), code::SYSTEM),
+    };
+    let lived = runtime.block_on(live(args, inherited));
+    // A look-up that hangs in the system's resolver must not hold up the exit.
+    runtime.shutdown_background();
+    lived.unwrap_or_else(|reason| failed(&reason, code::FAILED))
+}
+
+struct Signals {
+    term: Signal,
+    quit: Signal,
+}
+
+async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
+    let Inherited { board, sealed, life, kick: kicker, access, listeners } = inherited;
+    let shutdown = sealed.config.shutdown.clone();
+    let boot = sealed.config.workers.boot_timeout;
+    let kicker = Arc::new(kicker);
+    let tasks = Tasks::new(board.clone(), args.row);
+    let mut lifespan = Lifespan::default();
+    let failed = |failed: crate::lifespan::Failed| failed.to_string();
+
+    let signals = async {
+        let of = |kind| signal(kind).map_err(|error| error.to_string());
+        Ok((Signals { term: of(SignalKind::terminate())?, quit: of(SignalKind::quit())? }, nothing()))
+    };
+    let mut signals = lifespan.start("signal handling", boot, signals).await.map_err(failed)?;
+
+    let slots = sealed.config.workers.slots;
+    let connections = sealed.config.limits.connections;
+    let gate = Gate::new(board.clone(), args.row, args.epoch, slots, AccessLog::new(access));
+    let app = async {
+        let app = Arc::new(App::new(sealed, Arc::clone(&gate))?);
+        let clients = Arc::clone(&app);
+        let stop = async move { clients.clients.values().for_each(|client| client.close_idle()) };
+        Ok((app, Box::pin(stop) as _))
+    };
+    let app = lifespan.start("upstreams", boot, app).await.map_err(failed)?;
+
+    let acceptor = async {
+        let files = &app.sealed.files;
+        let tls = match &app.sealed.config.server.tls {
+            None => None,
+            Some(paths) => {
+                let read = |path: &String| files.get(path).ok_or_else(|| format!("the content of {path} is missing"));
+                Some(tls::acceptor(read(&paths.cert)?, read(&paths.key)?)?)
+            }
+        };
+        Ok((tls, nothing()))
+    };
+    let tls = lifespan.start("TLS", boot, acceptor).await.map_err(failed)?;
+
+    let listening = start_listening(args, &app, &tasks, tls, listeners, connections, &kicker);
+    lifespan.start("listeners", boot, async { listening.map(|()| ((), nothing())) }).await.map_err(failed)?;
+    drop(tasks.spawn("beat", beat(board.clone(), args.row, Arc::clone(&app))));
+    drop(tasks.spawn("sweep", sweep(Arc::clone(&app))));
+
+    if let Some(child) = board.child(args.row) {
+        child.set_beat_ns(monotonic_ns());
+        child.set_ready_ns(monotonic_ns());
+        child.set_accepting(true);
+        child.set_phase(Phase::Ready);
+    }
+    kick(&*kicker);
+
+    let is_quick = tokio::select! {
+        // Cancel-safe: `recv` loses no signal, and the master's end stays what it is.
+        _ = signals.term.recv() => false,
+        _ = signals.quit.recv() => true,
+        gone = master_gone(life) => { gone.map_err(|error| format!("the master's pipe cannot be watched: {error}"))?; false }
+    };
+    Ok(stop(args, &board, &gate, &mut signals, &mut lifespan, &shutdown, is_quick).await)
+}
+
+fn start_listening(
+    args: &ChildArgs,
+    app: &Arc<App>,
+    tasks: &Tasks,
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    listeners: Vec<OwnedFd>,
+    connections: u32,
+    kicker: &Arc<OwnedFd>,
+) -> Result<(), String> {
+    let (row, board, kicker) = (args.row, app.gate.board().clone(), Arc::clone(kicker));
+    let acceptor = Arc::new(Acceptor {
+        app: Arc::clone(app),
+        tasks: tasks.clone(),
+        tls,
+        places: Arc::new(Semaphore::new(connections as usize)),
+        unseen: AtomicU32::new(args.listeners),
+        took_queue: Box::new(move || {
+            if let Some(child) = board.child(row) {
+                child.set_took_queue(true);
+            }
+            kick(&*kicker);
+        }),
+    });
+    for fd in listeners {
+        let listener = Listener::adopt(fd).map_err(|error| format!("an inherited listener cannot be used: {error}"))?;
+        drop(tasks.spawn("accept", Arc::clone(&acceptor).run(listener)));
+    }
+    Ok(())
+}
+
+/// The stages of a stop: drain, cancel, cleanup. 0, or 75 if one of the last two ran out.
+async fn stop(
+    args: &ChildArgs,
+    board: &Board,
+    gate: &Arc<Gate>,
+    signals: &mut Signals,
+    lifespan: &mut Lifespan,
+    shutdown: &evergate_core::config::Shutdown,
+    is_quick: bool,
+) -> u8 {
+    let enter = |phase| {
+        if let Some(child) = board.child(args.row) {
+            child.set_accepting(false);
+            child.set_phase(phase);
+        }
+    };
+    enter(Phase::Draining);
+    gate.enter(Stage::Draining);
+    if !is_quick {
+        tokio::select! {
+            // Cancel-safe: each only waits.
+            () = drained(gate) => {}
+            () = tokio::time::sleep(shutdown.drain) => {}
+            _ = signals.quit.recv() => {}
+        }
+    }
+    let mut overrun: Vec<&str> = Vec::new();
+    if gate.live() > 0 {
+        enter(Phase::Cancelling);
+        gate.enter(Stage::Cancelling);
+        if tokio::time::timeout(shutdown.cancel, gate.wait_empty()).await.is_err() {
+            overrun.push("cancel");
+        }
+    }
+    enter(Phase::Cleaning);
+    overrun.extend(lifespan.stop(shutdown.cleanup).await);
+    if overrun.is_empty() {
+        return code::OK;
+    }
+    let note = format!("out of time: {}; {} requests left", overrun.join(", "), gate.live());
+    eprintln!("evergate worker: {note}");
+    if let Some(child) = board.child(args.row) {
+        child.set_note(&note);
+    }
+    code::FORCED
+}
+
+/// Waits until nothing is live and connections had their moment to send a last request.
+async fn drained(gate: &Arc<Gate>) {
+    let Some(child) = gate.board().child(gate.row()) else { return };
+    // Connections close by themselves after their linger; a request that comes before is served.
+    let tick = Duration::from_millis(10);
+    loop {
+        gate.wait_empty().await;
+        if child.connections() == 0 {
+            return;
+        }
+        tokio::time::sleep(tick).await;
+    }
+}
+
+/// Shows that the runtime turns, and what it weighs.
+async fn beat(board: Board, row: u32, app: Arc<App>) {
+    let mut ticks = 0_u32;
+    loop {
+        let before = Instant::now();
+        tokio::time::sleep(BEAT).await;
+        let Some(child) = board.child(row) else { return };
+        let lag = before.elapsed().saturating_sub(BEAT);
+        child.set_beat_ns(monotonic_ns());
+        child.set_loop_lag_us(u32::try_from(lag.as_micros()).unwrap_or(u32::MAX));
+        child.set_upstream_connections(app.upstream_connections());
+        if ticks % 8 == 0 {
+            child.set_rss_kib(rss_kib());
+        }
+        ticks = ticks.wrapping_add(1);
+    }
+}
+
+async fn sweep(app: Arc<App>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        for client in app.clients.values() {
+            client.sweep().await;
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The client's side of the wire: listeners, connections, the I/O type under them, TLS.
+
+pub mod accept;
+pub mod client_io;
+pub mod connection;
+pub mod head;
+pub mod tls;

@@ -1,0 +1,34 @@
+//! Hands access records to the clerk: one line, one write to a pipe that never blocks and that outlives this process.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use evergate_core::record::Access;
+
+/// The write end of the access pipe.
+#[derive(Debug)]
+pub struct AccessLog {
+    pipe: OwnedFd,
+    dropped: AtomicU64,
+}
+
+impl AccessLog {
+    /// Writes to `pipe`, which is non-blocking.
+    #[must_use]
+    pub fn new(pipe: OwnedFd) -> Self {
+        Self { pipe, dropped: AtomicU64::new(0) }
+    }
+
+    /// Writes the record; `false` if the pipe is full or closed and the record is lost.
+    ///
+    /// A line is at most `PIPE_BUF` bytes, so it is written whole or not at all (pipe(7)).
+    pub fn write(&self, record: &Access<'_>) -> bool {
+        let mut line = String::with_capacity(512);
+        record.write_line(&mut line);
+        let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe, line.as_bytes())).is_ok();
+        if !written {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        written
+    }
+}

@@ -1,0 +1,6 @@
+//! What can be seen from outside: counters on the board, access records, metrics and status.
+
+pub mod access;
+pub mod names;
+pub mod render;
+pub mod status;

@@ -1,0 +1,151 @@
+//! Every counter on the board, and how its labels are packed.
+//!
+//! A counter's key is a metric number and three small label values; label texts are interned on the board. All label
+//! values come from bounded sets: the configuration, the fault table, the buckets below.
+
+use evergate_board::{Board, SeriesKey};
+use evergate_core::exit::{Initiator, Kind};
+use evergate_core::{Cause, Fault};
+
+/// Requests by model label (a), upstream label (b), status and cause (c, see `status_and_end`).
+pub const REQUESTS: u8 = 1;
+/// Time to the first token: model label (a), bucket index (b).
+pub const FIRST_TOKEN_BUCKET: u8 = 2;
+/// Sum of the times to the first token in microseconds: model label (a).
+pub const FIRST_TOKEN_SUM_US: u8 = 3;
+/// Prompt tokens: model label (a), key label (b).
+pub const TOKENS_IN: u8 = 4;
+/// Completion tokens: model label (a), key label (b).
+pub const TOKENS_OUT: u8 = 5;
+/// Ends of processes: kind (a), initiator (b, index in `INITIATORS`). On the master's series.
+pub const EXITS: u8 = 6;
+/// Access records that could not be handed to the clerk.
+pub const ACCESS_DROPPED: u8 = 7;
+/// Caught panics.
+pub const PANICS: u8 = 8;
+/// Client connections accepted.
+pub const CONNECTIONS: u8 = 9;
+
+/// Upper bounds of the first-token buckets, milliseconds; one more bucket follows for everything above.
+pub const FIRST_TOKEN_BUCKETS_MS: [u64; 14] =
+    [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000];
+
+/// Initiators by their label index.
+pub const INITIATORS: [Initiator; 12] = [
+    Initiator::Operator,
+    Initiator::Reload,
+    Initiator::ScaleDown,
+    Initiator::Requests,
+    Initiator::Lifetime,
+    Initiator::Rss,
+    Initiator::Hang,
+    Initiator::Boot,
+    Initiator::Crash,
+    Initiator::OutOfMemory,
+    Initiator::Orphan,
+    Initiator::Unknown,
+];
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Answered whole.
+    Ok,
+    /// The client left first.
+    ClientGone,
+    /// Its worker died.
+    WorkerLost,
+    /// With an error.
+    Fault(Fault),
+}
+
+impl End {
+    /// The name in records and labels.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::ClientGone => Cause::ClientGone.name(),
+            Self::WorkerLost => "worker_lost",
+            Self::Fault(fault) => fault.row().code,
+        }
+    }
+
+    fn index(self) -> u16 {
+        match self {
+            Self::Ok => 0,
+            Self::ClientGone => 1,
+            Self::WorkerLost => 2,
+            Self::Fault(fault) => 8 + fault as u16,
+        }
+    }
+
+    fn from_index(index: u16) -> Option<Self> {
+        match index {
+            0 => Some(Self::Ok),
+            1 => Some(Self::ClientGone),
+            2 => Some(Self::WorkerLost),
+            _ => Fault::ALL.get(usize::from(index.checked_sub(8)?)).copied().map(Self::Fault),
+        }
+    }
+}
+
+/// Packs a status (below 1,024) and an end (below 64) into one label value.
+#[must_use]
+pub fn status_and_end(status: u16, end: End) -> u16 {
+    (status & 0x3ff) << 6 | (end.index() & 0x3f)
+}
+
+/// Undoes `status_and_end`; `None` for a value that it never makes.
+#[must_use]
+pub fn split_status_and_end(packed: u16) -> Option<(u16, End)> {
+    Some((packed >> 6, End::from_index(packed & 0x3f)?))
+}
+
+/// The bucket of a first-token time.
+#[must_use]
+pub fn first_token_bucket(ms: f64) -> u16 {
+    let at = FIRST_TOKEN_BUCKETS_MS.iter().position(|bound| ms <= *bound as f64);
+    at.unwrap_or(FIRST_TOKEN_BUCKETS_MS.len()) as u16
+}
+
+/// A key.
+#[must_use]
+pub fn key(metric: u8, a: u16, b: u16, c: u16) -> SeriesKey {
+    SeriesKey { metric, a, b, c }
+}
+
+/// Counts a request that died with its worker; the master calls this at the burial.
+pub fn count_lost(board: &Board, row: u32, request: &evergate_board::Inflight) {
+    if let Some(series) = board.series(row) {
+        series.add(key(REQUESTS, request.model, 0, status_and_end(0, End::WorkerLost)), 1);
+    }
+}
+
+/// Counts a process's end; the master calls this at the burial.
+pub fn count_exit(board: &Board, kind: Kind, initiator: Initiator) {
+    let index = INITIATORS.iter().position(|known| *known == initiator).unwrap_or(INITIATORS.len() - 1);
+    if let Some(series) = board.master_series() {
+        series.add(key(EXITS, kind as u16, index as u16, 0), 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_end_survives_packing() {
+        let ends = [End::Ok, End::ClientGone, End::WorkerLost];
+        for end in ends.into_iter().chain(Fault::ALL.iter().copied().map(End::Fault)) {
+            assert_eq!(split_status_and_end(status_and_end(599, end)), Some((599, end)));
+        }
+    }
+
+    #[test]
+    fn buckets_hold_their_bounds() {
+        assert_eq!(first_token_bucket(5.0), 0);
+        assert_eq!(first_token_bucket(5.1), 1);
+        assert_eq!(first_token_bucket(1e9), 14);
+    }
+}

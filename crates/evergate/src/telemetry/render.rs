@@ -1,0 +1,336 @@
+//! The Prometheus text of the whole gateway, summed over all rows of the board.
+//!
+//! Format: "Exposition formats", prometheus.io, text version 0.0.4. Counters live in rows that outlast their processes,
+//! so that no death takes a sum back; only gauges are read from what is alive.
+
+use std::collections::BTreeMap;
+use std::fmt::{Display, Write as _};
+
+use evergate_board::{Board, SeriesKey};
+use evergate_core::exit::Kind;
+
+use super::names::{self, FIRST_TOKEN_BUCKETS_MS};
+use super::status::Inflights;
+
+/// All metrics of `names`, and the gauges.
+#[must_use]
+pub fn prometheus(board: &Board) -> String {
+    let sums = Sums::read(board);
+    let mut page = Page { board, out: String::with_capacity(8 << 10) };
+    page.requests(&sums);
+    page.first_token(&sums);
+    page.tokens(&sums);
+    page.exits(&sums);
+    page.plain_counters(&sums);
+    page.gauges();
+    page.out
+}
+
+/// Every counter's sum, in a fixed order.
+struct Sums {
+    counters: BTreeMap<SeriesKey, u64>,
+    /// Counts that found no place on the board.
+    dropped: u64,
+}
+
+impl Sums {
+    fn read(board: &Board) -> Self {
+        let mut sums = Self { counters: BTreeMap::new(), dropped: 0 };
+        let rows = board.children().filter_map(|(row, _)| board.series(row));
+        for series in rows.chain(board.master_series()) {
+            sums.dropped = sums.dropped.saturating_add(series.dropped());
+            for (key, value) in series.iter() {
+                let sum = sums.counters.entry(key).or_default();
+                *sum = sum.saturating_add(value);
+            }
+        }
+        sums
+    }
+
+    fn of(&self, metric: u8) -> impl Iterator<Item = (SeriesKey, u64)> {
+        let found = self.counters.iter().filter(move |(key, _)| key.metric == metric);
+        found.map(|(key, value)| (*key, *value))
+    }
+
+    /// A counter without labels.
+    fn total(&self, metric: u8) -> u64 {
+        self.of(metric).fold(0, |sum, (_, value)| sum.saturating_add(value))
+    }
+}
+
+struct Page<'a> {
+    board: &'a Board,
+    out: String,
+}
+
+impl Page<'_> {
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing to a String cannot fail, here and below.
+        let _ = writeln!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        self.out.push_str(name);
+        for (index, (label, text)) in labels.iter().enumerate() {
+            self.out.push(if index == 0 { '{' } else { ',' });
+            let _ = write!(self.out, "{label}=\"");
+            escape(&mut self.out, text);
+            self.out.push('"');
+        }
+        let _ = writeln!(self.out, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+
+    fn single(&mut self, name: &str, kind: &str, help: &str, value: u64) {
+        self.head(name, kind, help);
+        self.sample(name, &[], value);
+    }
+
+    fn requests(&mut self, sums: &Sums) {
+        const NAME: &str = "evergate_requests_total";
+        self.head(NAME, "counter", "Requests by model, upstream, status and cause of their end.");
+        for (key, value) in sums.of(names::REQUESTS) {
+            // A value that nobody packs is a child's nonsense.
+            let Some((status, end)) = names::split_status_and_end(key.c) else { continue };
+            let (model, upstream) = (self.board.label_text(key.a), self.board.label_text(key.b));
+            let status = status.to_string();
+            let labels = [("model", &*model), ("upstream", &*upstream), ("status", &*status), ("cause", end.name())];
+            self.sample(NAME, &labels, value);
+        }
+    }
+
+    fn first_token(&mut self, sums: &Sums) {
+        self.head("evergate_first_token_seconds", "histogram", "Time from admission to the first token.");
+        let mut models: BTreeMap<u16, BTreeMap<u16, u64>> = BTreeMap::new();
+        for (key, value) in sums.of(names::FIRST_TOKEN_BUCKET) {
+            models.entry(key.a).or_default().insert(key.b, value);
+        }
+        for (label, buckets) in models {
+            let model = self.board.label_text(label);
+            let sum_us = sums.counters.get(&names::key(names::FIRST_TOKEN_SUM_US, label, 0, 0)).copied().unwrap_or(0);
+            let mut count = 0_u64;
+            for (index, bound_ms) in (0_u16..).zip(FIRST_TOKEN_BUCKETS_MS) {
+                count = count.saturating_add(buckets.get(&index).copied().unwrap_or(0));
+                let bound = decimal(bound_ms, 3);
+                self.sample("evergate_first_token_seconds_bucket", &[("model", &model), ("le", &bound)], count);
+            }
+            let all = buckets.values().fold(0_u64, |all, value| all.saturating_add(*value));
+            self.sample("evergate_first_token_seconds_bucket", &[("model", &model), ("le", "+Inf")], all);
+            self.sample("evergate_first_token_seconds_sum", &[("model", &model)], decimal(sum_us, 6));
+            self.sample("evergate_first_token_seconds_count", &[("model", &model)], all);
+        }
+    }
+
+    fn tokens(&mut self, sums: &Sums) {
+        for (metric, name, help) in [
+            (names::TOKENS_IN, "evergate_tokens_in_total", "Prompt tokens as upstreams report them."),
+            (names::TOKENS_OUT, "evergate_tokens_out_total", "Completion tokens as upstreams report them."),
+        ] {
+            self.head(name, "counter", help);
+            for (label, value) in sums.of(metric) {
+                let (model, key) = (self.board.label_text(label.a), self.board.label_text(label.b));
+                self.sample(name, &[("model", &model), ("key", &key)], value);
+            }
+        }
+    }
+
+    fn exits(&mut self, sums: &Sums) {
+        const NAME: &str = "evergate_exits_total";
+        self.head(NAME, "counter", "Ends of processes by kind and initiator.");
+        for (key, value) in sums.of(names::EXITS) {
+            let kind = u8::try_from(key.a).ok().and_then(Kind::from_byte).map_or("unknown", Kind::name);
+            let initiator = names::INITIATORS.get(usize::from(key.b)).map_or("unknown", |initiator| initiator.name());
+            self.sample(NAME, &[("kind", kind), ("initiator", initiator)], value);
+        }
+    }
+
+    fn plain_counters(&mut self, sums: &Sums) {
+        let panics = sums.total(names::PANICS);
+        self.single("evergate_panics_total", "counter", "Panics caught; each ended one request or task.", panics);
+        let records = sums.total(names::ACCESS_DROPPED).saturating_add(self.board.master().access_dropped());
+        let help = "Access records that were not written.";
+        self.single("evergate_access_records_dropped_total", "counter", help, records);
+        let connections = sums.total(names::CONNECTIONS);
+        let help = "Client connections accepted.";
+        self.single("evergate_client_connections_total", "counter", help, connections);
+        let help = "Counts that found no place on the board, so that other counters are too low.";
+        self.single("evergate_series_dropped_total", "counter", help, sums.dropped);
+    }
+
+    fn gauges(&mut self) {
+        let alive = Alive::read(self.board);
+        let inflight = "evergate_inflight_requests";
+        self.head(inflight, "gauge", "Requests in flight.");
+        self.sample(inflight, &[("kind", "unary")], alive.inflight.unary);
+        self.sample(inflight, &[("kind", "stream")], alive.inflight.stream);
+        let help = "Upstream connections open, idle ones included.";
+        self.single("evergate_upstream_connections", "gauge", help, alive.upstream_connections);
+        self.single("evergate_client_connections", "gauge", "Client connections open.", alive.connections);
+        self.head("evergate_workers", "gauge", "Workers by phase.");
+        for (phase, count) in alive.workers {
+            self.sample("evergate_workers", &[("phase", phase)], count);
+        }
+        let (generation, queue) = (self.board.master().generation(), self.board.master().queue());
+        self.single("evergate_generation", "gauge", "Generation of the configuration.", generation.into());
+        self.single("evergate_accept_queue", "gauge", "Connections that wait to be accepted.", queue.into());
+        self.head("evergate_build_info", "gauge", "Always 1; the version is its label.");
+        self.sample("evergate_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    }
+}
+
+/// What is read from living children.
+struct Alive {
+    inflight: Inflights,
+    connections: u64,
+    upstream_connections: u64,
+    workers: BTreeMap<&'static str, u64>,
+}
+
+impl Alive {
+    fn read(board: &Board) -> Self {
+        // Phases that workers can be in are there with 0 too: a series that comes and goes cannot be alerted on.
+        let phases = ["booting", "ready", "draining", "cancelling", "cleaning"];
+        let mut alive = Self {
+            inflight: Inflights::default(),
+            connections: 0,
+            upstream_connections: 0,
+            workers: phases.into_iter().map(|phase| (phase, 0)).collect(),
+        };
+        for (row, child) in board.children() {
+            let Some(kind) = child.kind() else { continue };
+            board.inflight(row).for_each(|request| alive.inflight.add(&request));
+            alive.connections = alive.connections.saturating_add(child.connections().into());
+            alive.upstream_connections = alive.upstream_connections.saturating_add(child.upstream_connections().into());
+            if let Some(count) = alive.workers.get_mut(child.phase().name()).filter(|_| kind == Kind::Worker) {
+                *count = count.saturating_add(1);
+            }
+        }
+        alive
+    }
+}
+
+/// A label's value: backslash, quote and line end are escaped, everything else stands as it is.
+fn escape(out: &mut String, text: &str) {
+    for letter in text.chars() {
+        match letter {
+            '\\' => out.push_str("\\\\"),
+            '"' => out.push_str("\\\""),
+            '\n' => out.push_str("\\n"),
+            other => out.push(other),
+        }
+    }
+}
+
+/// `value` divided by a power of ten, exactly and without trailing zeros: 2,500 and 3 give `2.5`.
+fn decimal(value: u64, places: u32) -> String {
+    let scale = 10_u64.saturating_pow(places).max(1);
+    let width = usize::try_from(places).unwrap_or(0);
+    let text = format!("{}.{:0width$}", value / scale, value % scale);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evergate_board::{Claim, InflightStart, Phase, Shape};
+    use evergate_core::Fault;
+    use evergate_core::exit::Initiator;
+
+    fn board() -> Board {
+        Board::create(Shape { children: 4, slots: 4, series: 64, labels: 32 }, 7).unwrap()
+    }
+
+    fn has(text: &str, line: &str) {
+        assert!(text.lines().any(|found| found == line), "no line {line} in\n{text}");
+    }
+
+    #[test]
+    fn requests_are_summed_over_rows_and_outlive_their_worker() {
+        let board = board();
+        let (model, upstream) = (board.label("say \"a\\b\""), board.label("tiny"));
+        let ok = names::key(names::REQUESTS, model, upstream, names::status_and_end(200, names::End::Ok));
+        board.series(1).unwrap().add(ok, 2);
+        board.series(2).unwrap().add(ok, 3);
+        board.bury(1);
+        let end = names::status_and_end(504, names::End::Fault(Fault::DeadlineExceeded));
+        board.series(2).unwrap().add(names::key(names::REQUESTS, model, upstream, end), 1);
+        let text = prometheus(&board);
+        let labels = r#"model="say \"a\\b\"",upstream="tiny""#;
+        has(&text, &format!(r#"evergate_requests_total{{{labels},status="200",cause="ok"}} 5"#));
+        has(&text, &format!(r#"evergate_requests_total{{{labels},status="504",cause="deadline_exceeded"}} 1"#));
+    }
+
+    #[test]
+    fn histogram_is_cumulative_and_its_count_is_the_last_bucket() {
+        let board = board();
+        let (model, series) = (board.label("m"), board.series(0).unwrap());
+        for ms in [3.0, 4.0, 70.0, 1e9] {
+            series.add(names::key(names::FIRST_TOKEN_BUCKET, model, names::first_token_bucket(ms), 0), 1);
+        }
+        series.add(names::key(names::FIRST_TOKEN_SUM_US, model, 0, 0), 1_500_000);
+        let text = prometheus(&board);
+        for (le, count) in [("0.005", 2), ("0.05", 2), ("0.1", 3), ("120", 3), ("+Inf", 4)] {
+            has(&text, &format!(r#"evergate_first_token_seconds_bucket{{model="m",le="{le}"}} {count}"#));
+        }
+        has(&text, r#"evergate_first_token_seconds_sum{model="m"} 1.5"#);
+        has(&text, r#"evergate_first_token_seconds_count{model="m"} 4"#);
+    }
+
+    #[test]
+    fn the_living_are_gauges() {
+        let board = board();
+        let child = board.child(1).unwrap();
+        child.claim(&Claim { kind: Kind::Worker, slot: 0, epoch: 1, generation: 1, spawned_ns: 1 });
+        child.set_phase(Phase::Ready);
+        child.set_connections(5);
+        let rows = board.inflight_rows(1);
+        let start = InflightStart { seq: 1, epoch: 1, client_id: "", route: 0, key: 0, started_ns: 1 };
+        let ticket = rows.admit(start).unwrap();
+        ticket.set_stream(true);
+        let text = prometheus(&board);
+        has(&text, r#"evergate_inflight_requests{kind="stream"} 1"#);
+        has(&text, r#"evergate_inflight_requests{kind="unary"} 0"#);
+        has(&text, r#"evergate_workers{phase="ready"} 1"#);
+        has(&text, r#"evergate_workers{phase="booting"} 0"#);
+        has(&text, "evergate_client_connections 5");
+    }
+
+    #[test]
+    fn the_masters_counters_are_in() {
+        let board = board();
+        names::count_exit(&board, Kind::Worker, Initiator::Crash);
+        board.master().set_access_dropped(2);
+        board.series(3).unwrap().add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 3);
+        let text = prometheus(&board);
+        has(&text, r#"evergate_exits_total{kind="worker",initiator="crash"} 1"#);
+        has(&text, "evergate_access_records_dropped_total 5");
+    }
+
+    #[test]
+    fn every_sample_belongs_to_a_described_metric_and_nonsense_is_left_out() {
+        let board = board();
+        let series = board.series(0).unwrap();
+        series.add(names::key(names::REQUESTS, 9, 9, u16::MAX), 1);
+        series.add(names::key(names::EXITS, 999, 999, 0), 1);
+        series.add(names::key(200, 1, 1, 1), 1);
+        let text = prometheus(&board);
+        let mut described = Vec::new();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let name = rest.split(' ').next().unwrap().to_owned();
+                assert!(!described.contains(&name), "{name} is described twice");
+                described.push(name);
+            } else if !line.starts_with('#') {
+                let name = line.split(['{', ' ']).next().unwrap();
+                assert!(described.last().is_some_and(|last| name.starts_with(last.as_str())), "{line}");
+                assert!(line.rsplit(' ').next().unwrap().parse::<f64>().is_ok(), "{line}");
+            }
+        }
+        has(&text, r#"evergate_exits_total{kind="unknown",initiator="unknown"} 1"#);
+    }
+
+    #[test]
+    fn decimals_are_exact() {
+        let texts = [(5, 3), (2_500, 3), (120_000, 3), (0, 6), (1_000_001, 6)].map(|(value, at)| decimal(value, at));
+        assert_eq!(texts, ["0.005", "2.5", "120", "0", "1.000001"]);
+    }
+}

@@ -1,0 +1,231 @@
+//! A client connection over time: slow, idle, pipelined, kept, half-sent.
+
+use std::time::{Duration, Instant};
+
+use evergate_testkit::link::Wait;
+use evergate_testkit::raw::{chat_body, chat_request, get_request, post_request};
+use evergate_testkit::sse::text_of;
+use evergate_testkit::{FakeUpstream, Raw};
+use serde_json::{Value, json};
+
+use crate::support::{CHAT, LIMIT, assert_alive, assert_error, assert_good_stream, before, echo, echo_with};
+
+/// Small limits, so that a test sees them pass.
+const SHORT: &str =
+    "[timeouts]\nheader = \"300ms\"\nclient_idle = \"400ms\"\nbody_idle = \"300ms\"\nbody = \"900ms\"\n";
+
+/// A8.
+#[test]
+fn a_slow_head_is_answered_408() {
+    let gateway = echo_with(SHORT);
+    for start in ["G", "GET /healthz HTTP/1.1\r\n", "GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: "] {
+        let mut raw = Raw::connect(&gateway.addr());
+        let began = Instant::now();
+        raw.send(start.as_bytes());
+        assert_error(&raw.read_response(LIMIT), 408, "request_timeout");
+        assert!(raw.read_to_close(LIMIT).0.is_empty());
+        let took = began.elapsed();
+        assert!(took >= Duration::from_millis(250) && took < Duration::from_secs(3), "{took:?}");
+    }
+    assert_alive(&gateway);
+}
+
+/// A8: bytes that keep trickling in do not move the limit.
+#[test]
+fn a_trickling_head_is_answered_408() {
+    let gateway = echo_with(SHORT);
+    let mut raw = Raw::connect(&gateway.addr());
+    let began = Instant::now();
+    raw.send(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: ");
+    while raw.stays_open(Duration::from_millis(30)) {
+        assert!(began.elapsed() < Duration::from_secs(5), "a head may trickle for ever");
+        let _ = raw.try_send(b"y");
+    }
+    assert_error(&raw.read_response(LIMIT), 408, "request_timeout");
+}
+
+/// A10.
+#[test]
+fn an_idle_connection_is_closed_without_a_word() {
+    let gateway = echo_with(SHORT);
+    let mut fresh = Raw::connect(&gateway.addr());
+    let mut used = Raw::connect(&gateway.addr());
+    used.send(&get_request("/healthz", ""));
+    assert_eq!(used.read_response(LIMIT).status, 200);
+    let began = Instant::now();
+    assert!(used.read_to_close(LIMIT).0.is_empty());
+    assert!(fresh.read_to_close(LIMIT).0.is_empty());
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(200) && took < Duration::from_secs(3), "{took:?}");
+}
+
+/// A9.
+#[test]
+fn a_stalled_body_is_answered_408() {
+    let gateway = echo_with(SHORT);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{{\"model\"").as_bytes());
+    assert_error(&raw.read_response(LIMIT), 408, "request_timeout");
+    assert!(raw.read_to_close(LIMIT).0.is_empty());
+    assert_alive(&gateway);
+}
+
+/// A9: each pause is short, the whole is too long.
+#[test]
+fn a_trickling_body_is_answered_408() {
+    let gateway = echo_with(SHORT);
+    let mut raw = Raw::connect(&gateway.addr());
+    let began = Instant::now();
+    raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n").as_bytes());
+    while raw.stays_open(Duration::from_millis(50)) {
+        assert!(began.elapsed() < Duration::from_secs(5), "a body may trickle for ever");
+        let _ = raw.try_send(b" ");
+    }
+    assert_error(&raw.read_response(LIMIT), 408, "request_timeout");
+    assert!(began.elapsed() >= Duration::from_millis(700), "the idle limit ran though bytes came");
+}
+
+/// An answer that takes longer than the client's own limits is not cut by them.
+#[test]
+fn a_long_answer_is_not_the_clients_slowness() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, SHORT);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&chat_request("fake/delay-1200", false, &Value::Null));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    raw.send(&chat_request("fake/stream-8-150", true, &Value::Null));
+    let response = raw.read_response(LIMIT);
+    assert_good_stream(&response.events(), response.is_complete);
+}
+
+/// B13.
+#[test]
+fn pipelined_requests_are_answered_in_order() {
+    let gateway = echo();
+    let mut raw = Raw::connect(&gateway.addr());
+    let chat = |n: usize| {
+        let messages = json!({"messages": [{"role": "user", "content": format!("number {n}")}]});
+        chat_request("echo", n % 3 == 0, &messages)
+    };
+    let mut all = Vec::new();
+    for n in 0..60 {
+        all.extend(chat(n));
+    }
+    all.extend(get_request("/nothing", ""));
+    all.extend(get_request("/healthz", ""));
+    raw.send(&all);
+    for n in 0..60 {
+        let response = raw.read_response(LIMIT);
+        let text = if n % 3 == 0 { text_of(&response.events()) } else { response.content() };
+        assert_eq!(text, format!("number {n}"));
+    }
+    assert_error(&raw.read_response(LIMIT), 404, "not_found");
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+}
+
+/// B10: a request that is refused by its head gets its answer instead of the 100, and the connection ends.
+#[test]
+fn a_body_that_nobody_wants_is_not_asked_for() {
+    let gateway = echo_with("[limits]\nbody = \"4KiB\"\n");
+    for (path, length, status) in [(CHAT, 1_000_000, "413"), ("/nothing", 10, "404"), ("/healthz", 10, "405")] {
+        let mut raw = Raw::connect(&gateway.addr());
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n");
+        raw.send(head.as_bytes());
+        let (bytes, _) = raw.read_to_close(LIMIT);
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        assert!(text.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {text}");
+    }
+}
+
+#[test]
+fn a_body_that_is_wanted_is_asked_for() {
+    let gateway = echo();
+    let body = chat_body("echo", false, &Value::Null);
+    let mut raw = Raw::connect(&gateway.addr());
+    for _ in 0..2 {
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n", body.len());
+        raw.send(head.as_bytes());
+        assert_eq!(raw.link().wait(Instant::now() + LIMIT), Wait::Data);
+        assert!(raw.link().inbox.starts_with(b"HTTP/1.1 100 "), "{:?}", raw.link().inbox);
+        raw.send(body.as_bytes());
+        assert_eq!(raw.read_response(LIMIT).content(), "Say hello");
+    }
+}
+
+#[test]
+fn a_connection_is_kept_until_the_client_says_otherwise() {
+    let gateway = echo();
+    let mut raw = Raw::connect(&gateway.addr());
+    for stream in [false, true, false, true] {
+        raw.send(&chat_request("echo", stream, &Value::Null));
+        assert!(raw.read_response(LIMIT).is_complete);
+    }
+    raw.send(&get_request("/healthz", "connection: close\r\n"));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    assert!(raw.read_to_close(LIMIT).0.is_empty());
+}
+
+#[test]
+fn an_old_client_gets_an_answer_that_ends_with_the_connection() {
+    let gateway = echo();
+    for stream in [false, true] {
+        let body = chat_body("echo", stream, &Value::Null);
+        let mut raw = Raw::connect(&gateway.addr());
+        let head = format!("POST {CHAT} HTTP/1.0\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        raw.send(&[head.as_bytes(), body.as_bytes()].concat());
+        let (bytes, _) = raw.read_to_close(LIMIT);
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.0 200") || head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "HTTP/1.0 knows no chunks: {head}");
+        assert!(body.contains("hello") && body.starts_with(if stream { "data: {" } else { "{" }), "{body}");
+    }
+}
+
+/// A request that arrives byte by byte is the same request.
+#[test]
+fn a_request_may_come_in_any_pieces() {
+    let gateway = echo();
+    let request = chat_request("echo", false, &Value::Null);
+    let mut raw = Raw::connect(&gateway.addr());
+    for byte in &request {
+        raw.send(&[*byte]);
+    }
+    assert_eq!(raw.read_response(LIMIT).content(), "Say hello");
+    for split in [1, 16, request.len() - 1] {
+        raw.send(&request[..split]);
+        assert!(raw.stays_open(Duration::from_millis(5)));
+        raw.send(&request[split..]);
+        assert_eq!(raw.read_response(LIMIT).content(), "Say hello");
+    }
+}
+
+#[test]
+fn a_unix_socket_serves_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("front.sock");
+    let text = format!(
+        "[server]\nlisten = [\"unix:{}\", \"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+         [models.echo]\ntargets = [{{ upstream = \"echo\" }}]\n",
+        socket.display()
+    );
+    let gateway = evergate_testkit::Evergate::builder(crate::support::EXE).config(text).start();
+    assert_eq!(gateway.addrs().len(), 2);
+    for address in gateway.addrs() {
+        assert_eq!(evergate_testkit::post_chat(&address, "echo", false, &Value::Null).content(), "Say hello");
+    }
+}
+
+/// A1: a client that leaves while its body is read has asked for nothing.
+#[test]
+fn a_client_that_leaves_in_its_body_causes_no_call() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let request = post_request(CHAT, "x-request-id: left-in-body\r\n", &chat_body("fake/ok", false, &Value::Null));
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&request[..request.len() - 5]);
+    raw.close();
+    let record = gateway.wait_access("left-in-body", LIMIT);
+    assert_eq!((&record["cause"], &record["status"]), (&json!("client_gone"), &json!(499)), "{record}");
+    assert_eq!(fake.request_count(), 0);
+}

@@ -1,0 +1,214 @@
+//! HTTP/2, by prior knowledge and by ALPN, with hyper's own client.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use evergate_testkit::raw::chat_body;
+use evergate_testkit::sse::{Event, Reader, text_of};
+use evergate_testkit::{Evergate, FakeUpstream, Identity, wait_until};
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+
+use crate::support::{CHAT, EXE, LIMIT, assert_good_stream, before, echo, echo_with};
+
+type Client = SendRequest<Full<Bytes>>;
+
+/// Runs a test's client side, at most as long as any test may take.
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(3 * LIMIT, test).await.expect("in time") })
+}
+
+async fn connect(gateway: &Evergate) -> Client {
+    over(TokioIo::new(TcpStream::connect(gateway.addr()).await.unwrap())).await
+}
+
+async fn over<T>(io: T) -> Client
+where
+    T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    tokio::runtime::Handle::current().spawn(connection);
+    sender
+}
+
+fn post(model: &str, stream: bool, extra: &Value) -> Request<Full<Bytes>> {
+    request(Method::POST, CHAT, &chat_body(model, stream, extra))
+}
+
+fn request(method: Method, path: &str, body: &str) -> Request<Full<Bytes>> {
+    Request::builder()
+        .method(method)
+        .uri(format!("http://localhost{path}"))
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body.to_owned())))
+        .unwrap()
+}
+
+async fn ask(client: &mut Client, request: Request<Full<Bytes>>) -> (StatusCode, Value) {
+    let response = client.send_request(request).await.unwrap();
+    assert!(response.headers().contains_key("x-request-id"));
+    let status = response.status();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, serde_json::from_slice(&body).unwrap_or_default())
+}
+
+/// The events of a stream, each data frame holding whole ones.
+async fn events(mut body: Incoming) -> Vec<Event> {
+    let (mut reader, mut events) = (Reader::default(), Vec::new());
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame.unwrap().into_data() {
+            events.extend(reader.push(&data, std::time::Instant::now()));
+        }
+    }
+    assert!(reader.rest().is_empty());
+    events
+}
+
+#[test]
+fn prior_knowledge_answers_whole_and_streaming() {
+    let gateway = echo();
+    run(async {
+        let mut client = connect(&gateway).await;
+        for _ in 0..3 {
+            let (status, value) = ask(&mut client, post("echo", false, &Value::Null)).await;
+            assert_eq!((status.as_u16(), &value["choices"][0]["message"]["content"]), (200, &json!("Say hello")));
+            let response = client.send_request(post("echo", true, &Value::Null)).await.unwrap();
+            assert_eq!(response.headers()["content-type"], "text/event-stream");
+            assert!(!response.headers().contains_key("connection"));
+            let events = events(response.into_body()).await;
+            assert_eq!(text_of(&events), "Say hello");
+            assert_good_stream(&events, true);
+        }
+    });
+}
+
+#[test]
+fn errors_are_those_of_the_table() {
+    let gateway = echo_with("[limits]\nbody = \"4KiB\"\n");
+    run(async {
+        for (request, status, code) in [
+            (request(Method::POST, CHAT, ""), 400, "invalid_json"),
+            (request(Method::POST, CHAT, "{}"), 400, "invalid_value"),
+            (post("unknown", false, &Value::Null), 404, "model_not_found"),
+            (request(Method::GET, CHAT, ""), 405, "method_not_allowed"),
+            (request(Method::GET, "/nothing", ""), 404, "not_found"),
+            (request(Method::POST, CHAT, &" ".repeat(5000)), 413, "request_too_large"),
+        ] {
+            let mut client = connect(&gateway).await;
+            let (found, value) = ask(&mut client, request).await;
+            assert_eq!((found.as_u16(), &value["error"]["code"]), (status, &json!(code)), "{value}");
+        }
+        // One stream's mistake is not the connection's.
+        let mut client = connect(&gateway).await;
+        for model in ["unknown", "echo", "unknown", "echo"] {
+            let (status, _) = ask(&mut client, post(model, false, &Value::Null)).await;
+            assert_eq!(status.as_u16(), if model == "echo" { 200 } else { 404 });
+        }
+    });
+}
+
+#[test]
+fn a_foreign_authority_or_origin_is_refused() {
+    let gateway = echo();
+    run(async {
+        let mut client = connect(&gateway).await;
+        let mut foreign = post("echo", false, &Value::Null);
+        *foreign.uri_mut() = format!("http://evil.example{CHAT}").parse().unwrap();
+        let mut page = post("echo", false, &Value::Null);
+        page.headers_mut().insert("origin", "https://evil.example".parse().unwrap());
+        for request in [foreign, page] {
+            let (status, value) = ask(&mut client, request).await;
+            assert_eq!((status.as_u16(), &value["error"]["code"]), (403, &json!("origin_not_allowed")));
+        }
+    });
+}
+
+#[test]
+fn many_requests_share_a_connection_at_once() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    run(async {
+        let client = connect(&gateway).await;
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0..20 {
+            let mut client = client.clone();
+            tasks.spawn(async move {
+                if n % 2 == 0 {
+                    ask(&mut client, post("fake/hold", false, &Value::Null)).await.0.as_u16()
+                } else {
+                    let response = client.send_request(post("fake/hold-mid", true, &Value::Null)).await.unwrap();
+                    assert_good_stream(&events(response.into_body()).await, true);
+                    200
+                }
+            });
+        }
+        let _ = fake.wait_request(0, LIMIT);
+        let all = async {
+            while fake.request_count() < 20 {
+                tokio::time::sleep(Duration::from_millis(3)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, all).await.expect("all twenty at the upstream at once");
+        fake.release();
+        while let Some(status) = tasks.join_next().await {
+            assert_eq!(status.unwrap(), 200);
+        }
+    });
+}
+
+/// A3: one stream is left; its upstream hears of it, its neighbour on the connection does not.
+#[test]
+fn a_cancelled_stream_stops_its_upstream_only() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    run(async {
+        let mut client = connect(&gateway).await;
+        let left = client.send_request(post("fake/idle-mid", true, &Value::Null)).await.unwrap();
+        let kept = client.send_request(post("fake/hold-mid", true, &Value::Null)).await.unwrap();
+        drop(left);
+        // Lets the connection's task send the reset while this thread waits for its effect.
+        let waiting = tokio::task::unconstrained(async {
+            while fake.requests()[0].end.is_none() {
+                tokio::time::sleep(Duration::from_millis(3)).await;
+            }
+        });
+        tokio::time::timeout(Duration::from_secs(1), waiting).await.expect("the upstream was left within a second");
+        fake.release();
+        assert_good_stream(&events(kept.into_body()).await, true);
+    });
+    let _ = fake.wait_closed(0, LIMIT);
+}
+
+#[test]
+fn alpn_chooses_the_protocol() {
+    let identity = Identity::generate();
+    let config = identity.client_config(&["http/1.1"]);
+    let text = "[server]\nlisten = [\"127.0.0.1:0\"]\ntls = { cert = \"cert.pem\", key = \"key.pem\" }\n\
+                [admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\ntargets = [{ upstream = \"echo\" }]\n";
+    let gateway = Evergate::builder(EXE)
+        .config(text)
+        .file("cert.pem", &identity.cert_pem)
+        .file("key.pem", &identity.key_pem)
+        .tls(&config)
+        .start();
+    run(async {
+        let connector = tokio_rustls::TlsConnector::from(Arc::clone(&identity.client_config(&["h2", "http/1.1"])));
+        let tcp = TcpStream::connect(gateway.addr()).await.unwrap();
+        let tls = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+        assert_eq!(tls.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        let mut client = over(TokioIo::new(tls)).await;
+        let mut request = post("echo", true, &Value::Null);
+        *request.uri_mut() = format!("https://localhost{CHAT}").parse().unwrap();
+        let response = client.send_request(request).await.unwrap();
+        assert_good_stream(&events(response.into_body()).await, true);
+    });
+    wait_until("its access record", LIMIT, || !gateway.access().is_empty());
+}

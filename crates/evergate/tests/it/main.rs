@@ -1,0 +1,24 @@
+//! Evergate from the outside: the real binary, driven over the wire and by signals, with scripted upstreams behind it.
+//!
+//! Nothing here looks into the binary. Ids in comments such as F2 are rows of the failure catalogue.
+// A test that meets something unexpected should stop there and say so; that is what a panic does.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod auth;
+mod cli;
+mod connections;
+mod drill;
+mod echo;
+mod framing;
+mod http2;
+mod limits;
+mod metrics;
+mod panics;
+mod processes;
+mod requests;
+mod shutdown;
+mod streams;
+mod streams_broken;
+mod support;
+mod upstream;
+mod upstream_faults;

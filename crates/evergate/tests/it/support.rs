@@ -1,0 +1,178 @@
+//! What the tests share: ready-made gateways, and the contract of error answers.
+
+use std::time::Duration;
+
+use evergate_testkit::raw::{Response, chat_body, post_request};
+use evergate_testkit::sse::Event;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config};
+use serde_json::Value;
+
+/// The binary under test.
+pub const EXE: &str = env!("CARGO_BIN_EXE_evergate");
+
+/// Long enough for a busy machine, short enough to end a test that hangs.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// The chat endpoint.
+pub const CHAT: &str = "/v1/chat/completions";
+
+/// One worker, where a test needs to know which process serves it.
+pub const ONE_WORKER: &str = "[workers]\nmin = 1\nmax = 1\n";
+
+/// A gateway that serves `echo` only.
+#[track_caller]
+pub fn echo() -> Evergate {
+    Evergate::builder(EXE).start()
+}
+
+/// A gateway that serves `echo` only, with more sections.
+#[track_caller]
+pub fn echo_with(more: &str) -> Evergate {
+    let text = format!(
+        "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+         [models.echo]\ntargets = [{{ upstream = \"echo\" }}]\n{more}"
+    );
+    Evergate::builder(EXE).config(text).start()
+}
+
+/// A gateway before `fake`, which is reached as `fake/SCRIPT`; `more` is added to the configuration.
+#[track_caller]
+pub fn before(fake: &FakeUpstream, more: &str) -> Evergate {
+    Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], more)).start()
+}
+
+/// The name under which a script of the fake upstream is asked for.
+pub fn via(script: &str) -> String {
+    format!("fake/{script}")
+}
+
+/// One chat request for a script, on a connection of its own.
+#[track_caller]
+pub fn chat(gateway: &Evergate, script: &str, stream: bool) -> Response {
+    evergate_testkit::post_chat(&gateway.addr(), &via(script), stream, &Value::Null)
+}
+
+/// Sends a chat request for a script and reads nothing yet.
+#[track_caller]
+pub fn open(gateway: &Evergate, script: &str, stream: bool) -> Raw {
+    open_as(gateway, script, stream, "")
+}
+
+/// As `open`, with more header fields, each with its CRLF.
+#[track_caller]
+pub fn open_as(gateway: &Evergate, script: &str, stream: bool, fields: &str) -> Raw {
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&post_request(CHAT, fields, &chat_body(&via(script), stream, &Value::Null)));
+    raw
+}
+
+/// A stream whose head and first event have come.
+#[track_caller]
+pub fn open_stream(gateway: &Evergate, script: &str) -> Raw {
+    let mut raw = open(gateway, script, true);
+    assert_eq!(raw.read_head(LIMIT).status, 200);
+    assert!(raw.next_event(LIMIT).is_some(), "no first event");
+    raw
+}
+
+/// The rest of a stream.
+#[track_caller]
+pub fn rest_of(raw: &mut Raw) -> Vec<Event> {
+    let mut events = Vec::new();
+    while let Some(event) = raw.next_event(LIMIT) {
+        events.push(event);
+    }
+    events
+}
+
+/// What the error table promises about a code: type, `x-should-retry`, whether waiting helps, whether the connection
+/// ends.
+fn promise(code: &str) -> (&'static str, &'static str, bool, bool) {
+    const REQUEST: &str = "invalid_request_error";
+    const SERVER: &str = "server_error";
+    match code {
+        "malformed_request" => (REQUEST, "false", false, true),
+        "invalid_json" | "invalid_value" | "invalid_api_key" | "model_not_found" | "not_found"
+        | "method_not_allowed" | "unsupported_media_type" => (REQUEST, "false", false, false),
+        "origin_not_allowed" => ("permission_error", "false", false, false),
+        "request_timeout" => (REQUEST, "true", false, true),
+        "request_too_large" | "uri_too_long" | "headers_too_large" => (REQUEST, "false", false, true),
+        "rate_limit_exceeded" => ("rate_limit_error", "true", true, false),
+        "internal_error" | "upstream_bad_response" | "upstream_connect_failed" | "upstream_disconnected"
+        | "upstream_failed" | "upstream_timeout" | "first_token_timeout" => (SERVER, "true", false, false),
+        "upstream_auth_failed" | "deadline_exceeded" => (SERVER, "false", false, false),
+        "server_shutting_down" => (SERVER, "true", true, true),
+        "overloaded" => (SERVER, "true", true, false),
+        other => panic!("the error table has no code {other:?}"),
+    }
+}
+
+/// Checks an error answer against the table: status, body, headers.
+#[track_caller]
+pub fn assert_error(response: &Response, status: u16, code: &str) {
+    let (kind, should_retry, waits, closes) = promise(code);
+    let text = response.text();
+    assert_eq!((response.status, response.error_code().as_str()), (status, code), "{text}");
+    assert_error_shape(response);
+    assert_eq!(response.json()["error"]["type"], kind, "{text}");
+    assert_eq!(response.header("x-should-retry"), Some(should_retry), "{code}");
+    assert_eq!(response.header("retry-after").is_some(), waits, "{code}");
+    let closing = response.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+    assert_eq!(closing, closes, "{code}: connection: close");
+}
+
+/// Checks what every error answer has: a whole JSON body with the four fields, a request id, `x-should-retry`.
+#[track_caller]
+pub fn assert_error_shape(response: &Response) {
+    assert!(response.is_complete);
+    assert_eq!(response.header("content-type"), Some("application/json"));
+    let value = response.json();
+    let error = value["error"].as_object().expect("an error object");
+    let mut keys: Vec<&str> = error.keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, ["code", "message", "param", "type"]);
+    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()));
+    assert!(matches!(response.header("x-should-retry"), Some("true" | "false")));
+    assert_request_id(response);
+}
+
+/// Checks that there is one well-formed `x-request-id`.
+#[track_caller]
+pub fn assert_request_id(response: &Response) {
+    let ids: Vec<&String> =
+        response.headers.iter().filter(|(name, _)| name == "x-request-id").map(|(_, value)| value).collect();
+    assert_eq!(ids.len(), 1, "{:?}", response.headers);
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
+    assert!((1..=128).contains(&ids[0].len()) && ids[0].bytes().all(is_plain), "{ids:?}");
+}
+
+/// Checks the end of a stream that failed: one error event with that code as the last event, no `[DONE]`, and a body
+/// that ends in order, since a cut one hides the message from the official SDKs (fact 1).
+#[track_caller]
+pub fn assert_failed_stream(events: &[Event], is_complete: bool, code: &str) {
+    let said: Vec<&str> = events.iter().map(|event| event.data.as_str()).collect();
+    assert!(is_complete, "the body was cut after {said:?}");
+    assert!(!events.iter().any(Event::is_done), "{said:?}");
+    let codes: Vec<String> = events.iter().filter_map(Event::error_code).collect();
+    assert_eq!(codes, [code], "{said:?}");
+    assert!(events.last().unwrap().error_code().is_some(), "{said:?}");
+    let error = events.last().unwrap().json()["error"].clone();
+    assert!(error["message"].is_string() && error["type"].is_string() && error.get("param").is_some(), "{error}");
+}
+
+/// Checks the end of a stream that went well: exactly one `[DONE]`, as the last event, and no error.
+#[track_caller]
+pub fn assert_good_stream(events: &[Event], is_complete: bool) {
+    let said: Vec<&str> = events.iter().map(|event| event.data.as_str()).collect();
+    assert!(is_complete, "the body was cut after {said:?}");
+    assert!(events.iter().all(|event| event.error_code().is_none()), "{said:?}");
+    assert_eq!(events.iter().filter(|event| event.is_done()).count(), 1, "{said:?}");
+    assert!(events.last().unwrap().is_done(), "{said:?}");
+}
+
+/// A plain request on a new connection works: whatever came before has done no harm.
+#[track_caller]
+pub fn assert_alive(gateway: &Evergate) {
+    let response = evergate_testkit::post_chat(&gateway.addr(), "echo", false, &Value::Null);
+    assert_eq!((response.status, response.content().as_str()), (200, "Say hello"));
+}

@@ -1,0 +1,221 @@
+//! What a client is told when its upstream refuses, breaks or talks nonsense.
+
+use std::time::{Duration, Instant};
+
+use evergate_testkit::fake::{TEXT, refused_address};
+use evergate_testkit::{Evergate, FakeUpstream, gateway_config};
+use serde_json::Value;
+
+use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, assert_good_stream, before, chat};
+
+/// E2: the client would think that its own key is bad.
+#[test]
+fn an_upstreams_401_is_never_the_clients() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for script in ["status-401", "status-403"] {
+        for stream in [false, true] {
+            assert_error(&chat(&gateway, script, stream), 502, "upstream_auth_failed");
+        }
+    }
+}
+
+/// E1.
+#[test]
+fn an_upstreams_complaint_about_the_request_is_passed_on() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for (script, status) in [("status-400", 400), ("status-404", 404), ("status-409", 409), ("status-422", 422)] {
+        for stream in [false, true] {
+            let response = chat(&gateway, script, stream);
+            assert_eq!(response.status, status, "{}", response.text());
+            assert_error_shape(&response);
+            assert_eq!(response.json()["error"]["type"], "invalid_request_error");
+            assert_eq!(response.header("x-should-retry"), Some("false"), "{script}");
+        }
+    }
+}
+
+/// E3: never a wait that Node's SDK would sleep out.
+#[test]
+fn an_upstreams_429_says_how_long_to_wait() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for stream in [false, true] {
+        let response = chat(&gateway, "status-429", stream);
+        assert_error(&response, 429, "rate_limit_exceeded");
+        assert_eq!(response.header("retry-after"), Some("1"));
+        let response = chat(&gateway, "status-429-300", stream);
+        assert_eq!((response.status, response.error_code().as_str()), (429, "rate_limit_exceeded"));
+        let wait: u32 = response.header("retry-after").unwrap().parse().unwrap();
+        assert!(wait <= 20 && response.header("x-should-retry") == Some("false"), "{:?}", response.headers);
+    }
+}
+
+/// E4.
+#[test]
+fn an_upstreams_failure_is_a_502() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for script in ["status-500", "status-502", "status-503", "status-529", "html-502"] {
+        for stream in [false, true] {
+            let response = chat(&gateway, script, stream);
+            assert_error(&response, 502, "upstream_failed");
+            assert!(!response.text().contains("It works"));
+        }
+    }
+}
+
+/// E10: our key would travel with it.
+#[test]
+fn a_redirect_is_never_followed() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for stream in [false, true] {
+        let response = chat(&gateway, "redirect", stream);
+        assert_error(&response, 502, "upstream_bad_response");
+        assert!(response.header("location").is_none());
+    }
+    assert!(fake.requests().iter().all(|one| one.request.path() != "/redirected"));
+    assert_eq!(fake.request_count(), 2);
+}
+
+/// E5, E6.
+#[test]
+fn nonsense_is_a_502_and_is_not_repeated() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for script in ["html", "empty", "no-choices"] {
+        for stream in [false, true] {
+            let response = chat(&gateway, script, stream);
+            assert_error(&response, 502, "upstream_bad_response");
+            assert!(!response.text().contains("It works") && !response.text().contains("hello"));
+        }
+    }
+    assert_error(&chat(&gateway, "bad-json", false), 502, "upstream_bad_response");
+}
+
+/// E12, F18.
+#[test]
+fn an_error_under_status_200_is_an_error() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for (script, stream) in [("error-200", false), ("error-200", true), ("error-event-first", true)] {
+        let response = chat(&gateway, script, stream);
+        assert_eq!(response.status, 502, "{script}: {}", response.text());
+        assert!(matches!(response.error_code().as_str(), "upstream_failed" | "upstream_bad_response"), "{script}");
+        assert_error_shape(&response);
+    }
+}
+
+/// E7, D10: cut answers; nothing is sent a second time, since it may have been billed.
+#[test]
+fn a_cut_answer_is_a_502_and_is_not_asked_for_again() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for (index, script) in ["truncated", "reset-mid", "close-early", "reset-early"].into_iter().enumerate() {
+        assert_error(&chat(&gateway, script, false), 502, "upstream_disconnected");
+        assert_eq!(fake.request_count(), index + 1, "{script}");
+    }
+    for (index, script) in ["close-early", "reset-early"].into_iter().enumerate() {
+        assert_error(&chat(&gateway, script, true), 502, "upstream_disconnected");
+        assert_eq!(fake.request_count(), index + 5, "{script}");
+    }
+}
+
+/// D10, on a connection that was used before: still nothing is sent twice.
+#[test]
+fn a_used_connection_that_breaks_is_not_tried_again() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+    assert_error(&chat(&gateway, "close-early", false), 502, "upstream_disconnected");
+    assert_eq!(fake.request_count(), 2);
+}
+
+/// E8.
+#[test]
+fn an_answer_beyond_the_limit_is_given_up() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[limits]\nanswer = \"64KiB\"\n");
+    assert_error(&chat(&gateway, "huge-100000", false), 502, "upstream_bad_response");
+    assert_eq!(chat(&gateway, "huge-60000", false).content().len(), 60_000);
+}
+
+/// E11.
+#[test]
+fn odd_usage_passes_but_is_not_believed() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let response = chat(&gateway, "odd-usage", false);
+    assert_eq!((response.status, response.json()["usage"]["prompt_tokens"].as_i64()), (200, Some(-5)));
+    let record = gateway.wait_access(response.header("x-request-id").unwrap(), Duration::from_secs(10));
+    for key in ["tokens_in", "tokens_out"] {
+        assert!(record[key].is_null() || record[key].as_u64().is_some_and(|n| n <= 10_000_000), "{record}");
+    }
+}
+
+/// Fact 12: what a strict reader refuses is passed through.
+#[test]
+fn half_an_emoji_passes_unchanged() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let response = chat(&gateway, "half-emoji", false);
+    assert_eq!(response.status, 200);
+    assert!(response.text().contains(r"half \ud83d"), "{}", response.text());
+}
+
+/// F19: converted, or refused with a real status; never one mode under the other's name.
+#[test]
+fn an_answer_in_the_other_mode_is_not_passed_off_as_right() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let response = chat(&gateway, "json-for-stream", true);
+    if response.status == 200 {
+        let events = response.events();
+        assert_good_stream(&events, response.is_complete);
+        assert_eq!(evergate_testkit::sse::text_of(&events), TEXT);
+    } else {
+        assert_error(&response, 502, "upstream_bad_response");
+    }
+    let response = chat(&gateway, "events-for-unary", false);
+    if response.status == 200 {
+        assert_eq!(response.content(), TEXT);
+    } else {
+        assert_error(&response, 502, "upstream_bad_response");
+    }
+}
+
+/// D4.
+#[test]
+fn a_refused_connect_is_a_502_at_once() {
+    let address = refused_address();
+    let config = gateway_config(&format!("http://{address}/v1"), &[], "");
+    let gateway = Evergate::builder(EXE).config(config).start();
+    for stream in [false, true] {
+        let began = Instant::now();
+        let response = chat(&gateway, "ok", stream);
+        assert_error(&response, 502, "upstream_connect_failed");
+        assert!(began.elapsed() < Duration::from_secs(2));
+        assert!(!response.text().contains(&address), "an upstream's address is not the client's business");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let config = gateway_config(&format!("unix:{}:/v1", folder.path().join("none.sock").display()), &[], "");
+    let gateway = Evergate::builder(EXE).config(config).start();
+    assert_error(&chat(&gateway, "ok", false), 502, "upstream_connect_failed");
+}
+
+/// Nothing of an upstream's failure outlives it: the next request is served.
+#[test]
+fn a_failure_harms_nobody_else() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    for script in ["status-500", "reset-mid", "html", "truncated", "close-early", "bad-json", "redirect", "empty"] {
+        let _ = chat(&gateway, script, false);
+        assert_eq!(chat(&gateway, "ok", false).content(), TEXT, "after {script}");
+        let _ = chat(&gateway, script, true);
+        assert_eq!(chat(&gateway, "ok", false).content(), TEXT, "after {script}");
+    }
+    let pids: Vec<Value> = gateway.access().iter().map(|record| record["pid"].clone()).collect();
+    assert!(pids.windows(2).all(|two| two[0] == two[1]), "one worker served all: {pids:?}");
+}
