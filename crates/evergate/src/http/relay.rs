@@ -222,11 +222,11 @@ impl Relay {
             Ok(bytes) => (bytes, None),
             Err(TooLarge { bytes_max, completed }) => (completed, Some(bytes_max)),
         };
-        self.pass_on(bytes, overflow);
+        self.pass_on(&bytes, overflow);
     }
 
     /// Queues what may go to the client of the events just completed, and what ends the stream.
-    fn pass_on(&mut self, bytes: Bytes, overflow: Option<usize>) {
+    fn pass_on(&mut self, bytes: &Bytes, overflow: Option<usize>) {
         let keep = if let Some((_, start)) = &self.seen.error {
             *start
         } else if self.seen.done {

@@ -12,9 +12,7 @@ use clap::Args;
 use evergate_board::Board;
 use evergate_core::config::Sealed;
 use evergate_core::inherit;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
 
 pub mod clerk;
 pub mod compile;
@@ -116,16 +114,17 @@ pub fn kick(fd: impl AsFd) {
 /// # Errors
 /// What registering with epoll(7) says, to be taken for a failed start.
 pub async fn master_gone(life: OwnedFd) -> io::Result<()> {
-    let life = AsyncFd::with_interest(life, Interest::READABLE)?;
+    // Shared with all other children, for whom not blocking is right too.
+    let life = Receiver::from_owned_fd(life)?;
     loop {
-        let mut guard = life.readable().await?;
-        // Readiness may be a false alarm; nothing is ever written, so that only a closed pipe is ready in earnest. Not
-        // read: the description is shared with all other children and blocks.
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if poll(&mut [PollFd::new(life.get_ref(), PollFlags::IN)], Some(&at_once)) == Ok(1) {
-            return Ok(());
+        life.readable().await?;
+        match life.try_read(&mut [0; 8]) {
+            Ok(0) => return Ok(()),
+            // Nothing is ever written; readiness may be a false alarm.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
-        guard.clear_ready();
     }
 }
 

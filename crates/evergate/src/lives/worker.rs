@@ -229,7 +229,7 @@ async fn beat(board: Board, row: u32, app: Arc<App>) {
         child.set_beat_ns(monotonic_ns());
         child.set_loop_lag_us(u32::try_from(lag.as_micros()).unwrap_or(u32::MAX));
         child.set_upstream_connections(app.upstream_connections());
-        if ticks % 8 == 0 {
+        if ticks.is_multiple_of(8) {
             child.set_rss_kib(rss_kib());
         }
         ticks = ticks.wrapping_add(1);

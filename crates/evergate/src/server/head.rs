@@ -143,24 +143,19 @@ impl<'a> Fields<'a> {
             return Err(refuse("a header name is not a token"));
         }
         let value = value.get(1..).unwrap_or_default().trim_ascii();
-        match name.len() {
-            4 if name.eq_ignore_ascii_case(b"host") => {
-                if self.host.replace(value).is_some() {
-                    return Err(refuse("the request has two Host fields"));
-                }
-            }
-            14 if name.eq_ignore_ascii_case(b"content-length") => {
-                if self.length.replace(decimal(value)?).is_some() {
-                    return Err(refuse("the request has two Content-Length fields"));
-                }
-            }
+        let is_repeated = match name.len() {
+            4 if name.eq_ignore_ascii_case(b"host") => self.host.replace(value).is_some(),
+            14 if name.eq_ignore_ascii_case(b"content-length") => self.length.replace(decimal(value)?).is_some(),
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
-                if self.is_chunked || !value.eq_ignore_ascii_case(b"chunked") {
-                    return Err(refuse("Transfer-Encoding must be \"chunked\", once"));
+                if !value.eq_ignore_ascii_case(b"chunked") {
+                    return Err(refuse("Transfer-Encoding must be \"chunked\" and nothing else"));
                 }
-                self.is_chunked = true;
+                std::mem::replace(&mut self.is_chunked, true)
             }
-            _ => {}
+            _ => false,
+        };
+        if is_repeated {
+            return Err(refuse("Host, Content-Length or Transfer-Encoding stands in the request twice"));
         }
         Ok(())
     }

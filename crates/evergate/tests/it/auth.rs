@@ -70,7 +70,10 @@ fn a_right_key_opens_and_any_other_does_not() {
 fn a_body_without_a_key_is_not_read() {
     let gateway = with_keys();
     let mut raw = Raw::connect(&gateway.addr());
-    raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n").as_bytes());
+    raw.send(
+        format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n")
+            .as_bytes(),
+    );
     let (bytes, _) = raw.read_to_close(LIMIT);
     assert!(bytes.starts_with(b"HTTP/1.1 401 "), "{:?}", String::from_utf8_lossy(&bytes));
     // A gigabyte is not drained for a stranger either.
@@ -146,7 +149,9 @@ fn foreign_pages_and_hosts_are_refused_while_auth_is_off() {
     }
     assert_eq!(fake.request_count(), 0);
     let port = gateway.addr().rsplit(':').next().unwrap().to_owned();
-    for host in ["localhost", "LOCALHOST", "127.0.0.1", "[::1]", &gateway.addr(), &format!("localhost:{port}"), "localhost:1"] {
+    for host in
+        ["localhost", "LOCALHOST", "127.0.0.1", "[::1]", &gateway.addr(), &format!("localhost:{port}"), "localhost:1"]
+    {
         raw.send(post(host, "").as_bytes());
         let response = raw.read_response(LIMIT);
         assert_eq!(response.status, 200, "{host}: {}", response.text());
@@ -156,8 +161,10 @@ fn foreign_pages_and_hosts_are_refused_while_auth_is_off() {
 #[test]
 fn named_hosts_and_keys_make_a_host_welcome() {
     let gateway = Evergate::builder(EXE)
-        .config("[server]\nlisten = [\"127.0.0.1:0\"]\nhosts = [\"gw.internal\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
-                 [models.echo]\ntargets = [{ upstream = \"echo\" }]\n")
+        .config(
+            "[server]\nlisten = [\"127.0.0.1:0\"]\nhosts = [\"gw.internal\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+                 [models.echo]\ntargets = [{ upstream = \"echo\" }]\n",
+        )
         .start();
     let mut raw = Raw::connect(&gateway.addr());
     for (host, status) in [("gw.internal", 200), ("GW.internal:8080", 200), ("x.gw.internal", 403)] {
@@ -225,7 +232,9 @@ fn a_listener_speaks_tls() {
 #[test]
 fn a_certificate_that_cannot_serve_stops_the_start() {
     let (one, other) = (Identity::generate(), Identity::generate());
-    for (cert, key) in [(&one.cert_pem[..], &other.key_pem[..]), ("no certificate", &one.key_pem), (&one.cert_pem, "no key")] {
+    for (cert, key) in
+        [(&one.cert_pem[..], &other.key_pem[..]), ("no certificate", &one.key_pem), (&one.cert_pem, "no key")]
+    {
         let ended = Evergate::builder(EXE).config(TLS).file("cert.pem", cert).file("key.pem", key).try_start();
         let ended = ended.err().unwrap();
         assert_eq!(ended.code(), 78, "{}", ended.stderr);

@@ -129,7 +129,9 @@ fn a_body_that_nobody_wants_is_not_asked_for() {
     let gateway = echo_with("[limits]\nbody = \"4KiB\"\n");
     for (path, length, status) in [(CHAT, 1_000_000, "413"), ("/nothing", 10, "404"), ("/healthz", 10, "405")] {
         let mut raw = Raw::connect(&gateway.addr());
-        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n"
+        );
         raw.send(head.as_bytes());
         let (bytes, _) = raw.read_to_close(LIMIT);
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -143,7 +145,10 @@ fn a_body_that_is_wanted_is_asked_for() {
     let body = chat_body("echo", false, &Value::Null);
     let mut raw = Raw::connect(&gateway.addr());
     for _ in 0..2 {
-        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         raw.send(head.as_bytes());
         assert_eq!(raw.link().wait(Instant::now() + LIMIT), Wait::Data);
         assert!(raw.link().inbox.starts_with(b"HTTP/1.1 100 "), "{:?}", raw.link().inbox);
@@ -171,7 +176,10 @@ fn an_old_client_gets_an_answer_that_ends_with_the_connection() {
     for stream in [false, true] {
         let body = chat_body("echo", stream, &Value::Null);
         let mut raw = Raw::connect(&gateway.addr());
-        let head = format!("POST {CHAT} HTTP/1.0\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST {CHAT} HTTP/1.0\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         raw.send(&[head.as_bytes(), body.as_bytes()].concat());
         let (bytes, _) = raw.read_to_close(LIMIT);
         let text = String::from_utf8_lossy(&bytes).into_owned();

@@ -119,7 +119,8 @@ fn completions_answer_whole_and_streaming() {
 fn five_inputs_have_five_vectors_as_numbers_and_as_base64() {
     let gateway = echo();
     let ask = |format: &str| {
-        let body = format!(r#"{{"model":"echo","input":["a","b","c","d","e"],"dimensions":8,"encoding_format":"{format}"}}"#);
+        let body =
+            format!(r#"{{"model":"echo","input":["a","b","c","d","e"],"dimensions":8,"encoding_format":"{format}"}}"#);
         post(&gateway.addr(), "/v1/embeddings", &body).json()
     };
     let (plain, packed) = (ask("float"), ask("base64"));

@@ -16,7 +16,12 @@ fn only_answer(gateway: &Evergate, bytes: &[u8]) -> Response {
         Err(reason) => panic!("{reason} to {:?}", String::from_utf8_lossy(bytes)),
     };
     let (rest, _) = raw.read_to_close(LIMIT);
-    assert!(rest.is_empty(), "{:?} came after the answer to {:?}", String::from_utf8_lossy(&rest), String::from_utf8_lossy(bytes));
+    assert!(
+        rest.is_empty(),
+        "{:?} came after the answer to {:?}",
+        String::from_utf8_lossy(&rest),
+        String::from_utf8_lossy(bytes)
+    );
     response
 }
 
@@ -92,7 +97,14 @@ fn bad_request_lines_are_refused() {
 fn a_refusal_comes_after_earlier_answers() {
     let gateway = echo();
     let mut raw = Raw::connect(&gateway.addr());
-    raw.send(&[&get_request("/healthz", "")[..], b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", &get_request("/healthz", "")].concat());
+    raw.send(
+        &[
+            &get_request("/healthz", "")[..],
+            b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+            &get_request("/healthz", ""),
+        ]
+        .concat(),
+    );
     assert_eq!(raw.read_response(LIMIT).status, 200);
     assert_error(&raw.read_response(LIMIT), 400, "malformed_request");
     assert!(raw.read_to_close(LIMIT).0.is_empty());
@@ -174,7 +186,8 @@ fn tls_on_a_plain_port_is_closed_at_once() {
 fn an_unread_body_is_not_the_next_request() {
     let gateway = echo();
     let inner = String::from_utf8(get_request("/v1/models", "")).unwrap();
-    let request = format!("POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{inner}", inner.len());
+    let request =
+        format!("POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{inner}", inner.len());
     let mut raw = Raw::connect(&gateway.addr());
     raw.send(&[request.as_bytes(), &get_request("/also-nothing", "")].concat());
     let first = raw.read_response(LIMIT);
@@ -191,7 +204,10 @@ fn an_unread_body_is_not_the_next_request() {
 fn an_upgrade_is_not_taken_up() {
     let gateway = echo();
     let mut raw = Raw::connect(&gateway.addr());
-    for fields in ["connection: upgrade\r\nupgrade: websocket\r\n", "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"] {
+    for fields in [
+        "connection: upgrade\r\nupgrade: websocket\r\n",
+        "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n",
+    ] {
         raw.send(&get_request("/healthz", fields));
         assert_eq!(raw.read_response(LIMIT).status, 200);
     }

@@ -100,7 +100,9 @@ fn an_error_never_repeats_the_body() {
 fn unknown_paths_are_404_and_the_connection_goes_on() {
     let gateway = echo();
     let mut raw = Raw::connect(&gateway.addr());
-    for path in ["/", "/v1", "/v1/", "/v1/chat", "/v2/models", "/metrics", "/status", "/V1/models", "/v1/chat/completionsx"] {
+    for path in
+        ["/", "/v1", "/v1/", "/v1/chat", "/v2/models", "/metrics", "/status", "/V1/models", "/v1/chat/completionsx"]
+    {
         raw.send(&get_request(path, ""));
         assert_error(&raw.read_response(LIMIT), 404, "not_found");
         raw.send(&post_request(path, "", r#"{"model":"echo"}"#));
@@ -113,7 +115,11 @@ fn unknown_paths_are_404_and_the_connection_goes_on() {
 #[test]
 fn a_query_does_not_hide_a_path() {
     let gateway = echo();
-    let request = post_request("/v1/chat/completions?api-version=1", "", r#"{"model":"echo","messages":[{"role":"user","content":"q"}]}"#);
+    let request = post_request(
+        "/v1/chat/completions?api-version=1",
+        "",
+        r#"{"model":"echo","messages":[{"role":"user","content":"q"}]}"#,
+    );
     let mut raw = Raw::connect(&gateway.addr());
     raw.send(&request);
     assert_eq!(raw.read_response(LIMIT).content(), "q");
@@ -170,8 +176,13 @@ fn chunked_bodies_are_taken() {
     let gateway = echo();
     let mut raw = Raw::connect(&gateway.addr());
     let body = r#"{"model":"echo","messages":[{"role":"user","content":"in pieces"}]}"#;
-    let pieces: String = body.as_bytes().chunks(7).map(|piece| format!("{:x}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece))).collect();
-    let request = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{JSON}transfer-encoding: chunked\r\n\r\n{pieces}0\r\n\r\n");
+    let pieces: String = body
+        .as_bytes()
+        .chunks(7)
+        .map(|piece| format!("{:x}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece)))
+        .collect();
+    let request =
+        format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{JSON}transfer-encoding: chunked\r\n\r\n{pieces}0\r\n\r\n");
     for _ in 0..2 {
         raw.send(request.as_bytes());
         assert_eq!(raw.read_response(LIMIT).content(), "in pieces");
@@ -230,7 +241,8 @@ fn a_well_formed_request_id_comes_back_and_another_does_not() {
 fn no_bad_request_reaches_the_upstream() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
-    for body in ["", "{", r#"{"model":"fake/ok","model":"fake/ok"}"#, r#"{"model":"fake/"}"#, r#"{"model":"other/ok"}"#] {
+    for body in ["", "{", r#"{"model":"fake/ok","model":"fake/ok"}"#, r#"{"model":"fake/"}"#, r#"{"model":"other/ok"}"#]
+    {
         assert_error_shape(&post(&gateway.addr(), CHAT, body));
     }
     assert_eq!(post(&gateway.addr(), CHAT, r#"{"model":"fake/ok","messages":[]}"#).status, 200);

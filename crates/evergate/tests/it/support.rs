@@ -92,14 +92,24 @@ fn promise(code: &str) -> (&'static str, &'static str, bool, bool) {
     const SERVER: &str = "server_error";
     match code {
         "malformed_request" => (REQUEST, "false", false, true),
-        "invalid_json" | "invalid_value" | "invalid_api_key" | "model_not_found" | "not_found"
-        | "method_not_allowed" | "unsupported_media_type" => (REQUEST, "false", false, false),
+        "invalid_json"
+        | "invalid_value"
+        | "invalid_api_key"
+        | "model_not_found"
+        | "not_found"
+        | "method_not_allowed"
+        | "unsupported_media_type" => (REQUEST, "false", false, false),
         "origin_not_allowed" => ("permission_error", "false", false, false),
         "request_timeout" => (REQUEST, "true", false, true),
         "request_too_large" | "uri_too_long" | "headers_too_large" => (REQUEST, "false", false, true),
         "rate_limit_exceeded" => ("rate_limit_error", "true", true, false),
-        "internal_error" | "upstream_bad_response" | "upstream_connect_failed" | "upstream_disconnected"
-        | "upstream_failed" | "upstream_timeout" | "first_token_timeout" => (SERVER, "true", false, false),
+        "internal_error"
+        | "upstream_bad_response"
+        | "upstream_connect_failed"
+        | "upstream_disconnected"
+        | "upstream_failed"
+        | "upstream_timeout"
+        | "first_token_timeout" => (SERVER, "true", false, false),
         "upstream_auth_failed" | "deadline_exceeded" => (SERVER, "false", false, false),
         "server_shutting_down" => (SERVER, "true", true, true),
         "overloaded" => (SERVER, "true", true, false),

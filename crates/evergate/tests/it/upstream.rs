@@ -98,7 +98,17 @@ fn only_what_may_travel_travels() {
     assert_eq!(one("content-length").unwrap(), (body.len() - "fake/".len()).to_string());
     assert!(one("user-agent").unwrap().starts_with("evergate/"));
     assert!(!String::from_utf8_lossy(&sent.head).contains("sk-client"));
-    for name in ["cookie", "proxy-authorization", "x-forwarded-for", "forwarded", "te", "x-drop", "accept-encoding", "x-evergate-x", "expect"] {
+    for name in [
+        "cookie",
+        "proxy-authorization",
+        "x-forwarded-for",
+        "forwarded",
+        "te",
+        "x-drop",
+        "accept-encoding",
+        "x-evergate-x",
+        "expect",
+    ] {
         assert_eq!(one(name), None, "{name}");
     }
 }

@@ -11,6 +11,9 @@ pub const CREATED: u64 = 1_700_000_000;
 /// Text of the plain right answer.
 pub const TEXT: &str = "Hello from the fake upstream";
 
+/// Text of `one-byte`: characters of one to four bytes.
+pub const MANY_BYTES_TEXT: &str = "Hello é € 😀 👩‍💻 there";
+
 /// Which endpoint a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Endpoint {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use rustls::ServerConfig;
 
-pub use answer::{CREATED, PROMPT_TOKENS, TEXT};
+pub use answer::{CREATED, MANY_BYTES_TEXT, PROMPT_TOKENS, TEXT};
 pub use log::{Connection, End, How, Recorded};
 pub use request::Request;
 pub use script::Script;

@@ -90,7 +90,7 @@ pub enum Script {
     TwoDone,
     /// `after-done`: an event after `[DONE]`.
     AfterDone,
-    /// `one-byte`: a right answer, each byte in a write of its own.
+    /// `one-byte`: a right answer of [`super::MANY_BYTES_TEXT`], each byte in a write of its own.
     OneByte,
     /// `crlf`: a right stream with CRLF line ends, comments, `event` and `id` fields, and no space after `data:`.
     Crlf,

@@ -51,6 +51,7 @@ pub(super) fn plan(request: &Request, index: usize, connection: usize) -> Vec<St
     match &script {
         Script::Words { count, .. } => answer.words = (0..*count).map(|n| format!("word{n} ")).collect(),
         Script::Huge(bytes) => answer.words = vec!["x".repeat(*bytes)],
+        Script::OneByte => answer.words = answer::words_of(answer::MANY_BYTES_TEXT),
         Script::Tools => answer.tool = Some(r#"{"city":"Oslo"}"#.to_owned()),
         _ => {}
     }

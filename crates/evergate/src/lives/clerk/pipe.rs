@@ -5,8 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use evergate_core::record::LINE_BYTES_MAX;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
 use tokio::time::Instant;
 
 /// Between two looks at a pipe that has something: a wake-up per record would cost more than the record.
@@ -19,7 +18,7 @@ const READ_BYTES: usize = 64 << 10;
 /// The pipe, and the beginning of a line whose rest is still to come.
 #[derive(Debug)]
 pub(super) struct Pipe {
-    fd: AsyncFd<OwnedFd>,
+    pipe: Receiver,
     bytes: Vec<u8>,
     is_ended: bool,
     /// No look before this moment.
@@ -29,8 +28,8 @@ pub(super) struct Pipe {
 impl Pipe {
     /// Must be called in the runtime.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
-        let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
-        Ok(Self { fd, bytes: Vec::new(), is_ended: false, quiet_until: Instant::now() })
+        let pipe = Receiver::from_owned_fd(fd)?;
+        Ok(Self { pipe, bytes: Vec::new(), is_ended: false, quiet_until: Instant::now() })
     }
 
     /// Whole lines, at least one; none when nobody can write any more. May be dropped at any await: what was read is
@@ -38,18 +37,16 @@ impl Pipe {
     pub(super) async fn next(&mut self) -> Option<Vec<u8>> {
         while !self.is_ended {
             tokio::time::sleep_until(self.quiet_until).await;
-            let Ok(mut guard) = self.fd.readable().await else { break };
-            let before = self.bytes.len();
-            match fill(self.fd.get_ref(), &mut self.bytes) {
-                Filled::Empty => guard.clear_ready(),
-                Filled::More => {}
-                Filled::End => self.is_ended = true,
+            if self.pipe.readable().await.is_err() {
+                break;
             }
+            let before = self.bytes.len();
+            self.is_ended = matches!(fill(|bytes| self.pipe.try_read_buf(bytes), &mut self.bytes), Filled::End);
             // Under a load that fills the pipe within a pause there is none.
             if self.bytes.len().saturating_sub(before) < BATCH_BYTES / 4 {
                 self.quiet_until = Instant::now() + PAUSE;
             }
-            let lines = self.lines();
+            let lines = lines(&mut self.bytes);
             if !lines.is_empty() {
                 return Some(lines);
             }
@@ -60,25 +57,28 @@ impl Pipe {
     /// What is there at this moment, whole lines.
     pub(super) fn rest(&mut self) -> Vec<u8> {
         let mut all = Vec::new();
-        while let Filled::More = fill(self.fd.get_ref(), &mut self.bytes) {
-            all.append(&mut self.lines());
+        // Past the runtime, which believes a pipe to be empty until it has been told otherwise.
+        let read = |bytes: &mut Vec<u8>| Ok(rustix::io::read(&self.pipe, rustix::buffer::spare_capacity(bytes))?);
+        while let Filled::More = fill(read, &mut self.bytes) {
+            let lines = lines(&mut self.bytes);
+            all.extend(lines);
         }
-        all.append(&mut self.lines());
+        all.extend(lines(&mut self.bytes));
         all
     }
+}
 
-    /// Takes the whole lines out.
-    fn lines(&mut self) -> Vec<u8> {
-        let Some(end) = memchr::memrchr(b'\n', &self.bytes) else {
-            // No writer makes a line as long: whatever this is, it does not grow without end.
-            if self.bytes.len() > 2 * LINE_BYTES_MAX {
-                self.bytes.clear();
-            }
-            return Vec::new();
-        };
-        let tail = self.bytes.split_off(end + 1);
-        std::mem::replace(&mut self.bytes, tail)
-    }
+/// Takes the whole lines out.
+fn lines(bytes: &mut Vec<u8>) -> Vec<u8> {
+    let Some(end) = memchr::memrchr(b'\n', bytes) else {
+        // No writer makes a line as long: whatever this is, it does not grow without end.
+        if bytes.len() > 2 * LINE_BYTES_MAX {
+            bytes.clear();
+        }
+        return Vec::new();
+    };
+    let tail = bytes.split_off(end + 1);
+    std::mem::replace(bytes, tail)
 }
 
 /// What a look at the pipe came to.
@@ -91,14 +91,15 @@ enum Filled {
     End,
 }
 
-fn fill(fd: &OwnedFd, bytes: &mut Vec<u8>) -> Filled {
+fn fill(read: impl Fn(&mut Vec<u8>) -> io::Result<usize>, bytes: &mut Vec<u8>) -> Filled {
     let limit = bytes.len().saturating_add(BATCH_BYTES);
     while bytes.len() < limit {
         bytes.reserve(READ_BYTES);
-        match rustix::io::read(fd, rustix::buffer::spare_capacity(bytes)) {
+        match read(bytes) {
             Ok(0) => return Filled::End,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => return Filled::Empty,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Filled::Empty,
             // A pipe that cannot be read will not be readable again.
             Err(_) => return Filled::End,
         }

@@ -1,0 +1,136 @@
+//! The kill drill: under load a worker is killed ten times, and what the clients lost is exactly what the records say.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use evergate_testkit::raw::{chat_body, post_request};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
+use serde_json::{Value, json};
+
+use crate::processes::{lost_ids, wait_no_zombies};
+use crate::support::{CHAT, LIMIT, before, via};
+
+/// Clients that ask one unary request after the other, 200 ms each: about 100 requests a second.
+const CLIENTS: usize = 20;
+/// Streams that are open at any time.
+const STREAMS: usize = 20;
+/// Workers killed.
+const KILLS: usize = 10;
+
+/// What the clients saw.
+#[derive(Default)]
+struct Seen {
+    is_over: AtomicBool,
+    done: AtomicUsize,
+    failed: Mutex<BTreeSet<String>>,
+    refused: Mutex<Vec<String>>,
+    wrong: Mutex<Vec<String>>,
+}
+
+/// Asks until the drill is over, each time with an id and a connection of its own.
+fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen) {
+    let mut count = 0;
+    while !seen.is_over.load(Ordering::Relaxed) {
+        let id = format!("drill-{script}-{number}-{count}");
+        count += 1;
+        let mut raw = match Raw::try_connect(address) {
+            Ok(raw) => raw,
+            Err(error) => {
+                seen.refused.lock().unwrap().push(format!("{id}: {error}"));
+                continue;
+            }
+        };
+        let request =
+            post_request(CHAT, &format!("x-request-id: {id}\r\n"), &chat_body(&via(script), stream, &Value::Null));
+        let response = raw.try_send(&request).ok().and_then(|()| raw.try_read_response(3 * LIMIT).ok());
+        match response {
+            Some(response) if !response.is_complete => {
+                seen.failed.lock().unwrap().insert(id);
+            }
+            Some(response) if response.status == 200 && !response.text().contains("\"error\"") => {
+                seen.done.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(response) => seen.wrong.lock().unwrap().push(format!("{id}: {} {}", response.status, response.text())),
+            None => {
+                seen.failed.lock().unwrap().insert(id);
+            }
+        }
+    }
+}
+
+/// Kills workers in turn, each time after the last one's replacement serves and the load has gone on for a while.
+fn kill_ten(gateway: &Evergate, seen: &Seen) -> Vec<i32> {
+    let mut killed = Vec::new();
+    for round in 0..KILLS {
+        let before = seen.done.load(Ordering::Relaxed);
+        wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 30);
+        let pid = gateway.kill_worker(round % 2);
+        killed.push(pid);
+        wait_for("the replacement", 3 * LIMIT, || {
+            let workers = gateway.wait_workers(2);
+            (!workers.contains(&pid)).then_some(())
+        });
+    }
+    killed
+}
+
+#[test]
+fn ten_killed_workers_lose_exactly_what_their_records_name() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let (address, seen) = (gateway.addr(), Seen::default());
+    let began = Instant::now();
+    let killed = std::thread::scope(|scope| {
+        for number in 0..CLIENTS {
+            let (address, seen) = (&address, &seen);
+            scope.spawn(move || client(address, number, "delay-200", false, seen));
+        }
+        for number in 0..STREAMS {
+            let (address, seen) = (&address, &seen);
+            scope.spawn(move || client(address, number, "stream-30-50", true, seen));
+        }
+        // The clients must end also when this thread panics, or the scope would wait for ever.
+        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| kill_ten(&gateway, &seen)));
+        seen.is_over.store(true, Ordering::Relaxed);
+        killed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    let done = seen.done.load(Ordering::Relaxed);
+    let failed = seen.failed.into_inner().unwrap();
+    println!("{done} answered, {} lost to {KILLS} kills, {:?}", failed.len(), began.elapsed());
+
+    let records = gateway.wait_exits(KILLS, LIMIT, |record| record["signal"] == 9);
+    let found: Vec<i64> = records.iter().filter_map(|record| record["pid"].as_i64()).collect();
+    assert_eq!(found, killed.iter().map(|pid| i64::from(*pid)).collect::<Vec<_>>(), "ten records, each once");
+    assert_eq!(gateway.exits().len(), KILLS, "nothing else died");
+    let named: BTreeSet<String> = records.iter().flat_map(lost_ids).collect();
+    assert_eq!(seen.refused.into_inner().unwrap(), Vec::<String>::new(), "refused connects");
+    assert_eq!(seen.wrong.into_inner().unwrap(), Vec::<String>::new(), "answers that are neither right nor cut");
+    let unnamed: Vec<&String> = failed.difference(&named).collect();
+    let unfelt: Vec<&String> = named.difference(&failed).collect();
+    assert!(
+        unnamed.is_empty() && unfelt.is_empty(),
+        "failed but in no record: {unnamed:?}; in a record but answered: {unfelt:?}"
+    );
+    assert!(!failed.is_empty(), "ten kills under load that nobody felt are no drill");
+
+    wait_no_zombies(gateway.pid());
+    let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
+    let mut shown: Vec<i64> = status["children"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|child| child["kind"] == "worker")
+        .map(|child| child["pid"].as_i64().unwrap())
+        .collect();
+    shown.sort_unstable();
+    let mut running: Vec<i64> = gateway.wait_workers(2).into_iter().map(i64::from).collect();
+    running.sort_unstable();
+    assert_eq!(shown, running, "status shows the replacements");
+    // Each lost request has its line, written on its behalf.
+    for id in &failed {
+        let record = gateway.wait_access(id, Duration::from_secs(10));
+        assert_eq!((&record["cause"], &record["status"]), (&json!("worker_lost"), &json!(0)), "{record}");
+    }
+}

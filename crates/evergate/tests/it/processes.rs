@@ -1,0 +1,217 @@
+//! Children that die, masters that die, starts that fail.
+
+use std::time::{Duration, Instant};
+
+use evergate_testkit::driver::{is_alive, state_of};
+use evergate_testkit::raw::get_request;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_for, wait_until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{
+    EXE, LIMIT, ONE_WORKER, assert_alive, assert_good_stream, before, chat, echo, open_as, open_stream, rest_of,
+};
+
+/// Waits until the master has no child that has ended and was not reaped.
+pub fn wait_no_zombies(master: i32) {
+    wait_until("no zombie under the master", LIMIT, || {
+        let children = std::fs::read_to_string(format!("/proc/{master}/task/{master}/children")).unwrap_or_default();
+        children.split_whitespace().filter_map(|pid| pid.parse().ok()).all(|pid| state_of(pid) != Some('Z'))
+    });
+}
+
+/// Opens that many streams, each with an id of its own; with ten of them each worker serves some.
+fn streams(gateway: &Evergate, count: usize) -> Vec<(String, Raw)> {
+    (0..count)
+        .map(|n| {
+            let id = format!("stream-{n}");
+            let mut raw = open_as(gateway, "hold-mid", true, &format!("x-request-id: {id}\r\n"));
+            assert_eq!(raw.read_head(LIMIT).status, 200);
+            assert!(raw.next_event(LIMIT).is_some());
+            (id, raw)
+        })
+        .collect()
+}
+
+/// H3.
+#[test]
+fn a_killed_worker_is_replaced_and_the_record_names_what_was_lost() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let mut open = streams(&gateway, 10);
+    let (old, killed_at) = (gateway.workers(), Instant::now());
+    let pid = gateway.kill_worker(0);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!((&record["signal"], &record["code"], &record["core"]), (&json!(9), &Value::Null, &json!(false)));
+    assert_eq!((&record["kind"], &record["initiator"]), (&json!("worker"), &json!("unknown")), "{record}");
+    assert!(record["rss_max_kib"].as_u64().unwrap() > 0 && record["last_beat_ms"].is_u64(), "{record}");
+    let lost = lost_ids(&record);
+
+    let workers = wait_for("a replacement", LIMIT, || {
+        let workers = gateway.workers();
+        (workers.len() == 2 && !workers.contains(&pid)).then_some(workers)
+    });
+    assert!(workers.contains(&old[1]), "the other worker was left alone");
+    assert!(killed_at.elapsed() < Duration::from_secs(5), "{:?}", killed_at.elapsed());
+
+    fake.release();
+    let mut cut = Vec::new();
+    for (id, raw) in &mut open {
+        let events = rest_of(raw);
+        if raw.body_is_complete() {
+            assert_good_stream(&events, true);
+        } else {
+            cut.push(id.clone());
+        }
+    }
+    cut.sort_unstable();
+    assert_eq!(cut, lost, "what the clients lost and what the record says");
+    assert!(!cut.is_empty() && cut.len() < 10, "the gate spreads streams over both workers: {cut:?}");
+    for lost in record["lost"].as_array().unwrap() {
+        assert_eq!((&lost["route"], &lost["phase"]), (&json!("/v1/chat/completions"), &json!("stream")), "{lost}");
+    }
+    wait_no_zombies(gateway.pid());
+}
+
+/// The clients' ids in an exit record, sorted.
+pub fn lost_ids(record: &Value) -> Vec<String> {
+    let lost = record["lost"].as_array().unwrap();
+    let mut ids: Vec<String> = lost.iter().map(|lost| lost["client_id"].as_str().unwrap().to_owned()).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// The queue in front of a worker is not its own: with the only worker gone, connections wait for the next one.
+#[test]
+fn no_connection_is_refused_while_the_only_worker_is_replaced() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    for _ in 0..3 {
+        let pid = gateway.wait_workers(1)[0];
+        gateway.kill_worker(0);
+        for _ in 0..5 {
+            assert_eq!(chat(&gateway, "ok", false).status, 200);
+        }
+        let _ = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid);
+        wait_until("another worker", LIMIT, || gateway.workers().first().is_some_and(|next| *next != pid));
+    }
+}
+
+#[test]
+fn a_killed_clerk_is_replaced_and_metrics_come_back() {
+    let gateway = echo();
+    assert_alive(&gateway);
+    let admin = gateway.admin();
+    let clerk = gateway.children().into_iter().find(|child| child.kind == "clerk").unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(clerk.pid).unwrap(), Signal::KILL).unwrap();
+    let _ = gateway.wait_exits(1, LIMIT, |record| record["pid"] == clerk.pid && record["signal"] == 9);
+    assert_alive(&gateway);
+    wait_until("metrics at the same address", LIMIT, || {
+        let Ok(mut raw) = Raw::try_connect(&admin) else { return false };
+        raw.send(&get_request("/metrics", ""));
+        raw.try_read_response(Duration::from_secs(5)).is_ok_and(|response| response.status == 200)
+    });
+    assert!(gateway.metrics().contains("evergate_requests_total"), "{}", gateway.metrics());
+}
+
+/// What children are never told by a terminal: a Ctrl-C reaches every process of it.
+#[test]
+fn workers_ignore_a_terminals_signals() {
+    let gateway = echo();
+    let workers = gateway.workers();
+    for child in gateway.children() {
+        let pid = rustix::process::Pid::from_raw(child.pid).unwrap();
+        for signal in [Signal::INT, Signal::HUP] {
+            rustix::process::kill_process(pid, signal).unwrap();
+        }
+    }
+    for _ in 0..10 {
+        assert_alive(&gateway);
+    }
+    assert_eq!(gateway.workers(), workers);
+    assert!(gateway.exits().is_empty());
+}
+
+/// H12, I1, I7: no child is left after the drain time, and the next start works at once, on the same port.
+#[test]
+fn a_killed_master_leaves_nothing_and_the_next_start_works_at_once() {
+    let fake = FakeUpstream::start();
+    let state = tempfile::tempdir().unwrap();
+    let config = |port: &str| {
+        gateway_config(fake.base_url(), &[], "[shutdown]\ndrain = \"2s\"\ncancel = \"500ms\"\ncleanup = \"500ms\"\n")
+            .replacen("127.0.0.1:0", &format!("127.0.0.1:{port}"), 1)
+    };
+    let mut first = Evergate::builder(EXE).config(config("0")).state_dir(state.path()).start();
+    let (address, pid) = (first.addr(), first.pid());
+    let port = address.rsplit(':').next().unwrap().to_owned();
+    let mut finishing = open_stream(&first, "stream-10-50");
+    let mut held = open_stream(&first, "hold-mid");
+    first.signal(Signal::KILL);
+    let _ = first.wait_exit(LIMIT);
+
+    let began = Instant::now();
+    let second = Evergate::builder(EXE).config(config(&port)).state_dir(state.path()).start();
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert_eq!(second.addr(), address);
+    assert_eq!(chat(&second, "ok", false).status, 200);
+    first.wait_no_children(LIMIT);
+    let record = second.wait_exits(1, LIMIT, |record| record["kind"] == "master").remove(0);
+    assert_eq!(record["pid"], pid);
+    // Each stream ended in order: the short one with its end, the other at the latest when the drain was over.
+    assert_good_stream(&rest_of(&mut finishing), finishing.body_is_complete());
+    let events = rest_of(&mut held);
+    assert!(!events.iter().any(|event| event.is_done()));
+    wait_no_zombies(second.pid());
+}
+
+#[test]
+fn without_its_master_a_worker_refuses_and_finishes() {
+    let fake = FakeUpstream::start();
+    let gateway_text =
+        gateway_config(fake.base_url(), &[], "[shutdown]\ndrain = \"10s\"\ncancel = \"500ms\"\ncleanup = \"500ms\"\n");
+    let mut gateway = Evergate::builder(EXE).config(gateway_text).start();
+    let address = gateway.addr();
+    let mut held = open_stream(&gateway, "hold-mid");
+    let children = gateway.children();
+    gateway.signal(Signal::KILL);
+    let _ = gateway.wait_exit(LIMIT);
+    wait_until("connects refused", LIMIT, || Raw::try_connect(&address).is_err());
+    fake.release();
+    assert_good_stream(&rest_of(&mut held), held.body_is_complete());
+    drop(held);
+    // All requests are done: nobody waits for the drain to run out.
+    let began = Instant::now();
+    gateway.wait_no_children(LIMIT);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(children.iter().all(|child| !is_alive(child.pid)));
+}
+
+/// I6.
+#[test]
+fn a_second_start_on_one_state_folder_exits_71() {
+    let state = tempfile::tempdir().unwrap();
+    let first = Evergate::builder(EXE).state_dir(state.path()).start();
+    let ended = Evergate::builder(EXE).state_dir(state.path()).try_start().err().unwrap();
+    assert_eq!(ended.code(), 71, "{}", ended.stderr);
+    assert!(ended.stderr.contains(&first.pid().to_string()), "who holds it: {}", ended.stderr);
+    assert_alive(&first);
+}
+
+#[test]
+fn a_taken_port_exits_71_and_leaves_nothing() {
+    let first = echo();
+    let address = first.addr();
+    let config = format!(
+        "[server]\nlisten = [\"127.0.0.1:0\", \"{address}\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+         [models.echo]\ntargets = [{{ upstream = \"echo\" }}]\n"
+    );
+    let state = tempfile::tempdir().unwrap();
+    let ended = Evergate::builder(EXE).config(config).state_dir(state.path()).try_start().err().unwrap();
+    assert_eq!(ended.code(), 71, "{}", ended.stderr);
+    assert!(ended.stderr.contains(&address), "{}", ended.stderr);
+    assert!(!state.path().join("run.json").exists());
+    assert!(!state.path().join("control.sock").exists());
+    assert_alive(&first);
+    // The folder can be used again at once.
+    assert_alive(&Evergate::builder(EXE).state_dir(state.path()).start());
+}
