@@ -15,7 +15,7 @@ use evergate_core::inherit::code;
 use rustix::net::AddressFamily;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{Instant, MissedTickBehavior, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, timeout, timeout_at};
 
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
 use crate::tasks::Tasks;
@@ -70,7 +70,7 @@ enum End {
 async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     // First of all, so that a stop does not find the default action.
     let mut signals = Signals::take()?;
-    let Inherited { board, sealed, life, kick: kick_fd, access, listeners, .. } = inherited;
+    let Inherited { board, sealed, life, kick: kick_fd, access, listeners } = inherited;
     let shutdown = sealed.config.shutdown.clone();
     let folder = state_dir_from_env().ok_or_else(|| io::Error::other("no state folder in the environment"))?;
     // Secrets are for workers.
@@ -133,19 +133,17 @@ async fn serve(pipe: &mut Pipe, log: &AccessLog, signals: &mut Signals, life: Ow
 
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
 async fn finish(mut pipe: Pipe, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
-    let now = Instant::now();
-    let cleanup = now + shutdown.cleanup;
     match end {
         End::Told => log.write(pipe.rest()),
         End::Orphaned => {
             // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
-            let last = cleanup + shutdown.drain + shutdown.cancel;
+            let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
             while let Ok(Some(batch)) = timeout_at(last, pipe.next()).await {
                 log.write(batch);
             }
         }
     }
-    let is_whole = timeout_at(cleanup.max(Instant::now() + shutdown.cleanup), log.close()).await.is_ok();
+    let is_whole = timeout(shutdown.cleanup, log.close()).await.is_ok();
     if !is_whole {
         // The process ends; what the disk did not take in this time is lost, and this says so.
         let _ = writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time");

@@ -262,13 +262,18 @@ fn cells(child: &Child) -> Vec<String> {
         child.inflight.stream.to_string(),
         child.connections.to_string(),
         child.requests.to_string(),
-        format!("{}.{}M", child.rss_kib / 1024, child.rss_kib % 1024 * 10 / 1024),
+        mib_text(child.rss_kib),
     ]
 }
 
 /// A text for a terminal: nothing in it may move the cursor or end the line.
 pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+}
+
+/// `12.5M`; nothing known is a dash, since no process has no memory.
+fn mib_text(kib: u64) -> String {
+    if kib == 0 { "-".to_owned() } else { format!("{}.{}M", kib / 1024, kib % 1024 * 10 / 1024) }
 }
 
 /// A time as a person says it: `850ms`, `12s`, `3m05s`, `2h10m`, `4d03h`.

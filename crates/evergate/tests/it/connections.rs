@@ -105,18 +105,18 @@ fn pipelined_requests_are_answered_in_order() {
     let mut raw = Raw::connect(&gateway.addr());
     let chat = |n: usize| {
         let messages = json!({"messages": [{"role": "user", "content": format!("number {n}")}]});
-        chat_request("echo", n % 3 == 0, &messages)
+        chat_request("echo", n.is_multiple_of(3), &messages)
     };
     let mut all = Vec::new();
-    for n in 0..60 {
+    for n in 0..60_usize {
         all.extend(chat(n));
     }
     all.extend(get_request("/nothing", ""));
     all.extend(get_request("/healthz", ""));
     raw.send(&all);
-    for n in 0..60 {
+    for n in 0..60_usize {
         let response = raw.read_response(LIMIT);
-        let text = if n % 3 == 0 { text_of(&response.events()) } else { response.content() };
+        let text = if n.is_multiple_of(3) { text_of(&response.events()) } else { response.content() };
         assert_eq!(text, format!("number {n}"));
     }
     assert_error(&raw.read_response(LIMIT), 404, "not_found");

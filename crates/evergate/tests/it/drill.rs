@@ -1,6 +1,6 @@
 //! The kill drill: under load a worker is killed ten times, and what the clients lost is exactly what the records say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -24,7 +24,8 @@ const KILLS: usize = 10;
 struct Seen {
     is_over: AtomicBool,
     done: AtomicUsize,
-    failed: Mutex<BTreeSet<String>>,
+    /// Each id with how the client lost it.
+    failed: Mutex<BTreeMap<String, String>>,
     refused: Mutex<Vec<String>>,
     wrong: Mutex<Vec<String>>,
 }
@@ -44,17 +45,20 @@ fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen)
         };
         let request =
             post_request(CHAT, &format!("x-request-id: {id}\r\n"), &chat_body(&via(script), stream, &Value::Null));
-        let response = raw.try_send(&request).ok().and_then(|()| raw.try_read_response(3 * LIMIT).ok());
+        let response = raw
+            .try_send(&request)
+            .map_err(|gone| format!("{gone:?} while sending"))
+            .and_then(|()| raw.try_read_response(3 * LIMIT));
         match response {
-            Some(response) if !response.is_complete => {
-                seen.failed.lock().unwrap().insert(id);
+            Ok(response) if !response.is_complete => {
+                seen.failed.lock().unwrap().insert(id, "cut in the body".to_owned());
             }
-            Some(response) if response.status == 200 && !response.text().contains("\"error\"") => {
+            Ok(response) if response.status == 200 && !response.text().contains("\"error\"") => {
                 seen.done.fetch_add(1, Ordering::Relaxed);
             }
-            Some(response) => seen.wrong.lock().unwrap().push(format!("{id}: {} {}", response.status, response.text())),
-            None => {
-                seen.failed.lock().unwrap().insert(id);
+            Ok(response) => seen.wrong.lock().unwrap().push(format!("{id}: {} {}", response.status, response.text())),
+            Err(reason) => {
+                seen.failed.lock().unwrap().insert(id, reason);
             }
         }
     }
@@ -107,8 +111,8 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
     let named: BTreeSet<String> = records.iter().flat_map(lost_ids).collect();
     assert_eq!(seen.refused.into_inner().unwrap(), Vec::<String>::new(), "refused connects");
     assert_eq!(seen.wrong.into_inner().unwrap(), Vec::<String>::new(), "answers that are neither right nor cut");
-    let unnamed: Vec<&String> = failed.difference(&named).collect();
-    let unfelt: Vec<&String> = named.difference(&failed).collect();
+    let unnamed: Vec<_> = failed.iter().filter(|(id, _)| !named.contains(*id)).collect();
+    let unfelt: Vec<&String> = named.iter().filter(|id| !failed.contains_key(*id)).collect();
     assert!(
         unnamed.is_empty() && unfelt.is_empty(),
         "failed but in no record: {unnamed:?}; in a record but answered: {unfelt:?}"
@@ -129,7 +133,7 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
     running.sort_unstable();
     assert_eq!(shown, running, "status shows the replacements");
     // Each lost request has its line, written on its behalf.
-    for id in &failed {
+    for id in failed.keys() {
         let record = gateway.wait_access(id, Duration::from_secs(10));
         assert_eq!((&record["cause"], &record["status"]), (&json!("worker_lost"), &json!(0)), "{record}");
     }

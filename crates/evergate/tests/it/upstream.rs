@@ -13,7 +13,7 @@ fn a_body_is_forwarded_byte_for_byte() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     let huge_number = format!(r#"{{"model":"fake/echo-request","x":{}}}"#, "9".repeat(400));
-    for body in [
+    for (index, body) in [
         r#"{"model":"fake/echo-request"}"#,
         " {\r\n\t\"messages\" : [ ] ,\n  \"model\"  :\t\"fake/echo-request\" } \n",
         r#"{"a":1.0,"b":1e400,"c":-0,"d":0.10,"e":123456789012345678901234567890,"model":"fake/echo-request"}"#,
@@ -24,15 +24,18 @@ fn a_body_is_forwarded_byte_for_byte() {
         r#"{"response_format":{"type":"json_schema","json_schema":{"name":"s","schema":{}}},"logprobs":true,"top_logprobs":5,"reasoning_effort":"high","model":"fake/echo-request","max_completion_tokens":16,"seed":7,"stop":["\n"]}"#,
         r#"{"model":"fake/echo-request","stream":false,"stream_options":null,"":null}"#,
         &huge_number,
-    ] {
-        let answer = post(&gateway.addr(), CHAT, body);
-        assert_eq!(answer.status, 200, "{body}: {}", answer.text());
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // What the fake's own JSON reader makes of it is not the matter.
+        let _ = post(&gateway.addr(), CHAT, body);
         // Only the first of the names is the top level's: the nested ones stay.
         let expected = match body.find("\"model\"  :") {
             Some(_) => body.replace("fake/echo-request", "echo-request"),
             None => forwarded(body),
         };
-        assert_eq!(answer.json()["received"]["body"], expected);
+        assert_eq!(String::from_utf8(fake.wait_request(index, LIMIT).request.body).unwrap(), expected);
     }
 }
 
@@ -54,10 +57,10 @@ fn a_name_written_with_escapes_is_the_same_name() {
 #[test]
 fn a_configured_name_is_replaced_by_the_targets() {
     let fake = FakeUpstream::start();
-    let more = "[models.\"my model\"]\ntargets = [{ upstream = \"fake\", model = \"echo-request\" }]";
+    let more = "[models.\"my:model@1\"]\ntargets = [{ upstream = \"fake\", model = \"echo-request\" }]";
     let gateway = before(&fake, more);
-    let answer = post(&gateway.addr(), CHAT, r#"{"model":"my model","x":"my model"}"#);
-    assert_eq!(answer.json()["received"]["body"], r#"{"model":"echo-request","x":"my model"}"#);
+    let answer = post(&gateway.addr(), CHAT, r#"{"model":"my:model@1","x":"my:model@1"}"#);
+    assert_eq!(answer.json()["received"]["body"], r#"{"model":"echo-request","x":"my:model@1"}"#);
 }
 
 #[test]

@@ -189,8 +189,8 @@ mod tests {
         runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.unwrap() })
     }
 
-    fn ask(method: Method, path: &str, pairs: &[(&'static str, &'static str)]) -> (u16, HeaderMap, String) {
-        let response = answer(&desk(), &method, path, &headers(pairs));
+    fn ask(method: &Method, path: &str, pairs: &[(&'static str, &'static str)]) -> (u16, HeaderMap, String) {
+        let response = answer(&desk(), method, path, &headers(pairs));
         let (head, body) = response.into_parts();
         let bytes = block_on(body.collect()).unwrap().to_bytes();
         (head.status.as_u16(), head.headers, String::from_utf8(bytes.to_vec()).unwrap())
@@ -198,20 +198,20 @@ mod tests {
 
     #[test]
     fn pages_have_their_types() {
-        let (status, head, text) = ask(Method::GET, "/metrics", &[("host", "127.0.0.1:4701")]);
+        let (status, head, text) = ask(&Method::GET, "/metrics", &[("host", "127.0.0.1:4701")]);
         assert_eq!((status, text.contains("evergate_build_info")), (200, true));
         assert!(head[CONTENT_TYPE].to_str().unwrap().starts_with("text/plain; version=0.0.4"));
-        let (status, _, text) = ask(Method::GET, "/status", &[]);
+        let (status, _, text) = ask(&Method::GET, "/status", &[]);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!((status, value["children"].as_array().map(Vec::len)), (200, Some(0)));
-        assert_eq!(ask(Method::GET, "/healthz", &[]).0, 200);
+        assert_eq!(ask(&Method::GET, "/healthz", &[]).0, 200);
     }
 
     #[test]
     fn everything_else_is_refused_from_the_table() {
-        let (status, _, text) = ask(Method::GET, "/nothing", &[]);
+        let (status, _, text) = ask(&Method::GET, "/nothing", &[]);
         assert_eq!((status, text.contains("\"not_found\"")), (404, true));
-        let (status, head, text) = ask(Method::POST, "/metrics", &[]);
+        let (status, head, text) = ask(&Method::POST, "/metrics", &[]);
         assert_eq!((status, text.contains("\"method_not_allowed\"")), (405, true));
         assert_eq!((&head[ALLOW], &head["x-should-retry"]), (&"GET, HEAD".parse().unwrap(), &"false".parse().unwrap()));
     }
@@ -225,13 +225,13 @@ mod tests {
             [("host", "127.0.0.1:4701"), ("origin", "null")],
             [("host", "127.0.0.1:4701"), ("origin", "https://127.0.0.1")],
         ] {
-            let (status, _, text) = ask(Method::GET, "/status", &pairs);
+            let (status, _, text) = ask(&Method::GET, "/status", &pairs);
             assert_eq!((status, text.contains("origin_not_allowed")), (403, true), "{pairs:?}");
         }
         for pairs in
             [[("host", "localhost:9"), ("x-a", "b")], [("host", "[::1]:4701"), ("origin", "http://[::1]:4701")]]
         {
-            assert_eq!(ask(Method::GET, "/status", &pairs).0, 200, "{pairs:?}");
+            assert_eq!(ask(&Method::GET, "/status", &pairs).0, 200, "{pairs:?}");
         }
     }
 
