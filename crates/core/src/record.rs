@@ -82,12 +82,12 @@ impl Access<'_> {
             self.attempts, self.status, self.is_stream, self.bytes_in, self.bytes_out
         );
         match self.first_byte_ms {
-            Some(ms) => {
-                let _ = write!(out, "{ms:.3}");
-            }
+            Some(ms) => write_ms(out, ms),
             None => out.push_str("null"),
         }
-        let _ = write!(out, ",\"duration_ms\":{:.3},\"tokens_in\":", self.duration_ms);
+        out.push_str(",\"duration_ms\":");
+        write_ms(out, self.duration_ms);
+        out.push_str(",\"tokens_in\":");
         number(out, self.tokens_in);
         out.push_str(",\"tokens_out\":");
         number(out, self.tokens_out);
@@ -106,6 +106,12 @@ impl Access<'_> {
             lean.write_line(out);
         }
     }
+}
+
+/// Milliseconds with three decimals, by way of whole microseconds: formatting a float costs ten times as much.
+fn write_ms(out: &mut String, ms: f64) {
+    let us = (ms.max(0.0) * 1000.0).round() as u64;
+    let _ = write!(out, "{}.{:03}", us / 1000, us % 1000);
 }
 
 fn cut(text: &str, bytes_max: usize) -> &str {

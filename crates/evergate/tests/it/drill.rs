@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::processes::{lost_ids, wait_no_zombies};
 use crate::support::{CHAT, LIMIT, before, via};
 
-/// Clients that ask one unary request after the other, 200 ms each: about 100 requests a second.
+/// Clients that ask one unary request after the other, about 200 ms each: about 100 requests a second.
 const CLIENTS: usize = 20;
 /// Streams that are open at any time.
 const STREAMS: usize = 20;
@@ -70,6 +70,9 @@ fn kill_ten(gateway: &Evergate, seen: &Seen) -> Vec<i32> {
     for round in 0..KILLS {
         let before = seen.done.load(Ordering::Relaxed);
         wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 30);
+        // Not at the moment when an answer came and its client asks again: a killer does not know of either.
+        let (now, pause) = (Instant::now(), Duration::from_millis(7 * round as u64 + 5));
+        wait_until("a moment of its own", LIMIT, || now.elapsed() >= pause);
         let pid = gateway.kill_worker(round % 2);
         killed.push(pid);
         wait_for("the replacement", 3 * LIMIT, || {
@@ -89,11 +92,12 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
     let killed = std::thread::scope(|scope| {
         for number in 0..CLIENTS {
             let (address, seen) = (&address, &seen);
-            scope.spawn(move || client(address, number, "delay-200", false, seen));
+            // Each with a pace of its own, or all would ask in step.
+            scope.spawn(move || client(address, number, &format!("delay-{}", 150 + 5 * number), false, seen));
         }
         for number in 0..STREAMS {
             let (address, seen) = (&address, &seen);
-            scope.spawn(move || client(address, number, "stream-30-50", true, seen));
+            scope.spawn(move || client(address, number, &format!("stream-30-{}", 40 + number), true, seen));
         }
         // The clients must end also when this thread panics, or the scope would wait for ever.
         let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| kill_ten(&gateway, &seen)));

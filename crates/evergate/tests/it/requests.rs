@@ -221,14 +221,14 @@ fn media_types_matter_where_a_browser_sends() {
 fn a_well_formed_request_id_comes_back_and_another_does_not() {
     let gateway = echo();
     let mut raw = Raw::connect(&gateway.addr());
-    let longest = "x".repeat(128);
+    let longest = "x".repeat(64);
     for good in ["abc", "A-b.c_d:9", &longest] {
         for path in ["/healthz", "/nothing"] {
             raw.send(&get_request(path, &format!("x-request-id: {good}\r\n")));
             assert_eq!(raw.read_response(LIMIT).header("x-request-id"), Some(good));
         }
     }
-    let too_long = "x".repeat(129);
+    let too_long = "x".repeat(65);
     for bad in ["", "a b", "<script>", "a\u{e9}", "a,b", &too_long] {
         raw.send(&get_request("/healthz", &format!("x-request-id: {bad}\r\n")));
         let response = raw.read_response(LIMIT);

@@ -153,7 +153,7 @@ pub fn assert_request_id(response: &Response) {
         response.headers.iter().filter(|(name, _)| name == "x-request-id").map(|(_, value)| value).collect();
     assert_eq!(ids.len(), 1, "{:?}", response.headers);
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
-    assert!((1..=128).contains(&ids[0].len()) && ids[0].bytes().all(is_plain), "{ids:?}");
+    assert!((1..=64).contains(&ids[0].len()) && ids[0].bytes().all(is_plain), "{ids:?}");
 }
 
 /// Checks the end of a stream that failed: one error event with that code as the last event, no `[DONE]`, and a body
