@@ -31,12 +31,13 @@ impl Shape {
     /// The shape for a configuration. Memory is taken as it is touched, so the size costs address space only.
     #[must_use]
     pub fn for_plan(plan: &Plan) -> Self {
-        Self { children: 64, slots: plan.slots.clamp(1, 65_536), series: 2048, labels: 2048 }
+        // Twice the places: a request whose body is still being read has a row but no place yet.
+        Self { children: 64, slots: plan.slots.saturating_mul(2).clamp(1, 131_072), series: 2048, labels: 2048 }
     }
 
     pub(crate) fn is_valid(self) -> bool {
         (1..=1024).contains(&self.children)
-            && (1..=65_536).contains(&self.slots)
+            && (1..=131_072).contains(&self.slots)
             && (1..=65_536).contains(&self.series)
             && self.series.is_power_of_two()
             && (2..=65_535).contains(&self.labels)

@@ -40,6 +40,7 @@ pub struct Gate {
     slots: Arc<Semaphore>,
     waiting_max: u32,
     waiting: AtomicU32,
+    reading: AtomicU32,
     seq: AtomicU32,
     live: Mutex<HashMap<u32, Arc<Token>>>,
     empty: Notify,
@@ -74,6 +75,7 @@ impl Gate {
             slots: Arc::new(Semaphore::new(slots as usize)),
             waiting_max: slots,
             waiting: AtomicU32::new(0),
+            reading: AtomicU32::new(0),
             seq: AtomicU32::new(0),
             live: Mutex::default(),
             empty: Notify::new(),
@@ -156,6 +158,29 @@ impl Gate {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Puts a request on the board whose body is still to be read, so that the worker's death names it too. It takes
+    /// no place: a slow body must not keep others out. As many as there are places are announced; the others are not.
+    #[must_use]
+    pub fn announce(self: &Arc<Self>, id: RequestId, arrival: &Arrival) -> Option<Announced> {
+        let mut announced = Announced::new(self);
+        if self.reading.load(Ordering::Relaxed) <= self.waiting_max {
+            announced.ticket = self.take_row(id, arrival);
+        }
+        announced.ticket.as_ref()?.set_phase(InflightPhase::Body);
+        Some(announced)
+    }
+
+    fn take_row(&self, id: RequestId, arrival: &Arrival) -> Option<Ticket> {
+        self.rows.admit(InflightStart {
+            seq: id.seq,
+            epoch: self.epoch,
+            client_id: &arrival.client_id,
+            route: self.board.label(arrival.route),
+            key: self.board.label(&arrival.tenant),
+            started_ns: monotonic_ns(),
+        })
+    }
+
     /// Admits a request, waiting for a place until its deadline.
     ///
     /// # Errors
@@ -164,6 +189,7 @@ impl Gate {
         self: &Arc<Self>,
         id: RequestId,
         arrival: Arrival,
+        announced: Option<Announced>,
         deadline: Deadline,
         token: &Arc<Token>,
     ) -> Result<Pass, Error> {
@@ -179,15 +205,8 @@ impl Gate {
                     .ok_or_else(full)?
             }
         };
-        let start = InflightStart {
-            seq: id.seq,
-            epoch: self.epoch,
-            client_id: &arrival.client_id,
-            route: self.board.label(arrival.route),
-            key: self.board.label(&arrival.tenant),
-            started_ns: monotonic_ns(),
-        };
-        let ticket = self.rows.admit(start).ok_or_else(full)?;
+        let announced = announced.and_then(Announced::into_ticket);
+        let ticket = announced.or_else(|| self.take_row(id, &arrival)).ok_or_else(full)?;
         ticket.set_phase(InflightPhase::Route);
         self.lock_live().insert(id.seq, Arc::clone(token));
         if *self.stage.borrow() == Stage::Cancelling {
@@ -276,6 +295,30 @@ impl Gate {
     }
 }
 
+/// A request on the board that is not admitted yet.
+#[derive(Debug)]
+pub struct Announced {
+    ticket: Option<Ticket>,
+    gate: Arc<Gate>,
+}
+
+impl Announced {
+    fn new(gate: &Arc<Gate>) -> Self {
+        gate.reading.fetch_add(1, Ordering::Relaxed);
+        Self { ticket: None, gate: Arc::clone(gate) }
+    }
+
+    fn into_ticket(mut self) -> Option<Ticket> {
+        self.ticket.take()
+    }
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        self.gate.reading.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 struct Waiting<'a>(&'a Gate);
 
 impl<'a> Waiting<'a> {
@@ -324,6 +367,8 @@ pub struct Record {
     pub usage: Option<Usage>,
     /// Our note on the cause.
     pub detail: String,
+    /// Status of a head that was sent while the end was still open.
+    pub sent_status: Option<u16>,
     model_label: u16,
     end: Option<(u16, End)>,
     is_complete: bool,
@@ -344,6 +389,7 @@ impl Record {
             first_token_ms: None,
             usage: None,
             detail: String::new(),
+            sent_status: None,
             model_label: 0,
             end: None,
             is_complete: false,
@@ -431,10 +477,11 @@ impl Pass {
     /// Why a request went before its last byte did.
     fn early_end(&self) -> (u16, End) {
         let fault = if std::thread::panicking() { Some(Fault::Internal) } else { self.token.cause().map(Cause::fault) };
-        match fault {
+        let (status, end) = match fault {
             Some(fault) => (fault.row().status, End::Fault(fault)),
             None => (499, End::ClientGone),
-        }
+        };
+        (self.record.sent_status.unwrap_or(status), end)
     }
 }
 

@@ -47,11 +47,34 @@ pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
+/// Why a body was not read to its end.
+#[derive(Debug)]
+pub enum Stopped {
+    /// The client closed or reset its connection.
+    ClientGone,
+    /// The client is told.
+    Refused(Error),
+}
+
+impl From<hyper::Error> for Stopped {
+    fn from(error: hyper::Error) -> Self {
+        use std::io::ErrorKind;
+        let io = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<std::io::Error>());
+        let is_gone = io.is_some_and(|io| matches!(io.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset));
+        if is_gone || error.is_incomplete_message() || error.is_canceled() {
+            return Self::ClientGone;
+        }
+        let message = "the request body breaks its framing";
+        Self::Refused(Error::new(Fault::MalformedRequest, message).detail(error))
+    }
+}
+
 /// Reads the whole body.
 ///
 /// # Errors
-/// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks or it ends early.
-pub async fn read(mut body: Incoming, config: &Config) -> Result<Bytes, Error> {
+/// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks; or the client
+/// is gone.
+pub async fn read(mut body: Incoming, config: &Config) -> Result<Bytes, Stopped> {
     let limit = config.limits.body_bytes;
     let end = Instant::now() + config.timeouts.body;
     let mut first = Bytes::new();
@@ -61,18 +84,15 @@ pub async fn read(mut body: Incoming, config: &Config) -> Result<Bytes, Error> {
         let frame = match tokio::time::timeout_at(until.into(), body.frame()).await {
             Ok(Some(Ok(frame))) => frame,
             Ok(None) => break,
-            Ok(Some(Err(error))) => {
-                let message = "the request body broke off or breaks its framing";
-                return Err(Error::new(Fault::MalformedRequest, message).detail(error));
-            }
+            Ok(Some(Err(error))) => return Err(error.into()),
             Err(_) => {
                 let message = "the request body did not arrive in time (timeouts.body_idle, timeouts.body)";
-                return Err(Error::new(Fault::RequestTimeout, message));
+                return Err(Stopped::Refused(Error::new(Fault::RequestTimeout, message)));
             }
         };
         let Ok(data) = frame.into_data() else { continue };
         if (first.len() + rest.len() + data.len()) as u64 > limit {
-            return Err(too_large(limit));
+            return Err(Stopped::Refused(too_large(limit)));
         }
         if first.is_empty() {
             // Most bodies are one piece, and need no copy.

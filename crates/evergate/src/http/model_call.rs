@@ -10,7 +10,7 @@ use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
 use evergate_core::json::{self, scan_answer, scan_request};
 use evergate_core::router::{Place, Route};
-use evergate_core::{Deadline, Error, Fault, traceparent};
+use evergate_core::{Cause, Deadline, Error, Fault, traceparent};
 use evergate_upstream::{Answer, AnswerBody, Call, Client};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
@@ -21,7 +21,7 @@ use super::body::{Body, Stream};
 use super::fault::{Planted, planted, strike};
 use super::relay::{Calling, Limits, Relay};
 use super::{intake, refusal, respond};
-use crate::context::Token;
+use crate::context::{Token, cancelled};
 use crate::gate::{Arrival, Pass};
 use crate::telemetry::names::End;
 
@@ -87,12 +87,18 @@ impl ModelCall {
         if let Err(error) = intake::check_head(&self.headers, config) {
             return (Err(error), None);
         }
+        let announced = self.app.gate.announce(self.id, &self.arrival);
         let body = match intake::read(body, config).await {
             Ok(body) => body,
-            Err(error) => return (Err(error), None),
+            Err(intake::Stopped::Refused(error)) => return (Err(error), None),
+            Err(intake::Stopped::ClientGone) => {
+                self.token.cancel(Cause::ClientGone);
+                return (Err(cancelled(Cause::ClientGone)), None);
+            }
         };
         let deadline = Deadline::new(self.started, config.timeouts.total, Limit::Total);
-        let mut pass = match self.app.gate.admit(self.id, self.arrival.clone(), deadline, &self.token).await {
+        let mut pass = match self.app.gate.admit(self.id, self.arrival.clone(), announced, deadline, &self.token).await
+        {
             Ok(pass) => pass,
             Err(error) => return (Err(error), None),
         };
@@ -187,7 +193,11 @@ impl ModelCall {
                 headers.insert(name, value.clone());
             }
         }
-        if let Some(parent) = self.headers.get(&TRACEPARENT).filter(|parent| traceparent::is_valid(parent.as_bytes())) {
+        let mut parents = self.headers.get_all(&TRACEPARENT).iter();
+        // Two cannot both be the parent.
+        if let (Some(parent), None) = (parents.next(), parents.next())
+            && traceparent::is_valid(parent.as_bytes())
+        {
             headers.insert(TRACEPARENT, parent.clone());
             if let Some(state) = self.headers.get(&TRACESTATE) {
                 headers.insert(TRACESTATE, state.clone());
@@ -374,7 +384,7 @@ fn pass_headers(from: &HeaderMap, to: &mut HeaderMap) {
 pub fn settle(pass: &mut Pass, served: &Result<Response<Body>, Error>) {
     match served {
         // A stream's end is known when it is there.
-        Ok(_) if pass.record.is_stream => {}
+        Ok(response) if pass.record.is_stream => pass.record.sent_status = Some(response.status().as_u16()),
         Ok(response) => {
             pass.record.bytes_out = response.body().len() as u64;
             pass.set_end(response.status().as_u16(), End::Ok);

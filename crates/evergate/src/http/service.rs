@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use evergate_core::ids::{RequestId, is_well_formed};
-use evergate_core::{Error, Fault, chat};
+use evergate_core::{Cause, Error, Fault, chat};
 use http::header::{ALLOW, CONNECTION, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
@@ -94,7 +94,13 @@ impl Service {
         Self { app, shared }
     }
 
-    async fn serve(self, request: Request<Incoming>, id: RequestId, token: Arc<Token>) -> Response<Body> {
+    async fn serve(
+        self,
+        request: Request<Incoming>,
+        id: RequestId,
+        token: Arc<Token>,
+        refusal: Option<Error>,
+    ) -> Response<Body> {
         let started = Instant::now();
         let active = Active::new(&self.shared);
         let (head, body) = request.into_parts();
@@ -103,10 +109,10 @@ impl Service {
         let mut arrival =
             Arrival { client_id, tenant: String::new(), method: method_label(&head.method), route: path.label() };
         let is_h1 = head.version <= Version::HTTP_11;
-        let (served, mut pass) = match self.judge(&head, path) {
+        let (served, mut pass) = match refusal.map_or_else(|| self.judge(&head, path), Err) {
             Ok(tenant) => {
                 arrival.tenant = tenant;
-                let call = (arrival.clone(), started, token);
+                let call = (arrival.clone(), started, Arc::clone(&token));
                 self.dispatch(head, body, path, id, call).await
             }
             Err(error) => (Err(error), None),
@@ -117,6 +123,7 @@ impl Service {
             None if matches!(path, Path::Healthz | Path::Readyz) => {}
             None => {
                 let (status, end) = match &served {
+                    _ if token.cause() == Some(Cause::ClientGone) => (499, End::ClientGone),
                     Ok(response) => (response.status().as_u16(), End::Ok),
                     Err(error) => (error.status(), End::Fault(error.fault)),
                 };
@@ -141,9 +148,6 @@ impl Service {
 
     /// What can be said by the head alone; gives the key's name.
     fn judge(&self, head: &http::request::Parts, path: Path) -> Result<String, Error> {
-        if let Some(refusal) = self.shared.take_refusal() {
-            return Err(refusal);
-        }
         if matches!(path, Path::Healthz | Path::Readyz) {
             return Self::check_method(head, path).map(|()| String::new());
         }
@@ -232,7 +236,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let id = self.app.gate.next_id();
         let token = Arc::new(Token::default());
         let echoed = client_id(request.headers()).cloned().or_else(|| HeaderValue::try_from(id.to_string()).ok());
-        let serving = self.clone().serve(request, id, Arc::clone(&token));
+        let serving = self.clone().serve(request, id, Arc::clone(&token), self.shared.next_refusal());
         Bounded {
             serving: Caught(Box::pin(serving)),
             token,

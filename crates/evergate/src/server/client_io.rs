@@ -57,7 +57,10 @@ pub struct IoLimits {
 pub struct Shared {
     /// Requests between head and last byte.
     pub active: AtomicU32,
-    /// Set when the head now delivered stands for a refusal.
+    /// Heads delivered to the HTTP library, and heads it has made requests of.
+    delivered: AtomicU32,
+    requested: AtomicU32,
+    /// The refusal that the last delivered head stands for.
     refusal: Mutex<Option<Error>>,
     is_refused: AtomicBool,
     /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
@@ -71,10 +74,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// The refusal that the request now at hand stands for.
+    /// To be called once for each request, in their order: the refusal that it stands for, if it is none of the
+    /// client's own.
     #[must_use]
-    pub fn take_refusal(&self) -> Option<Error> {
-        if self.is_refused.load(Ordering::Relaxed) { lock(&self.refusal).take() } else { None }
+    pub fn next_refusal(&self) -> Option<Error> {
+        let number = self.requested.fetch_add(1, Ordering::Relaxed) + 1;
+        let is_refused = self.is_refused.load(Ordering::Relaxed) && number == self.delivered.load(Ordering::Relaxed);
+        if is_refused { lock(&self.refusal).take() } else { None }
     }
 
     /// Keeps a request's pass until its last byte is the kernel's.
@@ -84,6 +90,8 @@ impl Shared {
     }
 
     fn refuse(&self, error: Error) {
+        // Nothing is delivered behind it, so the count stays its number.
+        self.delivered.fetch_add(1, Ordering::Relaxed);
         *lock(&self.refusal) = Some(error);
         self.is_refused.store(true, Ordering::Relaxed);
     }
@@ -267,6 +275,7 @@ impl ClientIo {
         match checked {
             Ok(framing) => {
                 self.ready = self.raw.split_to(length).freeze();
+                self.shared.delivered.fetch_add(1, Ordering::Relaxed);
                 self.searched = 0;
                 self.head_since = (!self.raw.is_empty()).then(Instant::now);
                 self.reading = match framing {

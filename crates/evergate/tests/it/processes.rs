@@ -3,13 +3,15 @@
 use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::{is_alive, state_of};
+use evergate_testkit::link::Wait;
 use evergate_testkit::raw::get_request;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
-    EXE, LIMIT, ONE_WORKER, assert_alive, assert_good_stream, before, chat, echo, open_as, open_stream, rest_of,
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_good_stream, before, chat, echo, echo_with, open_as,
+    open_stream, rest_of,
 };
 
 /// Waits until the master has no child that has ended and was not reaped.
@@ -71,6 +73,26 @@ fn a_killed_worker_is_replaced_and_the_record_names_what_was_lost() {
         assert_eq!((&lost["route"], &lost["phase"]), (&json!("/v1/chat/completions"), &json!("stream")), "{lost}");
     }
     wait_no_zombies(gateway.pid());
+}
+
+/// H3: a request counts from its head on; what comes before the upstream is called is lost too.
+#[test]
+fn a_request_whose_body_was_being_read_is_named_too() {
+    let gateway = echo_with(ONE_WORKER);
+    let mut raw = Raw::connect(&gateway.addr());
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nx-request-id: in-body\r\nexpect: 100-continue\r\n\
+         content-length: 1000\r\n\r\n"
+    );
+    raw.send(head.as_bytes());
+    // The worker asks for the body, so it has read the head.
+    assert_eq!(raw.link().wait(Instant::now() + LIMIT), Wait::Data);
+    raw.send(b"{\"model\"");
+    let pid = gateway.kill_worker(0);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!(lost_ids(&record), ["in-body"], "{record}");
+    assert_eq!(record["lost"][0]["phase"], "body", "{record}");
+    assert_eq!(gateway.wait_access("in-body", LIMIT)["cause"], "worker_lost");
 }
 
 /// The clients' ids in an exit record, sorted.

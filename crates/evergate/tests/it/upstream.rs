@@ -209,7 +209,9 @@ fn a_stale_connection_costs_no_request() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, ONE_WORKER);
     for n in 0..10 {
+        // Closed by the script and by the upstream itself; once the FIN is there nothing may be sent on it.
         assert_eq!(chat(&gateway, "stale", n % 2 == 0).status, 200);
+        wait_until("the end of every connection", LIMIT, || fake.open_connections() == 0);
         assert_eq!(chat(&gateway, "ok", false).content(), TEXT);
         fake.close_connections();
         wait_until("the end of every connection", LIMIT, || fake.open_connections() == 0);
@@ -221,8 +223,10 @@ fn a_stale_connection_costs_no_request() {
 fn bytes_after_an_answer_spoil_its_connection() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, ONE_WORKER);
-    for _ in 0..3 {
+    for n in 0..3 {
         assert_eq!(chat(&gateway, "too-long", false).content(), TEXT);
+        // All of its bytes are there before the next request is.
+        let _ = fake.wait_end(2 * n, LIMIT);
         assert_eq!(chat(&gateway, "ok", false).content(), TEXT);
     }
 }
