@@ -148,7 +148,7 @@ mod tests {
         assert_eq!(layout.series_of(4), None);
         for odd in [
             Shape { children: 0, ..shape },
-            Shape { slots: 70_000, ..shape },
+            Shape { slots: 140_000, ..shape },
             Shape { series: 7, ..shape },
             Shape { labels: 1, ..shape },
         ] {

@@ -4,6 +4,7 @@
 //! Developer-only. Nothing here shares code with what it tests: the HTTP client and server are written by hand over
 //! plain sockets, so that a defect of the gateway's libraries cannot hide itself, and so that every byte and every
 //! moment is the test's own choice.
+#![forbid(unsafe_code)]
 // A test that meets something unexpected should stop there and say so; that is what a panic does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 

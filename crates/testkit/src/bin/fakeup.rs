@@ -2,6 +2,7 @@
 //!
 //! Prints `{"listen":"127.0.0.1:PORT"}` and serves until its standard input ends, so that it never outlives whoever
 //! started it.
+#![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
 
