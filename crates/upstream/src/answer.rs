@@ -35,17 +35,20 @@ impl AnswerBody {
     /// # Errors
     /// `upstream_disconnected` when the connection ends or breaks its framing before that.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
-        // The body is asked first, because its wish for data is what makes the connection read.
-        let mut is_driven = false;
         loop {
-            match Pin::new(&mut self.body).poll_frame(cx) {
-                Poll::Pending if is_driven => return Poll::Pending,
-                Poll::Pending => {
-                    let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
-                    drive(connection, cx);
-                    is_driven = true;
+            let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+            let Connection { driver, filter, .. } = connection;
+            let body = &mut self.body;
+            let frame = filter.poll(cx, |cx| {
+                // The body is asked first, because its wish for data is what makes the connection read.
+                if let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(cx) {
+                    return Poll::Ready(frame);
                 }
-                Poll::Ready(Some(Ok(frame))) => {
+                drive(driver, cx);
+                Pin::new(&mut *body).poll_frame(cx)
+            });
+            match std::task::ready!(frame) {
+                Some(Ok(frame)) => {
                     // Trailers carry nothing that a client was promised.
                     if let Ok(data) = frame.into_data()
                         && !data.is_empty()
@@ -53,12 +56,12 @@ impl AnswerBody {
                         return Poll::Ready(Some(Ok(data)));
                     }
                 }
-                Poll::Ready(Some(Err(error))) => {
+                Some(Err(error)) => {
                     self.connection = None;
                     let message = "the upstream's connection ended before its answer did";
                     return Poll::Ready(Some(Err(Error::new(Fault::UpstreamDisconnected, message).detail(error))));
                 }
-                Poll::Ready(None) => {
+                None => {
                     self.give_back(cx);
                     return Poll::Ready(None);
                 }
@@ -76,8 +79,12 @@ impl AnswerBody {
 
     fn give_back(&mut self, cx: &mut Context<'_>) {
         if let Some(mut connection) = self.connection.take() {
+            let Connection { driver, filter, .. } = &mut connection;
             // Lets the connection notice that the body is done, and whether it may be kept.
-            drive(&mut connection, cx);
+            let _ = filter.poll(cx, |cx| {
+                drive(driver, cx);
+                Poll::<()>::Pending
+            });
             self.pool.give(connection);
         }
     }

@@ -21,6 +21,7 @@ use crate::answer::AnswerBody;
 use crate::connect::connect;
 use crate::io::UpstreamIo;
 use crate::tls::Trust;
+use crate::wake::Filter;
 
 /// What a client is made of.
 #[derive(Debug)]
@@ -85,13 +86,14 @@ pub struct Answer {
     pub body: AnswerBody,
 }
 
-type Driver = http1::Connection<TokioIo<UpstreamIo>, Full<Bytes>>;
+pub(crate) type Driver = http1::Connection<TokioIo<UpstreamIo>, Full<Bytes>>;
 
 /// An open connection and the half that speaks on it.
 pub(crate) struct Connection {
     pub(crate) sender: http1::SendRequest<Full<Bytes>>,
     /// `None` once it has ended; polled only by who holds the connection.
     pub(crate) driver: Option<Pin<Box<Driver>>>,
+    pub(crate) filter: Filter,
     idle_since: Instant,
 }
 
@@ -200,9 +202,12 @@ impl Client {
                 None => call.deadline,
             };
             let mut answering = std::pin::pin!(connection.sender.try_send_request(request.clone()));
+            let Connection { driver, filter, .. } = &mut connection;
             let head = poll_fn(|cx| {
-                drive(&mut connection, cx);
-                answering.as_mut().poll(cx)
+                filter.poll(cx, |cx| {
+                    drive(driver, cx);
+                    answering.as_mut().poll(cx)
+                })
             });
             match tokio::time::timeout_at(until.at().into(), head).await {
                 Ok(Ok(response)) => break response,
@@ -269,24 +274,29 @@ impl Client {
         };
         let (sender, driver) =
             http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(|error| failed(broken(name, &error)))?;
-        Ok(Connection { sender, driver: Some(Box::pin(driver)), idle_since: Instant::now() })
+        Ok(Connection { sender, driver: Some(Box::pin(driver)), filter: Filter::new(), idle_since: Instant::now() })
     }
 }
 
-/// Moves the connection forward; an end of it is seen by whoever waits for something from it.
-pub(crate) fn drive(connection: &mut Connection, cx: &mut std::task::Context<'_>) {
-    if let Some(driver) = &mut connection.driver
-        && driver.as_mut().poll(cx).is_ready()
+/// Moves a connection forward; an end of it is seen by whoever waits for something from it.
+pub(crate) fn drive(driver: &mut Option<Pin<Box<Driver>>>, cx: &mut std::task::Context<'_>) {
+    if let Some(running) = driver
+        && running.as_mut().poll(cx).is_ready()
     {
-        connection.driver = None;
+        *driver = None;
     }
 }
 
 /// Whether a request can be sent now; polls once, which is what notices that the upstream has closed.
 async fn is_usable(connection: &mut Connection) -> bool {
+    let Connection { driver, filter, sender, .. } = connection;
     poll_fn(|cx| {
-        drive(connection, cx);
-        Poll::Ready(connection.driver.is_some() && connection.sender.is_ready())
+        // Never pending: only this turn's state is asked for.
+        let _ = filter.poll(cx, |cx| {
+            drive(driver, cx);
+            Poll::<()>::Pending
+        });
+        Poll::Ready(driver.is_some() && sender.is_ready())
     })
     .await
 }

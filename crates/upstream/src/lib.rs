@@ -10,6 +10,7 @@ mod client;
 mod connect;
 mod io;
 mod tls;
+mod wake;
 
 pub use answer::AnswerBody;
 pub use client::{Answer, Call, Client, Failure, Phase, Settings};

@@ -18,7 +18,9 @@ use evergate_upstream::AnswerBody;
 use tokio::time::Sleep;
 
 /// Pieces read behind `[DONE]` before the connection is given up.
-const AFTER_DONE_PIECES_MAX: usize = 4;
+const AFTER_DONE_PIECES_MAX: u8 = 4;
+/// How long the end of the framing may follow `[DONE]`; the client has everything and waits for our end meanwhile.
+const AFTER_DONE: Duration = Duration::from_millis(5);
 
 /// A call on its way to a stream's head.
 pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Error>> + Send>>;
@@ -43,6 +45,8 @@ enum Source {
     Reading(AnswerBody),
     /// The built-in model.
     Echo(Chunks),
+    /// `[DONE]` has passed; the answer's framing should end now, and its connection is kept if it does.
+    Closing { body: AnswerBody, until: Deadline, pieces: u8 },
     /// Everything was said.
     Ended,
 }
@@ -139,6 +143,22 @@ impl Relay {
                     Err(error) => self.ready.push_back(Err(error)),
                 }),
                 Source::Reading(body) => body.poll_data(cx).map(|data| self.take(data)),
+                Source::Closing { body, until, pieces } => {
+                    *pieces += 1;
+                    let is_over = match body.poll_data(cx) {
+                        Poll::Ready(Some(Ok(_))) if *pieces < AFTER_DONE_PIECES_MAX => continue,
+                        Poll::Ready(_) => true,
+                        Poll::Pending => {
+                            let until = *until;
+                            self.poll_due(until, cx).is_ready()
+                        }
+                    };
+                    if !is_over {
+                        return Poll::Pending;
+                    }
+                    self.end();
+                    return Poll::Ready(None);
+                }
             };
             match polled {
                 Poll::Ready(()) => self.piece_at = Instant::now(),
@@ -256,18 +276,16 @@ impl Relay {
         }
     }
 
-    /// After `[DONE]`: gives the connection back if its framing ends here too, closes it otherwise.
+    /// After `[DONE]`.
     fn finish_reading(&mut self) {
-        if let Source::Reading(body) = &mut self.source {
-            // With a waker that does nothing: the end is there now or the connection is not worth keeping.
-            let mut cx = Context::from_waker(std::task::Waker::noop());
-            for _ in 0..AFTER_DONE_PIECES_MAX {
-                if !matches!(body.poll_data(&mut cx), Poll::Ready(Some(Ok(_)))) {
-                    break;
-                }
+        self.timer = None;
+        self.source = match std::mem::replace(&mut self.source, Source::Ended) {
+            Source::Reading(body) => {
+                let until = Deadline::new(Instant::now(), AFTER_DONE, Limit::Idle);
+                Source::Closing { body, until, pieces: 0 }
             }
-        }
-        self.end();
+            _ => Source::Ended,
+        };
     }
 
     /// The limit that is running now, once it is over.
@@ -282,6 +300,10 @@ impl Relay {
                 due = due.min(Deadline::new(self.piece_at, limits.idle, Limit::Idle));
             }
         }
+        self.poll_due(due, cx)
+    }
+
+    fn poll_due(&mut self, due: Deadline, cx: &mut Context<'_>) -> Poll<Limit> {
         loop {
             let timer = match &mut self.timer {
                 // An earlier alarm is only looked at again; a later one would come too late.
