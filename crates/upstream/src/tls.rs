@@ -24,6 +24,14 @@ impl Trust {
         Self { roots, pem, ready: OnceLock::new() }
     }
 
+    /// Whether a connection could be checked against it.
+    ///
+    /// # Errors
+    /// Says what is wrong with the roots.
+    pub fn check(&self) -> Result<(), String> {
+        self.config().map(drop)
+    }
+
     /// The client configuration: TLS 1.2 and 1.3, HTTP/1.1 only.
     pub(crate) fn config(&self) -> Result<Arc<ClientConfig>, String> {
         self.ready.get_or_init(|| self.build()).clone()

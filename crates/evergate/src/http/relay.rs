@@ -46,7 +46,11 @@ enum Source {
     /// The built-in model.
     Echo(Chunks),
     /// `[DONE]` has passed; the answer's framing should end now, and its connection is kept if it does.
-    Closing { body: AnswerBody, until: Deadline, pieces: u8 },
+    Closing {
+        body: AnswerBody,
+        until: Deadline,
+        pieces: u8,
+    },
     /// Everything was said.
     Ended,
 }

@@ -5,8 +5,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use evergate_core::config::{self, Facts, Loaded, Mistake, Sealed, Source};
+use evergate_core::config::{self, Facts, Loaded, Mistake, Roots, Sealed, Source};
 use evergate_core::inherit::{self, code};
+use evergate_upstream::Trust;
 
 use crate::cli::ConfigArgs;
 use crate::server::tls;
@@ -65,7 +66,7 @@ pub fn load(args: &ConfigArgs) -> Result<Loaded, Vec<Mistake>> {
         read_file: &|path| read_file(Path::new(path)),
     };
     let mut loaded = config::load(source.as_ref(), &args.overrides(), &facts)?;
-    check_tls(&loaded.sealed).map_err(|why| vec![whole_file(&name, why)])?;
+    check_tls(&loaded.sealed).and_then(|()| check_roots(&loaded.sealed)).map_err(|why| vec![whole_file(&name, why)])?;
     loaded.warnings.extend(exposed(&loaded.sealed));
     Ok(loaded)
 }
@@ -99,6 +100,17 @@ fn check_tls(sealed: &Sealed) -> Result<(), String> {
         Ok(_) => Ok(()),
         Err(why) => Err(format!("[server] tls with \"{}\" and \"{}\" cannot be used: {why}", names.cert, names.key)),
     }
+}
+
+/// Whether the certificate authorities that upstreams name in files can be used.
+fn check_roots(sealed: &Sealed) -> Result<(), String> {
+    for (name, upstream) in &sealed.config.upstreams {
+        if let Roots::File(path) = &upstream.roots {
+            let trust = Trust::new(upstream.roots.clone(), sealed.files.get(path).cloned());
+            trust.check().map_err(|why| format!("[upstreams.{name}] roots: {why}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Files with secrets in them that everybody on this machine can read.

@@ -164,3 +164,26 @@ fn stop_stops_and_says_so() {
         }
     }
 }
+
+/// Certificates are judged before anything is started with them.
+#[test]
+fn certificates_that_cannot_be_used_are_a_mistake() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+    for place in [&one, &two] {
+        std::fs::create_dir(place).unwrap();
+    }
+    let (cert, _) = evergate_testkit::Identity::generate().write_to(&one);
+    let (_, key) = evergate_testkit::Identity::generate().write_to(&two);
+    let empty = folder.path().join("empty.pem");
+    std::fs::write(&empty, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    let tls = format!("[server]\nlisten = [\"127.0.0.1:0\"]\ntls = {{ cert = {cert:?}, key = {key:?} }}\n");
+    let roots = format!("[upstreams.x]\nbase_url = \"https://localhost/v1\"\nroots = {{ file = {empty:?} }}\n");
+    for (config, said) in [(tls, "cannot be used together"), (roots, "[upstreams.x]")] {
+        let file = folder.path().join("evergate.toml");
+        std::fs::write(&file, config).unwrap();
+        let output = run(folder.path(), &["check"]);
+        assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+        assert!(stderr(&output).contains(said), "{}", stderr(&output));
+    }
+}
