@@ -154,7 +154,14 @@ pub struct ExitRecord {
     pub cpu_ms: u64,
     /// What it said about its own end, such as the reason of a failed start.
     pub note: String,
-    /// Requests that died with it.
+    /// Client connections that it held beyond those of `lost`: between two requests, or with one that lay unread in its
+    /// socket and that nobody can name.
+    pub connections_idle: u32,
+    /// Client connections open at its death, less the requests in `lost`: those on which no request had been read yet,
+    /// or that were between two. A request whose bytes lay unread in such a connection died unnamed; without pipelining
+    /// and HTTP/2 there were at most this many.
+    pub connections_idle: u32,
+    /// Requests that died with it unanswered.
     pub lost: Vec<Lost>,
 }
 
@@ -186,9 +193,13 @@ impl ExitRecord {
             number(self.last_beat_ms),
         );
         write_string(&mut out, &self.phase);
-        let _ = write!(out, ",\"rss_max_kib\":{},\"cpu_ms\":{},\"note\":", self.rss_max_kib, self.cpu_ms);
+        let _ = write!(
+            out,
+            ",\"rss_max_kib\":{},\"cpu_ms\":{},\"connections_idle\":{},\"note\":",
+            self.rss_max_kib, self.cpu_ms, self.connections_idle
+        );
         write_string(&mut out, &self.note);
-        out.push_str(",\"lost\":[");
+        let _ = write!(out, ",\"connections_idle\":{},\"lost\":[", self.connections_idle);
         for (index, lost) in self.lost.iter().enumerate() {
             if index > 0 {
                 out.push(',');
@@ -231,6 +242,8 @@ mod tests {
             rss_max_kib: 9000,
             cpu_ms: 7,
             note: "a \"note\"\n".into(),
+            connections_idle: 2,
+            connections_idle: 2,
             lost: vec![Lost {
                 request_id: "req_1".into(),
                 client_id: String::new(),
@@ -244,6 +257,7 @@ mod tests {
         assert_eq!(value["signal"], 9);
         assert!(value["code"].is_null());
         assert_eq!(value["note"], "a \"note\"\n");
+        assert_eq!(value["connections_idle"], 2);
         assert_eq!(value["lost"][0]["request_id"], "req_1");
         assert!(!record.to_json().contains('\n'));
     }

@@ -26,11 +26,18 @@ impl Tasks {
 
     /// Starts a task. It ends with the runtime, or when the handle is aborted; dropping the handle lets it run.
     pub fn spawn(&self, kind: &'static str, future: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        self.spawn_caught(kind, Caught(Box::pin(future)))
+    }
+
+    /// As `spawn`, for a future that may have been polled before.
+    pub fn spawn_caught<F>(&self, kind: &'static str, future: Caught<F>) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let (board, row) = (self.board.clone(), self.row);
-        let future = Box::pin(future);
         #[allow(clippy::disallowed_methods, reason = "this is the one place that may")]
         tokio::spawn(async move {
-            if Caught(future).await.is_err() {
+            if future.await.is_err() {
                 count_panic(&board, row);
                 eprintln!("evergate: a task of kind {kind} panicked");
             }

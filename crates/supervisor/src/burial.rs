@@ -1,7 +1,7 @@
 //! What is done at a child's death, in this order and without waiting for anything: its row is read, its end recorded,
 //! its requests accounted for, its row emptied.
 
-use evergate_board::{Board, Inflight, monotonic_ns};
+use evergate_board::{Board, Inflight, InflightPhase, monotonic_ns};
 use evergate_core::exit::{ExitRecord, Initiator, Lost, Status};
 use evergate_core::record::Access;
 use evergate_sys::{Exit, unix_ms};
@@ -15,15 +15,20 @@ use crate::talk;
 /// Buries one child.
 pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: &Running, initiator: Initiator) {
     let board = &estate.board;
-    let lost: Vec<Inflight> = board.inflight(dead.birth.row).collect();
+    // In phase `Write` the last byte of the answer is the kernel's already: the client has it, only the record is missing.
+    let (answered, lost): (Vec<_>, Vec<_>) =
+        board.inflight(dead.birth.row).partition(|inflight| inflight.phase == InflightPhase::Write);
     let record = record(board, dead, initiator, &lost);
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
     (options.on_exit)(board, record.kind, initiator);
     for inflight in &lost {
-        write_access(estate, inflight, record.pid);
+        write_access(estate, inflight, record.pid, ("worker_lost", ""));
         (options.on_lost)(board, dead.birth.row, inflight);
+    }
+    for inflight in &answered {
+        write_access(estate, inflight, record.pid, ("ok", "answered; the worker died before its record was written"));
     }
     board.bury(dead.birth.row);
     announce(&record);
@@ -58,6 +63,7 @@ fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]
         rss_max_kib: dead.exit.map_or(0, |exit| exit.rss_max_kib),
         cpu_ms: dead.exit.map_or(0, |exit| exit.cpu_ms),
         note: row.map(|row| row.note()).unwrap_or_default(),
+        connections_idle: row.map_or(0, |row| row.connections()).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),
         lost: lost.iter().map(|inflight| lost_line(board, inflight, now)).collect(),
     }
 }
@@ -74,7 +80,7 @@ fn lost_line(board: &Board, inflight: &Inflight, now: u64) -> Lost {
 }
 
 /// The access record that the dead worker cannot write any more.
-fn write_access(estate: &Estate, inflight: &Inflight, pid: i32) {
+fn write_access(estate: &Estate, inflight: &Inflight, pid: i32, (cause, detail): (&str, &str)) {
     let board = &estate.board;
     let request_id = inflight.request_id(board.run_id()).to_string();
     let nanos = monotonic_ns().saturating_sub(inflight.started_ns);
@@ -86,7 +92,8 @@ fn write_access(estate: &Estate, inflight: &Inflight, pid: i32) {
         route: &board.label_text(inflight.route),
         model: &board.label_text(inflight.model),
         status: 0,
-        cause: "worker_lost",
+        cause,
+        detail,
         is_stream: inflight.is_stream,
         duration_ms: std::time::Duration::from_nanos(nanos).as_secs_f64() * 1000.0,
         pid,

@@ -80,6 +80,8 @@ mod tests {
                 rss_max_kib: 1,
                 cpu_ms: 1,
                 note: String::new(),
+                connections_idle: 0,
+                connections_idle: 0,
                 lost: Vec::new(),
             };
             exits.append(&record).unwrap();

@@ -80,6 +80,8 @@ fn epitaph(run: &Run, folder: &Path) -> ExitRecord {
         rss_max_kib: 0,
         cpu_ms: 0,
         note: "found by the next start; nobody saw the end".into(),
+        connections_idle: 0,
+        connections_idle: 0,
         lost: Vec::new(),
     }
 }

@@ -54,7 +54,7 @@ fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
     Ok(records)
 }
 
-const HEAD: [&str; 9] = ["TIME", "CHILD", "PID", "ENDED", "INITIATOR", "AGE", "LOST", "IDS", "NOTE"];
+const HEAD: [&str; 10] = ["TIME", "CHILD", "PID", "ENDED", "INITIATOR", "AGE", "LOST", "IDLE", "IDS", "NOTE"];
 
 fn cells(record: &Value) -> Vec<String> {
     let text = |key: &str| printable(record.get(key).and_then(Value::as_str).unwrap_or_default());
@@ -69,6 +69,7 @@ fn cells(record: &Value) -> Vec<String> {
         text("initiator"),
         number("age_ms").map_or_else(|| "-".to_owned(), age_text),
         lost.len().to_string(),
+        shown("connections_idle"),
         ids(lost),
         text("note"),
     ];
@@ -167,6 +168,8 @@ mod tests {
             rss_max_kib: 1,
             cpu_ms: 1,
             note: String::new(),
+            connections_idle: 4,
+            connections_idle: 0,
             lost: (0..lost).map(lost_one).collect(),
         };
         record.to_json()
@@ -193,6 +196,7 @@ mod tests {
                 "unknown",
                 "1m01s",
                 "5",
+                "4",
                 "req_0,req_1,req_2,+2",
                 "-"
             ]

@@ -1,8 +1,9 @@
 //! Takes connections from the listeners that the master opened.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::Poll;
@@ -17,7 +18,7 @@ use super::client_io::Stream;
 use super::connection;
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
-use crate::tasks::Tasks;
+use crate::tasks::{Caught, Tasks, count_panic};
 use crate::telemetry::names;
 
 /// A listener as inherited.
@@ -104,7 +105,7 @@ impl Acceptor {
             };
             match accepted {
                 None => return,
-                Some(Ok(stream)) => self.start(stream, place),
+                Some(Ok(stream)) => self.start(stream, place).await,
                 Some(Err(error)) if is_shut(&error) => {
                     self.see_empty_unless(has_seen_empty);
                     return;
@@ -128,14 +129,16 @@ impl Acceptor {
         }
     }
 
-    fn start(&self, stream: Accepted, place: tokio::sync::OwnedSemaphorePermit) {
+    /// Begins a connection: its first turn is taken here, before the next accept, so that a request which is already
+    /// there is on the board when this returns.
+    async fn start(&self, stream: Accepted, place: tokio::sync::OwnedSemaphorePermit) {
         let gate = &self.app.gate;
         let open = Open::new(gate, place);
         if let Some(series) = gate.board().series(gate.row()) {
             series.add(names::key(names::CONNECTIONS, 0, 0, 0), 1);
         }
         let (app, tasks, stage, tls) = (Arc::clone(&self.app), self.tasks.clone(), gate.stage(), self.tls.clone());
-        drop(self.tasks.spawn("connection", async move {
+        let mut connection = Caught(Box::pin(async move {
             let _open = open;
             let stream = match (stream, tls) {
                 (Accepted::Unix(stream), _) => Stream::Unix(stream),
@@ -152,6 +155,11 @@ impl Acceptor {
             };
             connection::serve(app, tasks, stream, stage).await;
         }));
+        match poll_fn(|cx| Poll::Ready(Pin::new(&mut connection).poll(cx))).await {
+            Poll::Pending => drop(self.tasks.spawn_caught("connection", connection)),
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(_)) => count_panic(gate.board(), gate.row()),
+        }
     }
 }
 

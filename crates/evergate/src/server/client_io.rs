@@ -144,6 +144,26 @@ impl ClientIo {
         }
     }
 
+    /// Takes what the client has sent by now, before the runtime has been told that there is something: from the accept
+    /// to the request's row on the board there is then no moment in which a death could not name it.
+    pub fn read_ahead(&mut self) {
+        let mut piece = [0; 4096];
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        let read = match &self.stream {
+            Stream::Tcp(stream) => rustix::net::recv(stream, &mut piece[..], flags),
+            Stream::Unix(stream) => rustix::net::recv(stream, &mut piece[..], flags),
+            // The handshake has been waited for already.
+            Stream::Tls(_) => return,
+        };
+        // Nothing there, the end, or an error: the first ordinary read says so in its own way.
+        if let Ok((read, _)) = read
+            && read > 0
+        {
+            self.raw.extend_from_slice(piece.get(..read).unwrap_or_default());
+            self.head_since = Some(Instant::now());
+        }
+    }
+
     /// The side that requests see.
     #[must_use]
     pub fn shared(&self) -> Arc<Shared> {

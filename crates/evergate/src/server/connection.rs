@@ -39,6 +39,7 @@ pub fn limits(config: &Config) -> IoLimits {
 pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, mut stage: watch::Receiver<Stage>) {
     let config = &app.sealed.config;
     let mut io = ClientIo::new(stream, limits(config));
+    io.read_ahead();
     let is_h2 = tokio::select! {
         // Cancel-safe or not does not matter: the loser ends the connection.
         is_h2 = io.is_h2() => is_h2,

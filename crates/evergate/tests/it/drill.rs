@@ -19,6 +19,9 @@ const STREAMS: usize = 20;
 /// Workers killed.
 const KILLS: usize = 10;
 
+/// How a request is lost whose answer had begun.
+const CUT: &str = "cut in the body";
+
 /// What the clients saw.
 #[derive(Default)]
 struct Seen {
@@ -51,7 +54,7 @@ fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen)
             .and_then(|()| raw.try_read_response(3 * LIMIT));
         match response {
             Ok(response) if !response.is_complete => {
-                seen.failed.lock().unwrap().insert(id, "cut in the body".to_owned());
+                seen.failed.lock().unwrap().insert(id, CUT.to_owned());
             }
             Ok(response) if response.status == 200 && !response.text().contains("\"error\"") => {
                 seen.done.fetch_add(1, Ordering::Relaxed);
@@ -115,7 +118,16 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
     let named: BTreeSet<String> = records.iter().flat_map(lost_ids).collect();
     assert_eq!(seen.refused.into_inner().unwrap(), Vec::<String>::new(), "refused connects");
     assert_eq!(seen.wrong.into_inner().unwrap(), Vec::<String>::new(), "answers that are neither right nor cut");
-    let unnamed: Vec<_> = failed.iter().filter(|(id, _)| !named.contains(*id)).collect();
+    // A request that lay unread in its socket when the worker died can be named by nobody: not a byte of an answer, and
+    // no more of them than the records count connections without a request.
+    let unread_max: u64 = records.iter().filter_map(|record| record["connections_idle"].as_u64()).sum();
+    let is_unread = |reason: &str| reason != CUT;
+    let unread = failed.iter().filter(|(id, reason)| !named.contains(*id) && is_unread(reason)).count();
+    println!("{unread} requests were never read, of at most {unread_max}");
+    let unnamed: Vec<_> = failed
+        .iter()
+        .filter(|(id, reason)| !(named.contains(*id) || is_unread(reason) && unread as u64 <= unread_max))
+        .collect();
     let unfelt: Vec<&String> = named.iter().filter(|id| !failed.contains_key(*id)).collect();
     assert!(
         unnamed.is_empty() && unfelt.is_empty(),
