@@ -157,11 +157,7 @@ pub struct ExitRecord {
     /// Client connections that it held beyond those of `lost`: between two requests, or with one that lay unread in its
     /// socket and that nobody can name.
     pub connections_idle: u32,
-    /// Client connections open at its death, less the requests in `lost`: those on which no request had been read yet,
-    /// or that were between two. A request whose bytes lay unread in such a connection died unnamed; without pipelining
-    /// and HTTP/2 there were at most this many.
-    pub connections_idle: u32,
-    /// Requests that died with it unanswered.
+    /// Requests that died with it.
     pub lost: Vec<Lost>,
 }
 
@@ -199,7 +195,7 @@ impl ExitRecord {
             self.rss_max_kib, self.cpu_ms, self.connections_idle
         );
         write_string(&mut out, &self.note);
-        let _ = write!(out, ",\"connections_idle\":{},\"lost\":[", self.connections_idle);
+        out.push_str(",\"lost\":[");
         for (index, lost) in self.lost.iter().enumerate() {
             if index > 0 {
                 out.push(',');
@@ -242,7 +238,6 @@ mod tests {
             rss_max_kib: 9000,
             cpu_ms: 7,
             note: "a \"note\"\n".into(),
-            connections_idle: 2,
             connections_idle: 2,
             lost: vec![Lost {
                 request_id: "req_1".into(),

@@ -81,7 +81,6 @@ mod tests {
                 cpu_ms: 1,
                 note: String::new(),
                 connections_idle: 0,
-                connections_idle: 0,
                 lost: Vec::new(),
             };
             exits.append(&record).unwrap();

@@ -81,7 +81,6 @@ fn epitaph(run: &Run, folder: &Path) -> ExitRecord {
         cpu_ms: 0,
         note: "found by the next start; nobody saw the end".into(),
         connections_idle: 0,
-        connections_idle: 0,
         lost: Vec::new(),
     }
 }

@@ -169,7 +169,6 @@ mod tests {
             cpu_ms: 1,
             note: String::new(),
             connections_idle: 4,
-            connections_idle: 0,
             lost: (0..lost).map(lost_one).collect(),
         };
         record.to_json()
