@@ -92,7 +92,7 @@ fn statuses_are_exact() {
         assert!(exit.rss_max_kib > 0);
     }
     // Not SEGV: one that is sent, not caused, is swallowed once by the Rust runtime's handler for stack overflows.
-    for signal in [Signal::KILL, Signal::TERM, Signal::ABRT, Signal::INT] {
+    for signal in [Signal::KILL, Signal::TERM, Signal::ABORT, Signal::INT] {
         let (read, _write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let pid = start(&["wait"], &[], &[(read.as_fd(), 0)], &[]);
         kill_process(pid, signal).unwrap();
