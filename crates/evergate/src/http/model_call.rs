@@ -332,7 +332,9 @@ impl ModelCall {
             let message = format!("the upstream \"{upstream}\" answered a stream request with something else");
             Err(Error::new(Fault::UpstreamBadResponse, message))
         });
-        self.hold_head(Relay::new(calling, name.to_owned(), limits), pass).await
+        let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
+        let on_error_event = Box::new(move |message: Option<&str>| refusal::of_object(&app, &upstream, message));
+        self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), pass).await
     }
 
     /// Waits with the response head until the first event, so that an early failure has a real status; longer than

@@ -25,6 +25,9 @@ const AFTER_DONE: Duration = Duration::from_millis(5);
 /// A call on its way to a stream's head.
 pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Error>> + Send>>;
 
+/// Makes the client's error of an error event's message, with every secret taken out of it.
+pub type OnErrorEvent = Box<dyn Fn(Option<&str>) -> Error + Send>;
+
 /// The limits of one stream.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -59,6 +62,7 @@ enum Source {
 pub struct Relay {
     source: Source,
     upstream: String,
+    on_error_event: OnErrorEvent,
     limits: Limits,
     splitter: Splitter,
     seen: Seen,
@@ -90,20 +94,22 @@ impl fmt::Debug for Relay {
 impl Relay {
     /// A stream that an upstream is asked for.
     #[must_use]
-    pub fn new(calling: Calling, upstream: String, limits: Limits) -> Self {
-        Self::from_source(Source::Calling(calling), upstream, limits)
+    pub fn new(calling: Calling, upstream: String, on_error_event: OnErrorEvent, limits: Limits) -> Self {
+        Self::from_source(Source::Calling(calling), upstream, on_error_event, limits)
     }
 
     /// A stream of the built-in model.
     #[must_use]
     pub fn echo(chunks: Chunks, limits: Limits) -> Self {
-        Self::from_source(Source::Echo(chunks), "echo".into(), limits)
+        let never = Box::new(|_: Option<&str>| Error::new(Fault::Internal, "echo reported an error"));
+        Self::from_source(Source::Echo(chunks), "echo".into(), never, limits)
     }
 
-    fn from_source(source: Source, upstream: String, limits: Limits) -> Self {
+    fn from_source(source: Source, upstream: String, on_error_event: OnErrorEvent, limits: Limits) -> Self {
         Self {
             source,
             upstream,
+            on_error_event,
             splitter: Splitter::new(limits.event_bytes),
             limits,
             seen: Seen::default(),
@@ -264,11 +270,7 @@ impl Relay {
             self.ready.push_back(Ok(bytes));
         }
         if let Some((message, _)) = self.seen.error.take() {
-            let message = match message {
-                Some(message) => format!("the upstream \"{}\" reported: {message}", self.upstream),
-                None => format!("the upstream \"{}\" reported an error in its stream", self.upstream),
-            };
-            self.ready.push_back(Err(Error::new(Fault::UpstreamFailed, message)));
+            self.ready.push_back(Err((self.on_error_event)(message.as_deref())));
         } else if self.seen.done {
             self.finish_reading();
         } else if let Some(bytes_max) = overflow {

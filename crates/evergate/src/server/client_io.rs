@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
+use evergate_board::InflightPhase;
 use evergate_core::{Error, Fault};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -83,10 +84,20 @@ impl Shared {
         if is_refused { lock(&self.refusal).take() } else { None }
     }
 
-    /// Keeps a request's pass until its last byte is the kernel's.
+    /// Keeps a request's pass until its last byte is the kernel's, which is what comes next: the write and the flush
+    /// follow in the same turn. Marked before them, since the client is woken by the write and may see a killer run
+    /// before we do.
     pub fn finish(&self, pass: Pass) {
+        pass.enter(InflightPhase::Write);
         lock(&self.finishing).push(pass);
         self.has_finishing.store(true, Ordering::Relaxed);
+    }
+
+    /// The socket is full: the last byte waits after all.
+    fn is_stuck(&self) {
+        if self.has_finishing.load(Ordering::Relaxed) {
+            lock(&self.finishing).iter().for_each(|pass| pass.enter(InflightPhase::Stream));
+        }
     }
 
     fn refuse(&self, error: Error) {
@@ -393,12 +404,21 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().stream.poll_write(cx, bytes)
+        let this = self.get_mut();
+        let written = this.stream.poll_write(cx, bytes);
+        if written.is_pending() {
+            this.shared.is_stuck();
+        }
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        ready!(this.stream.poll_flush(cx))?;
+        let flushed = this.stream.poll_flush(cx);
+        if flushed.is_pending() {
+            this.shared.is_stuck();
+        }
+        ready!(flushed)?;
         // Everything written so far is the kernel's now, so requests whose last byte was in it are over.
         if this.shared.has_finishing.swap(false, Ordering::Relaxed) {
             let finished = std::mem::take(&mut *lock(&this.shared.finishing));

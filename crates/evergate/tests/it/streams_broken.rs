@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::FakeUpstream;
 use evergate_testkit::fake::TEXT;
 use evergate_testkit::sse::text_of;
+use evergate_testkit::{Evergate, FakeUpstream};
 use serde_json::json;
 
-use crate::support::{LIMIT, ONE_WORKER, assert_failed_stream, assert_good_stream, before, chat};
+use crate::support::{EXE, LIMIT, ONE_WORKER, assert_failed_stream, assert_good_stream, before, chat};
 
 /// F2, F3: what came whole is passed on, what did not is dropped.
 #[test]
@@ -147,5 +147,24 @@ fn a_broken_stream_leaves_a_connection_that_is_right_or_closed() {
     if !closing {
         raw.send(&evergate_testkit::chat_request("fake/ok", false, &serde_json::Value::Null));
         assert_eq!(raw.read_response(LIMIT).content(), TEXT);
+    }
+}
+
+/// An upstream that quotes our credential in an error, in whatever form, does not pass it on to the client.
+#[test]
+fn a_credential_in_an_upstreams_error_is_taken_out() {
+    let fake = FakeUpstream::start();
+    // The fake's errors say "the fake upstream says 500": one of these words is the credential here.
+    let config = format!(
+        "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[upstreams.fake]\nbase_url = \"{}\"\napi_key = {{ env = \"KEY\" }}\n",
+        fake.base_url()
+    );
+    let gateway = Evergate::builder(EXE).config(config).env("KEY", "upstream").start();
+    for (script, stream) in
+        [("error-200", false), ("status-400", false), ("error-event-first", true), ("error-event-mid", true)]
+    {
+        let text = chat(&gateway, script, stream).text();
+        assert!(text.contains("the fake [redacted] says"), "{script}: {text}");
+        assert!(!text.contains("fake upstream"), "{script}: {text}");
     }
 }

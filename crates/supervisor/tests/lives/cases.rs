@@ -18,6 +18,7 @@ type Case = (&'static str, fn(&Path));
 const CASES: &[Case] = &[
     ("serves_and_stops_by_command", serves_and_stops_by_command),
     ("killed_worker_is_replaced_and_its_requests_are_named", killed_worker_is_replaced_and_its_requests_are_named),
+    ("what_was_answered_is_not_lost", what_was_answered_is_not_lost),
     ("exit_causes_are_exact", exit_causes_are_exact),
     ("failed_start_says_why", failed_start_says_why),
     ("bad_configuration_ends_the_start", bad_configuration_ends_the_start),
@@ -128,6 +129,30 @@ fn killed_worker_is_replaced_and_its_requests_are_named(folder: &Path) {
         "{lines}"
     );
     no_zombies(&gateway);
+}
+
+fn what_was_answered_is_not_lost(folder: &Path) {
+    let gateway = Gateway::start(folder, &Setup { workers: (1, 1), ..Setup::default() });
+    let address = gateway.address();
+    let (pid, row, held) = hold(address, "unanswered.");
+    let open = [ask(address, "answered done."), ask(address, "idle"), ask(address, "idle")];
+    kill(pid, Signal::KILL);
+    closed(&held);
+    open.iter().for_each(|(_, socket)| closed(socket));
+    let record = until("its record", || gateway.exits(&format!("\"pid\":{pid},")).pop());
+    assert!(record.contains("unanswered.") && !record.contains("done."), "{record}");
+    // Two without a request, and the one whose request was over.
+    assert!(record.contains("\"connections_idle\":3,"), "{record}");
+    let lines = until("access records", || {
+        let text = std::fs::read_to_string(folder.join("access.log")).ok()?;
+        (text.lines().count() >= 2).then_some(text)
+    });
+    let line = |id: &str| lines.lines().find(|line| line.contains(id)).unwrap();
+    assert!(line("unanswered.").contains("\"cause\":\"worker_lost\""), "{lines}");
+    let answered = line("done.");
+    assert!(answered.contains("\"cause\":\"ok\"") && answered.contains("\"status\":0"), "{answered}");
+    assert!(answered.contains("answered; the worker died before its record was written"), "{answered}");
+    assert_eq!(gateway.board().series(row).unwrap().get(LOST), 1);
 }
 
 /// Children of the master that have ended and were not reaped.

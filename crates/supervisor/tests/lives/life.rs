@@ -8,7 +8,9 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio, exit};
 
-use evergate_board::{Board, ChildRow, Inflight, InflightRows, InflightStart, Phase, SeriesKey, Ticket, monotonic_ns};
+use evergate_board::{
+    Board, ChildRow, Inflight, InflightPhase, InflightRows, InflightStart, Phase, SeriesKey, Ticket, monotonic_ns,
+};
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::inherit;
 use evergate_supervisor::Options;
@@ -148,10 +150,10 @@ pub fn clerk(args: &[String]) {
     }
 }
 
-/// A connection that is held open, and its place on the board.
+/// A connection that is held open, and the place of its request on the board if it has one.
 struct Held {
     socket: TcpStream,
-    _ticket: Ticket,
+    _ticket: Option<Ticket>,
 }
 
 pub fn worker(args: &[String]) {
@@ -201,6 +203,11 @@ fn is_closed(socket: &TcpStream) -> bool {
     matches!((&mut &*socket).read(&mut [0; 16]), Ok(0))
 }
 
+fn keep(found: &Found, held: &mut Vec<Held>, socket: &TcpStream, ticket: Option<Ticket>) {
+    held.push(Held { socket: socket.try_clone().unwrap(), _ticket: ticket });
+    found.row().set_connections(u32::try_from(held.len()).unwrap());
+}
+
 fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, held: &mut Vec<Held>) {
     socket.set_nonblocking(false).unwrap();
     let mut line = String::new();
@@ -210,17 +217,27 @@ fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, h
     let (word, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
     match word {
         "ping" => socket.write_all(format!("{} {}\n", std::process::id(), found.row).as_bytes()).unwrap(),
-        "hold" => {
-            let ticket = rows.admit(InflightStart {
-                seq,
-                epoch: found.epoch,
-                client_id: rest,
-                route: found.board.label("/hold"),
-                key: 0,
-                started_ns: monotonic_ns(),
-            });
-            held.push(Held { socket: socket.try_clone().unwrap(), _ticket: ticket.unwrap() });
+        // `answered` is as `hold`, at the moment between the last byte and the row's end.
+        "hold" | "answered" => {
+            let ticket = rows
+                .admit(InflightStart {
+                    seq,
+                    epoch: found.epoch,
+                    client_id: rest,
+                    route: found.board.label("/hold"),
+                    key: 0,
+                    started_ns: monotonic_ns(),
+                })
+                .unwrap();
+            if word == "answered" {
+                ticket.set_phase(InflightPhase::Write);
+            }
+            keep(found, held, &socket, Some(ticket));
             // After the row: whoever has read this is on the board.
+            socket.write_all(format!("{} {}\n", std::process::id(), found.row).as_bytes()).unwrap();
+        }
+        "idle" => {
+            keep(found, held, &socket, None);
             socket.write_all(format!("{} {}\n", std::process::id(), found.row).as_bytes()).unwrap();
         }
         "spin" => {
