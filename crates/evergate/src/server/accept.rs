@@ -87,7 +87,7 @@ impl Acceptor {
             // A place is taken before a connection: what is too many waits in the kernel's queue, where the master
             // sees it, and costs no memory here.
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
-            let accepted = poll_fn(|cx| match listener.poll_accept(cx) {
+            let accepted = poll_fn(|cx| match poll_counted(&gate, &listener, cx) {
                 Poll::Pending if gate.is_draining() => {
                     if !has_seen_empty {
                         has_seen_empty = true;
@@ -163,6 +163,17 @@ impl Acceptor {
     }
 }
 
+/// Accepts, and counts the connection on the board before the kernel gives it, so that a death in the middle of the
+/// accept shows it too.
+fn poll_counted(gate: &Gate, listener: &Listener, cx: &mut std::task::Context<'_>) -> Poll<io::Result<Accepted>> {
+    gate.count_connections(1);
+    let accepted = listener.poll_accept(cx);
+    if !matches!(accepted, Poll::Ready(Ok(_))) {
+        gate.count_connections(-1);
+    }
+    accepted
+}
+
 /// Whether a drained queue may still fill: the whole gateway is stopping and the master has not shut the listener yet.
 fn stays(gate: &Gate) -> bool {
     use evergate_board::MasterPhase;
@@ -187,7 +198,7 @@ struct Open {
 
 impl Open {
     fn new(gate: &Arc<Gate>, place: tokio::sync::OwnedSemaphorePermit) -> Self {
-        gate.count_connections(1);
+        // `poll_counted` has counted it.
         Self { gate: Arc::clone(gate), _place: place }
     }
 }
