@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::digits::write_hex;
+
 /// Most bytes of a client's `x-request-id` that are echoed and recorded.
 pub const CLIENT_ID_BYTES_MAX: usize = 64;
 
@@ -20,7 +22,31 @@ pub struct RequestId {
 
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "req_{:016x}{:06x}{:08x}", self.run, self.epoch, self.seq)
+        f.write_str(self.text().as_str())
+    }
+}
+
+/// A request id as text: `req_` and 30 hexadecimal digits.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestIdText([u8; 34]);
+
+impl RequestIdText {
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl RequestId {
+    /// The id as text, without an allocation. Of the epoch the lowest 24 bits count.
+    #[must_use]
+    pub fn text(&self) -> RequestIdText {
+        let mut text = *b"req_                              ";
+        for (range, value) in [(4..20, self.run), (20..26, self.epoch.into()), (26..34, self.seq.into())] {
+            write_hex(text.get_mut(range).unwrap_or_default(), value);
+        }
+        RequestIdText(text)
     }
 }
 

@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod chat;
 pub mod config;
 pub mod deadline;
+pub mod digits;
 pub mod error;
 pub mod exit;
 pub mod ids;

@@ -1,7 +1,6 @@
 //! The access record: one JSON line per request, written by the worker that served it or, if that died, on its behalf.
 
-use std::fmt::Write as _;
-
+use crate::digits::push_decimal;
 use crate::json::write_string;
 
 /// Longest line, `PIPE_BUF`: a write of at most this many bytes to a pipe is never interleaved with another (pipe(7)).
@@ -56,15 +55,10 @@ impl Access<'_> {
     /// Appends the line, with its line end, to `out`; at most `LINE_BYTES_MAX` bytes, the detail is cut to fit.
     pub fn write_line(&self, out: &mut String) {
         let start = out.len();
-        let number = |out: &mut String, value: Option<u64>| match value {
-            Some(value) => {
-                let _ = write!(out, "{value}");
-            }
-            None => out.push_str("null"),
-        };
-        let _ = write!(out, "{{\"at_ms\":{},\"request_id\":", self.at_ms);
+        out.push_str("{\"at_ms\":");
+        push_decimal(out, self.at_ms);
         for (key, value) in [
-            ("", self.request_id),
+            (",\"request_id\":", self.request_id),
             (",\"client_id\":", self.client_id),
             (",\"tenant\":", self.tenant),
             (",\"method\":", self.method),
@@ -76,22 +70,29 @@ impl Access<'_> {
             out.push_str(key);
             write_string(out, cut(value, 256));
         }
-        let _ = write!(
-            out,
-            ",\"attempts\":{},\"status\":{},\"stream\":{},\"bytes_in\":{},\"bytes_out\":{},\"first_byte_ms\":",
-            self.attempts, self.status, self.is_stream, self.bytes_in, self.bytes_out
-        );
-        match self.first_byte_ms {
-            Some(ms) => write_ms(out, ms),
-            None => out.push_str("null"),
+        out.push_str(if self.is_stream { ",\"stream\":true" } else { ",\"stream\":false" });
+        for (key, value) in [
+            (",\"attempts\":", Some(self.attempts.into())),
+            (",\"status\":", Some(self.status.into())),
+            (",\"bytes_in\":", Some(self.bytes_in)),
+            (",\"bytes_out\":", Some(self.bytes_out)),
+            (",\"tokens_in\":", self.tokens_in),
+            (",\"tokens_out\":", self.tokens_out),
+            (",\"pid\":", Some(u64::try_from(self.pid).unwrap_or(0))),
+        ] {
+            out.push_str(key);
+            match value {
+                Some(value) => push_decimal(out, value),
+                None => out.push_str("null"),
+            }
         }
-        out.push_str(",\"duration_ms\":");
-        write_ms(out, self.duration_ms);
-        out.push_str(",\"tokens_in\":");
-        number(out, self.tokens_in);
-        out.push_str(",\"tokens_out\":");
-        number(out, self.tokens_out);
-        let _ = write!(out, ",\"pid\":{}", self.pid);
+        for (key, ms) in [(",\"first_byte_ms\":", self.first_byte_ms), (",\"duration_ms\":", Some(self.duration_ms))] {
+            out.push_str(key);
+            match ms {
+                Some(ms) => write_ms(out, ms),
+                None => out.push_str("null"),
+            }
+        }
         if !self.detail.is_empty() {
             out.push_str(",\"detail\":");
             // One byte of text becomes at most six of JSON; what precedes fits in half the line unless it is hostile.
@@ -111,7 +112,11 @@ impl Access<'_> {
 /// Milliseconds with three decimals, by way of whole microseconds: formatting a float costs ten times as much.
 fn write_ms(out: &mut String, ms: f64) {
     let us = (ms.max(0.0) * 1000.0).round() as u64;
-    let _ = write!(out, "{}.{:03}", us / 1000, us % 1000);
+    push_decimal(out, us / 1000);
+    // A leading 1 keeps the zeros of the fraction; the point takes its place.
+    let at = out.len();
+    push_decimal(out, 1000 + us % 1000);
+    out.replace_range(at..=at, ".");
 }
 
 fn cut(text: &str, bytes_max: usize) -> &str {

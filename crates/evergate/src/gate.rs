@@ -255,7 +255,7 @@ impl Gate {
         }
         let is_written = self.access.write(&Access {
             at_ms: evergate_sys::unix_ms(),
-            request_id: &record.id.to_string(),
+            request_id: record.id.text().as_str(),
             client_id: &record.arrival.client_id,
             tenant: &record.arrival.tenant,
             method: record.arrival.method,

@@ -12,7 +12,7 @@ use evergate_core::config::BaseUrl;
 use evergate_core::deadline::Limit;
 use evergate_core::{Deadline, Error, Fault};
 use http::header::{AUTHORIZATION, CONTENT_ENCODING, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use http::{Method, Request, StatusCode};
+use http::{Method, Request, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -30,6 +30,8 @@ pub struct Settings {
     pub name: String,
     /// Where it is.
     pub base_url: BaseUrl,
+    /// The paths below the base URL that are called.
+    pub paths: &'static [&'static str],
     /// Value of `Authorization`, marked sensitive; none for an upstream without a credential.
     pub authorization: Option<HeaderValue>,
     /// What its certificate is checked against.
@@ -45,7 +47,7 @@ pub struct Settings {
 /// One call.
 #[derive(Debug)]
 pub struct Call {
-    /// Path below the base URL, such as `/chat/completions`.
+    /// One of [`Settings::paths`].
     pub path: &'static str,
     /// Client headers that may travel on; everything else is built here.
     pub headers: HeaderMap,
@@ -102,6 +104,8 @@ pub(crate) struct Connection {
 pub struct Client {
     settings: Settings,
     host: HeaderValue,
+    /// What stands in the request line for each path that can be called.
+    targets: Vec<(&'static str, Uri)>,
     pool: Arc<Pool>,
 }
 
@@ -143,16 +147,21 @@ impl Client {
     /// A client without open connections.
     ///
     /// # Errors
-    /// When the base URL's authority cannot be a `Host` header; configuration has ruled that out.
+    /// When the base URL makes no `Host` header or no request target; configuration has ruled that out.
     pub fn new(settings: Settings) -> Result<Self, String> {
         let host = HeaderValue::from_str(&settings.base_url.authority)
             .map_err(|_| format!("upstream {}: the base URL's host is not a header value", settings.name))?;
+        let target = |path: &&'static str| match format!("{}{path}", settings.base_url.path).parse() {
+            Ok(uri) => Ok((*path, uri)),
+            Err(_) => Err(format!("upstream {}: the base URL's path makes no request target", settings.name)),
+        };
+        let targets = settings.paths.iter().map(target).collect::<Result<_, _>>()?;
         let pool = Arc::new(Pool {
             idle: Mutex::new(Vec::new()),
             idle_max: settings.idle_max,
             open: Arc::new(AtomicU32::new(0)),
         });
-        Ok(Self { settings, host, pool })
+        Ok(Self { settings, host, targets, pool })
     }
 
     /// Open connections, busy and idle.
@@ -187,21 +196,21 @@ impl Client {
     /// `upstream_connect_failed`, `upstream_timeout` (connect), `first_token_timeout`, `deadline_exceeded`,
     /// `upstream_disconnected`, `upstream_bad_response` (framing, a content encoding that was not asked for).
     pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
-        let request = self.request(&call)?;
+        let mut request = self.request(&call)?;
         let name = &self.settings.name;
         let sent = |error| Failure { error, phase: Phase::Sent };
         let pooled = self.take().await;
         let mut is_reused = pooled.is_some();
         let mut connection = match pooled {
             Some(connection) => connection,
-            None => self.open(call.deadline).await?,
+            None => Box::pin(self.open(call.deadline)).await?,
         };
         let response = loop {
             let until = match call.first_byte {
                 Some(limit) => call.deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
                 None => call.deadline,
             };
-            let mut answering = std::pin::pin!(connection.sender.try_send_request(request.clone()));
+            let mut answering = std::pin::pin!(connection.sender.try_send_request(request));
             let Connection { driver, filter, .. } = &mut connection;
             let head = poll_fn(|cx| {
                 filter.poll(cx, |cx| {
@@ -212,11 +221,14 @@ impl Client {
             match tokio::time::timeout_at(until.at().into(), head).await {
                 Ok(Ok(response)) => break response,
                 // A pooled connection that closed under our hands, and the request is still ours: nothing was written.
-                Ok(Err(failed)) if is_reused && failed.message().is_some() => {
-                    connection = self.open(call.deadline).await?;
-                    is_reused = false;
-                }
-                Ok(Err(failed)) => return Err(sent(broken(name, failed.error()))),
+                Ok(Err(mut failed)) => match failed.take_message().filter(|_| is_reused) {
+                    Some(message) => {
+                        request = message;
+                        connection = Box::pin(self.open(call.deadline)).await?;
+                        is_reused = false;
+                    }
+                    None => return Err(sent(broken(name, failed.error()))),
+                },
                 Err(_) => return Err(sent(timed_out(name, until.limit()))),
             }
         };
@@ -232,8 +244,9 @@ impl Client {
     fn request(&self, call: &Call) -> Result<Request<Full<Bytes>>, Failure> {
         let mut request = Request::new(Full::new(call.body.clone()));
         *request.method_mut() = Method::POST;
-        *request.uri_mut() = format!("{}{}", self.settings.base_url.path, call.path).parse().map_err(|_| Failure {
-            error: Error::new(Fault::Internal, "the upstream's base URL makes no request target"),
+        let target = self.targets.iter().find(|(path, _)| *path == call.path).map(|(_, uri)| uri.clone());
+        *request.uri_mut() = target.ok_or_else(|| Failure {
+            error: Error::new(Fault::Internal, "the upstream is called at a path that it does not have"),
             phase: Phase::Connect,
         })?;
         let headers = request.headers_mut();

@@ -3,6 +3,7 @@
 //! Everything is compared within one run, interleaved, because the same program measured an hour apart on a shared
 //! machine differs by more than what we look for. Ratios are taken pair by pair, then their median.
 
+mod alone;
 mod instructions;
 mod load;
 mod measure;
@@ -112,7 +113,7 @@ fn bench(options: &Options) -> Result<bool, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("temporary folder: {error}"))?;
     let mock = subject::start_mock()?;
     let cpu = if options.is_one_cpu { subject::LOAD_CPU } else { subject::SUBJECT_CPU };
-    let place = subject::Place { folder: folder.path().into(), evergate, mock: mock.address, cpu, under: Vec::new() };
+    let place = subject::Place { folder: folder.path().into(), evergate, mock: mock.address, cpu };
     let result = local(async {
         if options.is_instructions {
             instructions::run(options, place, &root).await

@@ -1,5 +1,6 @@
 //! The programs that are measured: how each is started, found and ended.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -50,8 +51,6 @@ pub struct Place {
     pub mock: SocketAddr,
     /// The CPU that subjects are pinned to.
     pub cpu: usize,
-    /// A program and its arguments that Evergate is run under; empty for none.
-    pub under: Vec<String>,
 }
 
 /// One running subject; ended when dropped.
@@ -71,8 +70,7 @@ pub const SUBJECT_CPU: usize = 0;
 /// The CPU of mock and load.
 pub const LOAD_CPU: usize = 1;
 
-/// Under valgrind everything is fifty times slower; nothing else comes near.
-const READY_WITHIN: Duration = Duration::from_secs(120);
+const READY_WITHIN: Duration = Duration::from_secs(30);
 
 /// Pins this thread, and what it starts from now on.
 fn pin(cpu: usize) {
@@ -100,9 +98,14 @@ fn spawn(command: &mut Command, cpu: usize) -> Result<Child, String> {
 /// Starts one of this program's own servers; it says where it listens on its first line.
 fn start_own(arguments: &[&str], cpu: usize) -> Result<(Child, SocketAddr), String> {
     // The running program, whatever has become of its file since.
-    let mut command = Command::new("/proc/self/exe");
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = spawn(&mut command, cpu)?;
+    start_listening(Command::new("/proc/self/exe").args(arguments), cpu)
+}
+
+/// Starts a server that says where it listens on its first line.
+fn start_listening(command: &mut Command, cpu: usize) -> Result<(Child, SocketAddr), String> {
+    let arguments = command.get_args().map(|text| text.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ");
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = spawn(command, cpu)?;
     let mut line = String::new();
     if let Some(stdout) = child.stdout.take() {
         BufReader::new(stdout).read_line(&mut line).map_err(|error| format!("{arguments:?}: {error}"))?;
@@ -114,6 +117,16 @@ fn start_own(arguments: &[&str], cpu: usize) -> Result<(Child, SocketAddr), Stri
             Err(format!("{arguments:?}: did not start"))
         }
     }
+}
+
+/// The bare hyper proxy under another program.
+pub fn start_proxy_under(place: &Place, under: &[OsString]) -> Result<Subject, String> {
+    let (program, arguments) = under.split_first().ok_or("nothing to run the proxy under")?;
+    let own = std::env::current_exe().map_err(|error| format!("own program: {error}"))?;
+    let mut command = Command::new(program);
+    command.args(arguments).arg(own).args(["bench-proxy", &place.mock.to_string()]);
+    let (child, address) = start_listening(&mut command, place.cpu)?;
+    Ok(Subject { child: Some(child), address, first_answer: Duration::ZERO, kind: Kind::Proxy })
 }
 
 impl Subject {
@@ -280,8 +293,8 @@ fn nginx(place: &Place, address: SocketAddr) -> Result<Command, String> {
 /// Every model name the bench asks for.
 const MODELS: [&str; 6] = ["u0", "u20", "s500x0", "s160x5", "hold", "s100x0"];
 
-/// `evergate serve` with a configuration and a state folder of its own.
-fn evergate(place: &Place, address: SocketAddr, workers: u32) -> Result<Command, String> {
+/// Evergate's configuration for the bench, in a folder of its own.
+pub fn configuration(place: &Place, address: SocketAddr, workers: u32) -> Result<PathBuf, String> {
     let folder = folder(place, "evergate", address)?;
     let models: String = MODELS
         .iter()
@@ -300,15 +313,15 @@ fn evergate(place: &Place, address: SocketAddr, workers: u32) -> Result<Command,
     );
     let file = folder.join("evergate.toml");
     write(&file, &config)?;
+    Ok(file)
+}
+
+/// `evergate serve` with a configuration and a state folder of its own.
+fn evergate(place: &Place, address: SocketAddr, workers: u32) -> Result<Command, String> {
+    let file = configuration(place, address, workers)?;
+    let folder = folder(place, "evergate", address)?;
     let log = std::fs::File::create(folder.join("stderr")).map_err(|error| format!("evergate: {error}"))?;
-    let mut command = match place.under.split_first() {
-        Some((program, arguments)) => {
-            let mut command = Command::new(program);
-            command.args(arguments).arg(&place.evergate);
-            command
-        }
-        None => Command::new(&place.evergate),
-    };
+    let mut command = Command::new(&place.evergate);
     command.arg("serve").arg("--config").arg(&file).arg("--state-dir").arg(folder.join("state"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     Ok(command)

@@ -1,8 +1,12 @@
 //! JSON without a tree: strings out, and an iterative scanner for what passes straight through.
 
+use crate::digits::write_hex;
+use plain::plain_length;
+
 mod answer;
 mod chunk;
 mod escape;
+mod plain;
 mod request;
 mod scan;
 pub(crate) mod text;
@@ -17,31 +21,27 @@ pub use usage::{TOKENS_MAX, Usage};
 
 /// Appends `text` as a JSON string with its quotes (RFC 8259, section 7).
 pub fn write_string(out: &mut String, text: &str) {
-    const HEX: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
     out.push('"');
-    let mut plain = 0;
-    for (at, byte) in text.bytes().enumerate() {
-        let escape = match byte {
-            b'"' => "\\\"",
-            b'\\' => "\\\\",
-            b'\n' => "\\n",
-            b'\r' => "\\r",
-            b'\t' => "\\t",
-            0..=0x1f | 0x7f => "",
-            _ => continue,
-        };
-        // Only ASCII bytes get here, so both ends are character boundaries.
-        out.push_str(text.get(plain..at).unwrap_or_default());
-        plain = at + 1;
-        if escape.is_empty() {
-            out.push_str("\\u00");
-            for nibble in [byte >> 4, byte & 0xf] {
-                out.push(HEX.get(usize::from(nibble)).copied().unwrap_or('0'));
+    let mut rest = text;
+    loop {
+        // Only ASCII bytes end a plain part, so both ends are character boundaries.
+        let (plain, special) = rest.split_at_checked(plain_length(rest.as_bytes())).unwrap_or((rest, ""));
+        out.push_str(plain);
+        let Some(byte) = special.bytes().next() else { break };
+        match byte {
+            b'"' => out.push_str("\\\""),
+            b'\\' => out.push_str("\\\\"),
+            b'\n' => out.push_str("\\n"),
+            b'\r' => out.push_str("\\r"),
+            b'\t' => out.push_str("\\t"),
+            _ => {
+                let mut digits = [0; 2];
+                write_hex(&mut digits, u64::from(byte));
+                out.push_str("\\u00");
+                out.extend(digits.map(char::from));
             }
-        } else {
-            out.push_str(escape);
         }
+        rest = special.get(1..).unwrap_or_default();
     }
-    out.push_str(text.get(plain..).unwrap_or_default());
     out.push('"');
 }

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::escape::{code_unit, inner, is_high, is_low, unescape};
+use super::plain::plain_length;
 
 /// The longest key that is compared with an escape in it: 32 characters of six bytes each. No key we read is longer.
 const ESCAPED_KEY_BYTES_MAX: usize = 6 * 32;
@@ -121,6 +122,11 @@ impl<'a> Scanner<'a> {
     pub(super) fn skip_value(&mut self) -> Result<Range<usize>, Stop> {
         self.space();
         let start = self.at;
+        match self.peek() {
+            Some(b'"') => return self.string(),
+            Some(b'{' | b'[') => {}
+            _ => return self.scalar().map(|()| start..self.at),
+        }
         let mut nest = Nest::default();
         loop {
             if self.begin_value(&mut nest)? {
@@ -154,10 +160,17 @@ impl<'a> Scanner<'a> {
                 nest.push(false);
                 Ok(true)
             }
-            Some(b'-' | b'0'..=b'9') => self.number().map(|()| false),
-            Some(b't') => self.literal(b"true").map(|()| false),
-            Some(b'f') => self.literal(b"false").map(|()| false),
-            Some(b'n') => self.literal(b"null").map(|()| false),
+            _ => self.scalar().map(|()| false),
+        }
+    }
+
+    /// Takes a number or a literal.
+    fn scalar(&mut self) -> Result<(), Stop> {
+        match self.peek() {
+            Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b't') => self.literal(b"true"),
+            Some(b'f') => self.literal(b"false"),
+            Some(b'n') => self.literal(b"null"),
             _ => self.broken("a value"),
         }
     }
@@ -186,6 +199,16 @@ impl<'a> Scanner<'a> {
     pub(super) fn string(&mut self) -> Result<Range<usize>, Stop> {
         let start = self.at;
         self.take(b'"', "a string")?;
+        self.at += plain_length(self.bytes.get(self.at..).unwrap_or_default());
+        if self.peek() == Some(b'"') {
+            self.at += 1;
+            return Ok(start..self.at);
+        }
+        self.string_rest(start)
+    }
+
+    /// Takes the rest of a string that has something in it besides plain bytes.
+    fn string_rest(&mut self, start: usize) -> Result<Range<usize>, Stop> {
         loop {
             self.at += plain_length(self.bytes.get(self.at..).unwrap_or_default());
             match self.peek() {
@@ -194,7 +217,7 @@ impl<'a> Scanner<'a> {
                     return Ok(start..self.at);
                 }
                 Some(b'\\') => self.escape()?,
-                Some(_) if self.rules.is_strict => return self.broken("no control character inside a string"),
+                Some(0..0x20) if self.rules.is_strict => return self.broken("no control character inside a string"),
                 Some(_) => self.at += 1,
                 None => return self.broken("the end of a string"),
             }
@@ -355,16 +378,4 @@ impl Nest {
             self.bits = bits;
         }
     }
-}
-
-/// How many of the first bytes are plain: no quote, no backslash, no control character.
-#[inline]
-fn plain_length(bytes: &[u8]) -> usize {
-    let is_special = |byte: u8| byte < 0x20 || byte == b'"' || byte == b'\\';
-    // Sixteen at a time without a branch inside becomes vector code.
-    let (groups, _) = bytes.as_chunks::<16>();
-    let plain =
-        groups.iter().take_while(|group| !group.iter().fold(false, |any, byte| any | is_special(*byte))).count();
-    let rest = bytes.get(plain * 16..).unwrap_or_default();
-    plain * 16 + rest.iter().position(|byte| is_special(*byte)).unwrap_or(rest.len())
 }

@@ -9,6 +9,7 @@ use evergate_upstream::{Client, Settings, Trust};
 use http::HeaderValue;
 
 use super::auth::Door;
+use super::model_call::Endpoint;
 use crate::gate::Gate;
 
 /// A worker's common ground.
@@ -86,6 +87,7 @@ fn client(name: &str, upstream: &Upstream, sealed: &Sealed) -> Result<Client, St
     };
     let config = &sealed.config;
     Client::new(Settings {
+        paths: &Endpoint::UPSTREAM_PATHS,
         name: name.to_owned(),
         base_url: upstream.base_url.clone(),
         authorization,

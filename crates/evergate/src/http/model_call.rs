@@ -37,7 +37,11 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    fn upstream_path(self) -> &'static str {
+    /// Everything that `upstream_path` gives.
+    pub const UPSTREAM_PATHS: [&str; 3] =
+        [Self::Chat.upstream_path(), Self::Completions.upstream_path(), Self::Embeddings.upstream_path()];
+
+    const fn upstream_path(self) -> &'static str {
         match self {
             Self::Chat => "/chat/completions",
             Self::Completions => "/completions",
@@ -67,6 +71,8 @@ pub struct ModelCall {
     pub endpoint: Endpoint,
     /// Our id.
     pub id: RequestId,
+    /// The same as a header's value.
+    pub own_id: Option<HeaderValue>,
     /// What was known at arrival.
     pub arrival: Arrival,
     /// Its headers.
@@ -81,7 +87,7 @@ pub struct ModelCall {
 pub type Outcome = (Result<Response<Body>, Error>, Option<Pass>);
 
 impl ModelCall {
-    /// Serves it.
+    /// Serves it. What is awaited boxed here is rare or long: the way of a unary call is moved about whole.
     pub async fn run(self, body: Incoming) -> Outcome {
         let config = &self.app.sealed.config;
         if let Err(error) = intake::check_head(&self.headers, config) {
@@ -123,7 +129,7 @@ impl ModelCall {
         // Embeddings have no stream; the field is the upstream's to judge.
         pass.record.is_stream = asked.is_stream && self.endpoint != Endpoint::Embeddings;
         match &route.target {
-            Place::Echo => self.echo(&body, &asked, pass).await,
+            Place::Echo => Box::pin(self.echo(&body, &asked, pass)).await,
             Place::Upstream { name, model, .. } => {
                 let body = if **model == *asked.model {
                     body.clone()
@@ -135,7 +141,7 @@ impl ModelCall {
                 pass.record.attempts += 1;
                 pass.enter(InflightPhase::Wait);
                 if pass.record.is_stream {
-                    self.stream(client, name, body, deadline, pass).await
+                    Box::pin(self.stream(client, name, body, deadline, pass)).await
                 } else {
                     self.whole(&client, name, body, deadline, pass).await
                 }
@@ -203,8 +209,8 @@ impl ModelCall {
                 headers.insert(TRACESTATE, state.clone());
             }
         }
-        if let Ok(id) = HeaderValue::try_from(self.id.to_string()) {
-            headers.insert(respond::REQUEST_ID, id);
+        if let Some(id) = &self.own_id {
+            headers.insert(respond::REQUEST_ID, id.clone());
         }
         Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None }
     }
@@ -221,7 +227,7 @@ impl ModelCall {
         let answer = client.call(self.call(body, deadline)).await.map_err(|failure| failure.error)?;
         pass.note_first_token();
         if !answer.status.is_success() {
-            return Err(self.refused(name, answer, deadline).await);
+            return Err(Box::pin(self.refused(name, answer, deadline)).await);
         }
         let limits = &self.app.sealed.config.limits;
         let (status, headers) = (answer.status, answer.headers);
@@ -317,6 +323,7 @@ impl ModelCall {
             headers: HeaderMap::new(),
             arrival: Arrival::default(),
             token: Arc::clone(&self.token),
+            own_id: None,
             ..*self
         };
         let upstream = name.to_owned();

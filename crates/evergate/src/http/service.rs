@@ -97,7 +97,7 @@ impl Service {
     async fn serve(
         self,
         request: Request<Incoming>,
-        id: RequestId,
+        (id, own_id): (RequestId, Option<HeaderValue>),
         token: Arc<Token>,
         refusal: Option<Error>,
     ) -> Response<Body> {
@@ -113,7 +113,7 @@ impl Service {
             Ok(tenant) => {
                 arrival.tenant = tenant;
                 let call = (arrival.clone(), started, Arc::clone(&token));
-                self.dispatch(head, body, path, id, call).await
+                self.dispatch(head, body, path, (id, own_id), call).await
             }
             Err(error) => (Err(error), None),
         };
@@ -171,7 +171,7 @@ impl Service {
         head: http::request::Parts,
         body: Incoming,
         path: Path,
-        id: RequestId,
+        (id, own_id): (RequestId, Option<HeaderValue>),
         (arrival, started, token): (Arrival, Instant, Arc<Token>),
     ) -> Outcome {
         let app = &self.app;
@@ -179,7 +179,7 @@ impl Service {
         match path {
             Path::Model(endpoint) => {
                 let app = Arc::clone(app);
-                let call = ModelCall { app, endpoint, id, arrival, headers: head.headers, token, started };
+                let call = ModelCall { app, endpoint, id, own_id, arrival, headers: head.headers, token, started };
                 call.run(body).await
             }
             Path::Models => (Ok(plain(chat::models_list(app.router.models(), app.started_s))), None),
@@ -235,8 +235,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     fn call(&self, request: Request<Incoming>) -> Bounded {
         let id = self.app.gate.next_id();
         let token = Arc::new(Token::default());
-        let echoed = client_id(request.headers()).cloned().or_else(|| HeaderValue::try_from(id.to_string()).ok());
-        let serving = self.clone().serve(request, id, Arc::clone(&token), self.shared.next_refusal());
+        let own_id = HeaderValue::from_str(id.text().as_str()).ok();
+        let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
+        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), self.shared.next_refusal());
         Bounded {
             serving: Caught(Box::pin(serving)),
             token,

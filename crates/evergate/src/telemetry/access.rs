@@ -23,7 +23,7 @@ impl AccessLog {
     ///
     /// A line is at most `PIPE_BUF` bytes, so it is written whole or not at all (pipe(7)).
     pub fn write(&self, record: &Access<'_>) -> bool {
-        let mut line = String::with_capacity(512);
+        let mut line = String::with_capacity(1024);
         record.write_line(&mut line);
         let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe, line.as_bytes())).is_ok();
         if !written {
