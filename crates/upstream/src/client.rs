@@ -18,6 +18,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
 use crate::answer::AnswerBody;
+use crate::clock::Clock;
 use crate::connect::connect;
 use crate::io::UpstreamIo;
 use crate::tls::Trust;
@@ -26,6 +27,8 @@ use crate::wake::Filter;
 /// What a client is made of.
 #[derive(Debug)]
 pub struct Settings {
+    /// Watches over the limits.
+    pub clock: Clock,
     /// The upstream's name, for messages.
     pub name: String,
     /// Where it is.
@@ -218,7 +221,7 @@ impl Client {
                     answering.as_mut().poll(cx)
                 })
             });
-            match tokio::time::timeout_at(until.at().into(), head).await {
+            match self.settings.clock.timeout_at(until.at(), head).await {
                 Ok(Ok(response)) => break response,
                 // A pooled connection that closed under our hands, and the request is still ours: nothing was written.
                 Ok(Err(mut failed)) => match failed.take_message().filter(|_| is_reused) {
@@ -277,7 +280,7 @@ impl Client {
         let until = deadline.min(Deadline::new(Instant::now(), self.settings.connect, Limit::Connect));
         let failed = |error| Failure { error, phase: Phase::Connect };
         let opening = connect(&self.settings.base_url.transport, &self.settings.trust, &self.pool.open);
-        let io = match tokio::time::timeout_at(until.at().into(), opening).await {
+        let io = match self.settings.clock.timeout_at(until.at(), opening).await {
             Ok(Ok(io)) => io,
             Ok(Err(error)) => {
                 let message = format!("no connection to the upstream \"{name}\" could be made");

@@ -7,6 +7,7 @@
 
 mod answer;
 mod client;
+pub mod clock;
 mod connect;
 mod io;
 mod tls;

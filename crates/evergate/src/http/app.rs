@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use evergate_core::config::{Roots, Sealed, Upstream};
 use evergate_core::router::Router;
+use evergate_upstream::clock::Clock;
 use evergate_upstream::{Client, Settings, Trust};
 use http::HeaderValue;
 
@@ -27,6 +28,8 @@ pub struct App {
     pub gate: Arc<Gate>,
     /// Unix seconds of the process's start; `created` of models.
     pub started_s: u64,
+    /// Watches over limits; somebody must run it.
+    pub clock: Clock,
 }
 
 impl App {
@@ -35,9 +38,10 @@ impl App {
     /// # Errors
     /// Says which part of it cannot be used.
     pub fn new(sealed: Sealed, gate: Arc<Gate>) -> Result<Self, String> {
+        let clock = Clock::new().map_err(|error| format!("no timer could be made: {error}"))?;
         let mut clients = BTreeMap::new();
         for (name, upstream) in &sealed.config.upstreams {
-            clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed)?));
+            clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, &clock)?));
         }
         Ok(Self {
             router: Router::new(&sealed.config),
@@ -46,6 +50,7 @@ impl App {
             gate,
             started_s: evergate_sys::unix_ms() / 1000,
             sealed,
+            clock,
         })
     }
 
@@ -69,7 +74,7 @@ impl App {
     }
 }
 
-fn client(name: &str, upstream: &Upstream, sealed: &Sealed) -> Result<Client, String> {
+fn client(name: &str, upstream: &Upstream, sealed: &Sealed, clock: &Clock) -> Result<Client, String> {
     let authorization = match &upstream.api_key {
         None => None,
         Some(reference) => {
@@ -87,6 +92,7 @@ fn client(name: &str, upstream: &Upstream, sealed: &Sealed) -> Result<Client, St
     };
     let config = &sealed.config;
     Client::new(Settings {
+        clock: clock.clone(),
         paths: &Endpoint::UPSTREAM_PATHS,
         name: name.to_owned(),
         base_url: upstream.base_url.clone(),

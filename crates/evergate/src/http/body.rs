@@ -6,13 +6,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evergate_board::InflightPhase;
 use evergate_core::{Error, Fault};
+use evergate_upstream::clock::{Clock, Sleep};
 use http_body::{Frame, SizeHint};
-use tokio::time::{Instant, Sleep};
 
 use super::fault::{Planted, strike};
 use super::relay::Relay;
@@ -70,7 +70,9 @@ pub struct Stream {
     /// A fault to plant.
     pub planted: Option<Planted>,
     /// Sends comments; armed at the first silence.
-    pub pinger: Option<Pin<Box<Sleep>>>,
+    pub pinger: Option<Sleep>,
+    /// Times the silence.
+    pub clock: Clock,
     /// When the last piece was written.
     pub written_at: Instant,
 }
@@ -189,17 +191,16 @@ impl Stream {
     fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
         loop {
             let due = self.written_at + self.keepalive;
-            let pinger = self.pinger.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
-            if Future::poll(pinger.as_mut(), cx).is_pending() {
+            let pinger = self.pinger.get_or_insert_with(|| self.clock.sleep_until(due));
+            if Pin::new(pinger).poll(cx).is_pending() {
                 return Poll::Pending;
             }
+            self.pinger = None;
             let now = Instant::now();
             if now >= due {
                 self.written_at = now;
-                pinger.as_mut().reset(now + self.keepalive);
                 return Poll::Ready(Some(Ok(Bytes::from_static(b": keepalive\n\n"))));
             }
-            pinger.as_mut().reset(due);
         }
     }
 }

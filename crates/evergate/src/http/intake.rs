@@ -5,6 +5,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use evergate_core::config::Config;
 use evergate_core::{Error, Fault};
+use evergate_upstream::clock::Clock;
 use http::HeaderMap;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN};
 use http_body::Body;
@@ -74,14 +75,14 @@ impl From<hyper::Error> for Stopped {
 /// # Errors
 /// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks; or the client
 /// is gone.
-pub async fn read(mut body: Incoming, config: &Config) -> Result<Bytes, Stopped> {
+pub async fn read(mut body: Incoming, config: &Config, clock: &Clock) -> Result<Bytes, Stopped> {
     let limit = config.limits.body_bytes;
     let end = Instant::now() + config.timeouts.body;
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
         let until = end.min(Instant::now() + config.timeouts.body_idle);
-        let frame = match tokio::time::timeout_at(until.into(), body.frame()).await {
+        let frame = match clock.timeout_at(until, body.frame()).await {
             Ok(Some(Ok(frame))) => frame,
             Ok(None) => break,
             Ok(Some(Err(error))) => return Err(error.into()),

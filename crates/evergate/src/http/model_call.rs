@@ -94,7 +94,7 @@ impl ModelCall {
             return (Err(error), None);
         }
         let announced = self.app.gate.announce(self.id, &self.arrival);
-        let body = match intake::read(body, config).await {
+        let body = match intake::read(body, config, &self.app.clock).await {
             Ok(body) => body,
             Err(intake::Stopped::Refused(error)) => return (Err(error), None),
             Err(intake::Stopped::ClientGone) => {
@@ -261,7 +261,7 @@ impl ModelCall {
         loop {
             let idle = Deadline::new(Instant::now(), self.app.sealed.config.timeouts.idle, Limit::Idle);
             let until = deadline.min(idle);
-            let data = match tokio::time::timeout_at(until.at().into(), body.data()).await {
+            let data = match self.app.clock.timeout_at(until.at(), body.data()).await {
                 Ok(Some(data)) => data?,
                 Ok(None) => break,
                 Err(_) => {
@@ -304,6 +304,7 @@ impl ModelCall {
             first_token: Deadline::new(now, timeouts.first_token, Limit::FirstToken),
             stream_total: Deadline::new(self.started, timeouts.stream_total, Limit::StreamTotal),
             idle: timeouts.idle,
+            clock: self.app.clock.clone(),
             event_bytes: usize::try_from(self.app.sealed.config.limits.event_bytes).unwrap_or(usize::MAX),
         }
     }
@@ -357,7 +358,7 @@ impl ModelCall {
                 }
             }
         });
-        let first = match tokio::time::timeout(timeouts.head_hold, first).await {
+        let first = match self.app.clock.timeout_at(Instant::now() + timeouts.head_hold, first).await {
             Ok(Some(Ok(first))) => {
                 pass.note_first_token();
                 Some(first)
@@ -374,7 +375,8 @@ impl ModelCall {
             keepalive: timeouts.keepalive,
             planted: planted(&self.headers),
             pinger: None,
-            written_at: tokio::time::Instant::now(),
+            written_at: Instant::now(),
+            clock: self.app.clock.clone(),
         })))
     }
 }

@@ -15,7 +15,7 @@ use evergate_core::json::{Chunk, Usage, scan_answer, scan_chunk};
 use evergate_core::sse::{Splitter, TooLarge};
 use evergate_core::{Deadline, Error, Fault};
 use evergate_upstream::AnswerBody;
-use tokio::time::Sleep;
+use evergate_upstream::clock::{Clock, Sleep};
 
 /// Pieces read behind `[DONE]` before the connection is given up.
 const AFTER_DONE_PIECES_MAX: u8 = 4;
@@ -29,7 +29,7 @@ pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Error>> + Send
 pub type OnErrorEvent = Box<dyn Fn(Option<&str>) -> Error + Send>;
 
 /// The limits of one stream.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Limits {
     /// Until the first event: `total`.
     pub total: Deadline,
@@ -39,6 +39,8 @@ pub struct Limits {
     pub stream_total: Deadline,
     /// Between two pieces.
     pub idle: Duration,
+    /// Watches over them.
+    pub clock: Clock,
     /// One event.
     pub event_bytes: usize,
 }
@@ -67,7 +69,7 @@ pub struct Relay {
     splitter: Splitter,
     seen: Seen,
     ready: VecDeque<Result<Bytes, Error>>,
-    timer: Option<Pin<Box<Sleep>>>,
+    timer: Option<Sleep>,
     piece_at: Instant,
 }
 
@@ -313,10 +315,10 @@ impl Relay {
         loop {
             let timer = match &mut self.timer {
                 // An earlier alarm is only looked at again; a later one would come too late.
-                Some(timer) if timer.deadline() <= due.at().into() => timer,
-                slot => slot.insert(Box::pin(tokio::time::sleep_until(due.at().into()))),
+                Some(timer) if timer.deadline() <= due.at() => timer,
+                slot => slot.insert(self.limits.clock.sleep_until(due.at())),
             };
-            if timer.as_mut().poll(cx).is_pending() {
+            if Pin::new(timer).poll(cx).is_pending() {
                 return Poll::Pending;
             }
             self.timer = None;

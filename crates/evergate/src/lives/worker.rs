@@ -108,6 +108,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let listening = start_listening(args, &app, &tasks, tls, listeners, connections, &kicker);
     lifespan.start("listeners", boot, async { listening.map(|()| ((), nothing())) }).await.map_err(failed)?;
     drop(tasks.spawn("beat", beat(board.clone(), args.row, Arc::clone(&app))));
+    drop(tasks.spawn("clock", run_clock(Arc::clone(&app))));
     drop(tasks.spawn("sweep", sweep(Arc::clone(&app))));
 
     if let Some(child) = board.child(args.row) {
@@ -233,6 +234,12 @@ async fn beat(board: Board, row: u32, app: Arc<App>) {
             child.set_rss_kib(rss_kib());
         }
         ticks = ticks.wrapping_add(1);
+    }
+}
+
+async fn run_clock(app: Arc<App>) {
+    if let Err(error) = app.clock.clone().run().await {
+        eprintln!("evergate worker: the timers cannot be watched: {error}");
     }
 }
 

@@ -202,6 +202,7 @@ fn is_token(byte: u8) -> bool {
     TOKEN.get(usize::from(byte)).copied().unwrap_or(false)
 }
 
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 const TOKEN: [bool; 256] = {
     let mut table = [false; 256];
     let mut rest: &[u8] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&'*+-.^_`|~";

@@ -47,8 +47,8 @@ fn total_ends_a_stream_without_a_first_token() {
 #[test]
 fn total_does_not_end_a_stream_that_has_begun() {
     let fake = FakeUpstream::start();
-    let gateway = before(&fake, "[timeouts]\ntotal = \"400ms\"\n");
-    let response = chat(&gateway, "stream-10-100", true);
+    let gateway = before(&fake, "[timeouts]\ntotal = \"1s\"\n");
+    let response = chat(&gateway, "stream-15-100", true);
     assert_good_stream(&response.events(), response.is_complete);
 }
 
