@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use crate::processes::{lost_ids, wait_no_zombies};
 use crate::support::{CHAT, LIMIT, before, via};
 
-/// Clients that ask one unary request after the other, about 200 ms each: about 100 requests a second.
-const CLIENTS: usize = 20;
+/// Clients that ask one unary request after the other, about 200 ms each: about 200 requests a second.
+const CLIENTS: usize = 42;
 /// Streams that are open at any time.
 const STREAMS: usize = 20;
 /// Workers killed.
@@ -79,7 +79,7 @@ fn kill_ten(gateway: &Evergate, seen: &Seen) -> Vec<(Instant, i32)> {
     let mut killed = Vec::new();
     for round in 0..KILLS {
         let before = seen.done.load(Ordering::Relaxed);
-        wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 30);
+        wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 60);
         // Not at the moment when an answer came and its client asks again: a killer does not know of either.
         let (now, pause) = (Instant::now(), Duration::from_millis(7 * round as u64 + 5));
         wait_until("a moment of its own", LIMIT, || now.elapsed() >= pause);
@@ -127,7 +127,7 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
         for number in 0..CLIENTS {
             let (address, seen) = (&address, &seen);
             // Each with a pace of its own, or all would ask in step.
-            scope.spawn(move || client(address, number, &format!("delay-{}", 150 + 5 * number), false, seen));
+            scope.spawn(move || client(address, number, &format!("delay-{}", 180 + number), false, seen));
         }
         for number in 0..STREAMS {
             let (address, seen) = (&address, &seen);
@@ -140,7 +140,8 @@ fn ten_killed_workers_lose_exactly_what_their_records_name() {
     });
     let done = seen.done.load(Ordering::Relaxed);
     let failed = seen.failed.into_inner().unwrap();
-    println!("{done} answered, {} lost to {KILLS} kills, {:?}", failed.len(), began.elapsed());
+    let rate = done as f64 / began.elapsed().as_secs_f64();
+    println!("{done} answered ({rate:.0}/s), {} lost to {KILLS} kills, {:?}", failed.len(), began.elapsed());
 
     let records = gateway.wait_exits(KILLS, LIMIT, |record| record["signal"] == 9);
     let found: Vec<i64> = records.iter().filter_map(|record| record["pid"].as_i64()).collect();
