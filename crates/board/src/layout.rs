@@ -12,7 +12,7 @@ use crate::series::{Cell, SeriesHead};
 /// First word of a board.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
 /// Changes with every change of the layout, so that two builds never misread each other.
-pub(crate) const VERSION: u64 = 1;
+pub(crate) const VERSION: u64 = 2;
 
 /// How large a board is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
