@@ -1,0 +1,244 @@
+//! Who takes a connection: streams are spread evenly over the workers, whatever state one of them is in.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use evergate_testkit::raw::chat_body;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::support::{CHAT, LIMIT, assert_good_stream, before, chat, open_stream, rest_of, via};
+
+const FOUR_WORKERS: &str = "[workers]\nmin = 4\nmax = 4\n";
+/// Streams of a burst.
+const BURST: usize = 64;
+/// The most that the fullest may have more than the emptiest (specification, line 27).
+const APART_MAX: u64 = 4;
+
+/// What the gateway says of its workers, by slot.
+pub fn workers(gateway: &Evergate) -> Vec<Value> {
+    let output = gateway.cli(&["status", "--json"]);
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let children = status["children"].as_array().cloned().unwrap_or_default();
+    let mut workers: Vec<Value> = children.into_iter().filter(|child| child["kind"] == "worker").collect();
+    workers.sort_by_key(|worker| worker["slot"].as_u64());
+    workers
+}
+
+/// The streams of each worker, once there are that many in all.
+fn spread(gateway: &Evergate, streams: usize) -> Vec<u64> {
+    wait_for("all streams on the board", LIMIT, || {
+        let counts: Vec<u64> =
+            workers(gateway).iter().map(|worker| worker["inflight"]["stream"].as_u64().unwrap()).collect();
+        (counts.iter().sum::<u64>() == streams as u64).then_some(counts)
+    })
+}
+
+#[track_caller]
+fn assert_even(counts: &[u64]) {
+    println!("streams by worker: {counts:?}");
+    let apart = counts.iter().max().unwrap() - counts.iter().min().unwrap();
+    assert!(apart <= APART_MAX, "streams by worker: {counts:?}");
+}
+
+fn stream_request() -> Vec<u8> {
+    evergate_testkit::chat_request(&via("hold-mid"), true, &Value::Null)
+}
+
+/// Opens that many streams at once, from eight threads, each on a connection of its own; returns when each has begun.
+fn burst(gateway: &Evergate, count: usize) -> Vec<Raw> {
+    let address = gateway.addr();
+    let request = stream_request();
+    let open = |_| {
+        let mut raw = Raw::connect(&address);
+        raw.send(&request);
+        raw
+    };
+    let mut all: Vec<Raw> = std::thread::scope(|scope| {
+        let parts: Vec<_> = (0..8)
+            .map(|part| {
+                let share = (count + part) / 8;
+                scope.spawn(move || (0..share).map(open).collect::<Vec<Raw>>())
+            })
+            .collect();
+        parts.into_iter().flat_map(|part| part.join().unwrap()).collect()
+    });
+    assert_eq!(all.len(), count);
+    begun(&mut all);
+    all
+}
+
+/// Waits until every stream has its head and its first event.
+fn begun(streams: &mut [Raw]) {
+    for raw in streams {
+        assert_eq!(raw.read_head(LIMIT).status, 200);
+        assert!(raw.next_event(LIMIT).is_some());
+    }
+}
+
+/// A process that stands still until the end of the test.
+pub struct Frozen(Pid);
+
+impl Frozen {
+    pub fn new(pid: i32) -> Self {
+        let pid = Pid::from_raw(pid).unwrap();
+        kill_process(pid, Signal::STOP).unwrap();
+        Self(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // It may have been replaced for standing still.
+        let _ = kill_process(self.0, Signal::CONT);
+    }
+}
+
+#[test]
+fn s27_a_burst_of_streams_is_spread_evenly() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    gateway.wait_workers(4);
+    wait_accepting(&gateway, 4);
+    let mut streams = burst(&gateway, BURST);
+    assert_even(&spread(&gateway, BURST));
+    fake.release();
+    for raw in &mut streams {
+        let events = rest_of(raw);
+        assert_good_stream(&events, raw.body_is_complete());
+    }
+}
+
+fn wait_accepting(gateway: &Evergate, count: usize) {
+    wait_until("workers that accept", LIMIT, || {
+        workers(gateway).iter().filter(|worker| worker["accepting"] == true).count() == count
+    });
+}
+
+#[test]
+fn s27_a_burst_is_spread_over_the_others_when_one_worker_is_frozen() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    // Its last beat is still fresh: the others find out by what it does not do.
+    let _frozen = Frozen::new(gateway.wait_workers(4)[1]);
+    let _streams = burst(&gateway, BURST);
+    let mut counts = spread(&gateway, BURST);
+    assert_eq!(counts.remove(1), 0);
+    assert_even(&counts);
+}
+
+#[test]
+fn s27_a_burst_is_spread_over_the_others_when_one_worker_does_not_accept() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let pids = gateway.wait_workers(4);
+    // A stream on each keeps the one that is told to end.
+    let _first: Vec<Raw> = (0..4).map(|_| open_stream(&gateway, "hold-mid")).collect();
+    assert_eq!(spread(&gateway, 4), [1, 1, 1, 1], "an idle worker takes the next");
+    kill_process(Pid::from_raw(pids[2]).unwrap(), Signal::TERM).unwrap();
+    wait_until("it drains", LIMIT, || {
+        workers(&gateway).iter().any(|worker| worker["pid"] == pids[2] && worker["accepting"] == false)
+    });
+    let _streams = burst(&gateway, 60);
+    let mut counts = wait_for("all streams on the board", LIMIT, || {
+        let workers = workers(&gateway);
+        let of = |worker: &Value| worker["inflight"]["stream"].as_u64().unwrap();
+        let drained = workers.iter().find(|worker| worker["pid"] == pids[2]).map(of);
+        assert!(drained.is_none_or(|streams| streams <= 1), "it took more: {workers:?}");
+        let others: Vec<u64> = workers.iter().filter(|worker| worker["pid"] != pids[2]).map(of).collect();
+        (others.iter().sum::<u64>() == 63).then_some(others)
+    });
+    // A successor may have come meanwhile, and then takes its part.
+    counts.retain(|streams| *streams > 0);
+    assert!(counts.len() >= 3);
+    if counts.len() == 3 {
+        assert_even(&counts);
+    }
+}
+
+#[test]
+fn s27_streams_over_warmed_connections_are_spread_evenly() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let mut kept: Vec<Raw> = (0..BURST)
+        .map(|_| {
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(&evergate_testkit::chat_request(&via("ok"), false, &Value::Null));
+            assert_eq!(raw.read_response(LIMIT).status, 200);
+            raw
+        })
+        .collect();
+    let request = stream_request();
+    kept.iter_mut().for_each(|raw| raw.send(&request));
+    begun(&mut kept);
+    assert_even(&spread(&gateway, BURST));
+}
+
+/// Opens an HTTP/2 connection and that many streams on it, which are held until the upstream lets them go.
+async fn h2_streams(gateway: &Evergate, count: usize) -> Vec<hyper::body::Incoming> {
+    let io = TokioIo::new(tokio::net::TcpStream::connect(gateway.addr()).await.unwrap());
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    tokio::runtime::Handle::current().spawn(connection);
+    let mut bodies = Vec::new();
+    for _ in 0..count {
+        let body = Full::new(Bytes::from(chat_body(&via("hold-mid"), true, &Value::Null)));
+        let request = http::Request::post(format!("http://localhost{CHAT}"))
+            .header("content-type", "application/json")
+            .body(body)
+            .unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        bodies.push(response.into_body());
+    }
+    // The connection lives as long as somebody may send on it.
+    std::mem::forget(sender);
+    bodies
+}
+
+#[test]
+fn s27_four_http2_connections_go_to_four_workers() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let test = async {
+            let mut bodies = Vec::new();
+            for _ in 0..4 {
+                bodies.extend(h2_streams(&gateway, BURST / 4).await);
+            }
+            assert_even(&spread(&gateway, BURST));
+            fake.release();
+            for body in bodies {
+                let text = body.collect().await.unwrap().to_bytes();
+                assert!(text.ends_with(b"data: [DONE]\n\n"));
+            }
+        };
+        tokio::time::timeout(3 * LIMIT, test).await.expect("in time");
+    });
+}
+
+/// Nobody is waited for for long: with all peers frozen, the last worker serves everything.
+#[test]
+fn s27_the_gate_delays_and_never_starves() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let _held: Vec<Raw> = (0..16).map(|_| open_stream(&gateway, "hold-mid")).collect();
+    let pids = gateway.wait_workers(4);
+    let _frozen: Vec<Frozen> = pids[1..].iter().map(|pid| Frozen::new(*pid)).collect();
+    let began = std::time::Instant::now();
+    for _ in 0..50 {
+        assert_eq!(chat(&gateway, "ok", false).status, 200);
+    }
+    let took = began.elapsed();
+    println!("50 requests beside three frozen workers took {took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(workers(&gateway)[0]["accepting"], json!(true));
+}
