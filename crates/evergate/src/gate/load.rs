@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use evergate_board::{Board, ChildRow, monotonic_ns};
 use evergate_core::exit::Kind;
@@ -23,6 +24,9 @@ const SLACK: u32 = 2;
 const FAR_LEAST: u32 = 8;
 /// Beats come every quarter of a second when nothing is to be done; who has missed two is not counted on.
 const FRESH_NS: u64 = 600_000_000;
+/// A peer that has not moved for so long while connections waited for it is stuck: standing still, or out of
+/// descriptors. On a crowded machine even a healthy one does not get a processor for some 20 ms.
+const STUCK: Duration = Duration::from_millis(50);
 /// How long the answer to "far above the peers?" is good for; asked for each answer, worked out two hundred times a
 /// second at most.
 const FAR_NS: u64 = 5_000_000;
@@ -75,8 +79,8 @@ pub struct Load {
     lasting: AtomicU32,
     /// The others, in sixteenths, as a mean over beats.
     passing: AtomicU32,
-    /// Peers that should have taken a connection and did not.
-    stuck: Mutex<Vec<Peer>>,
+    /// Peers that should have taken a connection, and how long one waited for them.
+    waited: Mutex<Vec<(Peer, Duration)>>,
     far_at: AtomicU64,
     is_far: AtomicBool,
     relieved: Notify,
@@ -95,7 +99,7 @@ impl Load {
             requests: AtomicU32::new(0),
             lasting: AtomicU32::new(0),
             passing: AtomicU32::new(0),
-            stuck: Mutex::default(),
+            waited: Mutex::default(),
             far_at: AtomicU64::new(0),
             is_far: AtomicBool::new(false),
             relieved: Notify::new(),
@@ -177,10 +181,10 @@ impl Load {
     /// Whether somebody else takes what waits to be accepted.
     #[must_use]
     pub fn has_peers(&self) -> bool {
-        self.peers().next().is_some()
+        self.peers().any(|(_, peer)| !self.are_stuck(&[peer]))
     }
 
-    /// Peers that accept, that beat, and that took a connection the last time they should have.
+    /// Peers that accept and beat.
     fn peers(&self) -> impl Iterator<Item = (Share, Peer)> {
         let now = monotonic_ns();
         self.board.children().filter(|(row, _)| *row != self.row).filter_map(move |(row, child)| {
@@ -188,7 +192,7 @@ impl Load {
                 return None;
             }
             let peer = Peer { row, epoch: child.epoch(), accepted: child.accepted(), beat_ns: child.beat_ns() };
-            if now.saturating_sub(peer.beat_ns) > FRESH_NS || self.is_stuck(&peer) {
+            if now.saturating_sub(peer.beat_ns) > FRESH_NS {
                 return None;
             }
             let share = Share { load: child.load().saturating_add(child.fresh()), connections: child.connections() };
@@ -196,33 +200,37 @@ impl Load {
         })
     }
 
-    fn lock_stuck(&self) -> std::sync::MutexGuard<'_, Vec<Peer>> {
+    fn lock_waited(&self) -> std::sync::MutexGuard<'_, Vec<(Peer, Duration)>> {
         // Pushing and removing leave the list whole whatever happens between.
-        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_stuck(&self, peer: &Peer) -> bool {
-        let mut stuck = self.lock_stuck();
-        if stuck.is_empty() {
-            return false;
-        }
-        stuck.retain(|one| one.row != peer.row || one == peer);
-        stuck.contains(peer)
+    /// Whether each of them was waited for long in vain: none has accepted or beaten meanwhile.
+    #[must_use]
+    pub fn are_stuck(&self, peers: &[Peer]) -> bool {
+        let waited = self.lock_waited();
+        let is_stuck = |peer| waited.iter().any(|(one, waited)| one == peer && *waited >= STUCK);
+        peers.iter().all(is_stuck)
     }
 
-    /// A connection waited in vain for these peers: those that have neither accepted nor beaten since are not waited
-    /// for again until they have.
-    pub fn waited_in_vain(&self, peers: &[Peer]) {
-        let is_same = |peer: &&Peer| {
-            let Some(child) = self.board.child(peer.row) else { return false };
-            child.epoch() == peer.epoch && child.accepted() == peer.accepted
-        };
-        let mut stuck = self.lock_stuck();
-        for peer in peers.iter().filter(is_same) {
-            stuck.retain(|one| one.row != peer.row);
-            let beat_ns = self.board.child(peer.row).map_or(0, ChildRow::beat_ns);
-            stuck.push(Peer { beat_ns, ..*peer });
+    /// A connection has waited so long for these peers. The times add up over connections until a peer moves.
+    pub fn waited_for(&self, peers: &[Peer], time: Duration) {
+        let mut all = self.lock_waited();
+        for peer in peers {
+            match all.iter_mut().find(|(one, _)| one == peer) {
+                Some((_, waited)) => *waited = waited.saturating_add(time),
+                None => {
+                    all.retain(|(one, _)| one.row != peer.row);
+                    all.push((*peer, time));
+                }
+            }
         }
+    }
+
+    /// Connections that all workers together have accepted: whether the queue moves.
+    #[must_use]
+    pub fn accepted_by_all(&self) -> u64 {
+        self.board.children().fold(0, |sum, (_, child)| sum.wrapping_add(child.accepted()))
     }
 
     /// Whether this worker holds so much more than the peer with the least that kept connections should be moved: by

@@ -83,8 +83,11 @@ pub struct Acceptor {
 
 /// Pause after an accept that failed for want of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long a connection waits at most for a peer that should rather take it.
+/// How long a connection waits for a peer that should rather take it while nobody takes any; one look for one that is
+/// stuck.
 const PATIENCE: Duration = Duration::from_millis(5);
+/// And while others are taken: then it is on its way, but a queue that never ends is everybody's.
+const PATIENCE_MAX: Duration = Duration::from_millis(25);
 /// How often a worker looks again while it leaves a connection to a peer; nothing looks when no connection waits.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -196,41 +199,51 @@ impl Acceptor {
     }
 }
 
-/// Whose turn it is to accept: what a loop remembers while it leaves a connection to its peers.
+/// Whose turn it is to accept: what a loop remembers while it leaves a connection to its peers. Time is counted in
+/// looks, so that a machine that stood still does not look like a peer that did.
 #[derive(Debug, Default)]
 struct Turn {
-    /// The peers that should take it, and since when.
-    left_to: Option<(Vec<Peer>, Instant)>,
+    /// The peers that should take it.
+    left_to: Vec<Peer>,
+    /// How long it has waited, and how long since anybody took one.
+    waited: (Duration, Duration),
+    /// What all have accepted, as last looked at.
+    accepted: u64,
     has_seen_empty: bool,
 }
 
 impl Turn {
     /// Whether the connection that waits is rather a peer's, and has not waited too long for it.
     fn is_another(&mut self, load: &Load) -> bool {
-        let before = load.peers_before();
-        if before.is_empty() {
+        self.left_to = load.peers_before();
+        if self.left_to.is_empty() {
             return false;
         }
-        let (peers, since) = self.left_to.get_or_insert_with(|| (before, Instant::now()));
-        if since.elapsed() < PATIENCE {
-            return true;
+        let accepted = load.accepted_by_all();
+        if std::mem::replace(&mut self.accepted, accepted) != accepted {
+            self.waited.1 = Duration::ZERO;
         }
-        load.waited_in_vain(peers);
-        false
+        let patience = if load.are_stuck(&self.left_to) { LOOK } else { PATIENCE };
+        self.waited.0 < PATIENCE_MAX && self.waited.1 < patience
     }
 
     /// Until it is worth another look: a moment, or when this worker has less to do.
-    async fn wait(&self, load: &Load) {
+    async fn wait(&mut self, load: &Load) {
+        let began = Instant::now();
         tokio::select! {
             // Cancel-safe: each only waits.
             () = tokio::time::sleep(LOOK) => {}
             () = load.relieved() => {}
         }
+        let time = began.elapsed().min(2 * LOOK);
+        self.waited.0 += time;
+        self.waited.1 += time;
+        load.waited_for(&self.left_to, time);
     }
 
     /// A connection was taken, by this worker or another.
     fn is_over(&mut self) {
-        self.left_to = None;
+        self.waited = (Duration::ZERO, Duration::ZERO);
     }
 }
 

@@ -4,6 +4,7 @@
 // A test that meets something unexpected should stop there and say so; that is what a panic does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod admission;
 mod auth;
 mod balance;
 mod cli;

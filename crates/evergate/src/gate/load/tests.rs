@@ -21,6 +21,12 @@ fn workers(count: u32) -> (Board, Vec<Arc<Load>>) {
     (board, loads)
 }
 
+impl Load {
+    fn stuck(&self) -> Vec<u32> {
+        self.peers_before().iter().filter(|peer| self.are_stuck(&[**peer])).map(|peer| peer.row).collect()
+    }
+}
+
 fn accept(load: &Load) {
     load.change_connections(1);
     load.count_accepted();
@@ -80,17 +86,17 @@ fn only_those_who_accept_and_beat_are_waited_for() {
 }
 
 #[test]
-fn who_was_waited_for_in_vain_is_not_waited_for_until_it_moves() {
+fn who_was_waited_for_in_vain_is_stuck_until_it_moves() {
     let (board, loads) = workers(3);
     (0..4).for_each(|_| accept(&loads[0]));
-    let before = loads[0].peers_before();
-    assert_eq!(before.len(), 2);
-    // One of them took it after all; the other is frozen.
+    loads[0].waited_for(&loads[0].peers_before(), STUCK / 2);
+    assert!(loads[0].stuck().is_empty());
+    // One of them takes it after all; the other is frozen. The waits for it add up.
     accept(&loads[1]);
-    loads[0].waited_in_vain(&before);
-    assert_eq!(loads[0].peers_before().iter().map(|peer| peer.row).collect::<Vec<_>>(), [2]);
+    loads[0].waited_for(&loads[0].peers_before(), STUCK / 2);
+    assert_eq!(loads[0].stuck(), [3]);
     board.child(3).unwrap().set_beat_ns(monotonic_ns() + 1);
-    assert_eq!(loads[0].peers_before().len(), 2, "it beats: it is there again");
+    assert!(loads[0].stuck().is_empty(), "it beats: it is there again");
 }
 
 #[test]
