@@ -25,8 +25,8 @@ const FAR_LEAST: u32 = 8;
 /// Beats come every quarter of a second when nothing is to be done; who has missed two is not counted on.
 const FRESH_NS: u64 = 600_000_000;
 /// A peer that has not moved for so long while connections waited for it is stuck: standing still, or out of
-/// descriptors. On a crowded machine even a healthy one does not get a processor for some 20 ms.
-const STUCK: Duration = Duration::from_millis(50);
+/// descriptors. On a crowded machine even a healthy one does not get a processor for some tens of milliseconds.
+const STUCK: Duration = Duration::from_millis(100);
 /// How long the answer to "far above the peers?" is good for; asked for each answer, worked out two hundred times a
 /// second at most.
 const FAR_NS: u64 = 5_000_000;

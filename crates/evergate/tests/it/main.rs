@@ -15,6 +15,7 @@ mod framing;
 mod http2;
 mod limits;
 mod metrics;
+mod overload;
 mod panics;
 mod processes;
 mod requests;
