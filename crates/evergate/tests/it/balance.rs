@@ -57,25 +57,18 @@ fn stream_request() -> Vec<u8> {
     evergate_testkit::chat_request(&via("hold-mid"), true, &Value::Null)
 }
 
-/// Opens that many streams at once, from eight threads, each on a connection of its own; returns when each has begun.
-fn burst(gateway: &Evergate, count: usize) -> Vec<Raw> {
-    let address = gateway.addr();
+/// Opens that many streams at once, each on a connection of its own; returns when each has begun. The workers of these
+/// pids stand still until all are in the listener's queue: then whoever wakes first could take them all.
+fn burst(gateway: &Evergate, pids: &[i32], count: usize) -> Vec<Raw> {
+    let still: Vec<Frozen> = pids.iter().map(|pid| Frozen::new(*pid)).collect();
     let request = stream_request();
     let open = |_| {
-        let mut raw = Raw::connect(&address);
+        let mut raw = Raw::connect(&gateway.addr());
         raw.send(&request);
         raw
     };
-    let mut all: Vec<Raw> = std::thread::scope(|scope| {
-        let parts: Vec<_> = (0..8)
-            .map(|part| {
-                let share = (count + part) / 8;
-                scope.spawn(move || (0..share).map(open).collect::<Vec<Raw>>())
-            })
-            .collect();
-        parts.into_iter().flat_map(|part| part.join().unwrap()).collect()
-    });
-    assert_eq!(all.len(), count);
+    let mut all: Vec<Raw> = (0..count).map(open).collect();
+    drop(still);
     begun(&mut all);
     all
 }
@@ -113,7 +106,7 @@ fn s27_a_burst_of_streams_is_spread_evenly() {
     wait_accepting(&gateway, 4);
     assert_even(|| {
         fake.hold();
-        let mut streams = burst(&gateway, BURST);
+        let mut streams = burst(&gateway, &gateway.wait_workers(4), BURST);
         let counts = spread(&gateway, BURST);
         fake.release();
         for raw in &mut streams {
@@ -130,6 +123,24 @@ fn wait_accepting(gateway: &Evergate, count: usize) {
     });
 }
 
+/// Clients that connect first and ask later: what they are is not known when they are accepted.
+#[test]
+fn s27_a_burst_of_connections_is_spread_evenly_before_they_ask() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    assert_even(|| {
+        let still: Vec<Frozen> = gateway.wait_workers(4).iter().map(|pid| Frozen::new(*pid)).collect();
+        let _silent: Vec<Raw> = (0..BURST).map(|_| Raw::connect(&gateway.addr())).collect();
+        drop(still);
+        wait_for("all of them accepted", LIMIT, || {
+            let workers = workers(&gateway);
+            let counts: Vec<u64> = workers.iter().map(|worker| worker["connections"].as_u64().unwrap()).collect();
+            (counts.iter().sum::<u64>() >= BURST as u64).then_some(counts)
+        })
+    });
+}
+
 #[test]
 fn s27_a_burst_is_spread_over_the_others_when_one_worker_is_frozen() {
     assert_even(|| {
@@ -137,8 +148,9 @@ fn s27_a_burst_is_spread_over_the_others_when_one_worker_is_frozen() {
         let gateway = before(&fake, FOUR_WORKERS);
         wait_accepting(&gateway, 4);
         // Its last beat is still fresh: the others find out by what it does not do.
-        let _frozen = Frozen::new(gateway.wait_workers(4)[1]);
-        let _streams = burst(&gateway, BURST);
+        let mut pids = gateway.wait_workers(4);
+        let _frozen = Frozen::new(pids.remove(1));
+        let _streams = burst(&gateway, &pids, BURST);
         let mut counts = spread(&gateway, BURST);
         assert_eq!(counts.remove(1), 0);
         counts
@@ -163,7 +175,7 @@ fn beside_one_that_drains(count: usize) -> Vec<u64> {
     wait_until("it drains", LIMIT, || {
         workers(&gateway).iter().any(|worker| worker["pid"] == pids[2] && worker["accepting"] == false)
     });
-    let _streams = burst(&gateway, count);
+    let _streams = burst(&gateway, &pids, count);
     wait_for("all streams on the board", LIMIT, || {
         let workers = workers(&gateway);
         let of = |worker: &Value| worker["inflight"]["stream"].as_u64().unwrap();
