@@ -67,7 +67,7 @@ impl Gate {
     /// The gate of the child that owns `row`, with `slots` places and a line of at most `queue_max` before them.
     #[must_use]
     pub fn new(board: Board, row: u32, epoch: u32, (slots, queue_max): (u32, u32), access: AccessLog) -> Arc<Self> {
-        let rows = board.inflight_rows(row);
+        let (rows, board_rows) = (board.inflight_rows(row), board.shape().slots);
         Arc::new(Self {
             admission: Admission::new(board.clone(), row, slots, queue_max),
             load: Arc::new(Load::new(board.clone(), row)),
@@ -75,7 +75,8 @@ impl Gate {
             row,
             epoch,
             rows,
-            announced_max: slots,
+            // Whoever has a place has a row, too.
+            announced_max: board_rows.saturating_sub(slots),
             reading: AtomicU32::new(0),
             seq: AtomicU32::new(0),
             live: Mutex::default(),
@@ -171,8 +172,8 @@ impl Gate {
     }
 
     /// Counts a request whose body is still to be read, and puts it on the board, so that the worker's death names it
-    /// too. It takes no place: a slow body must not keep others out. As many as there are places are put on the board;
-    /// the others are only counted.
+    /// too. It takes no place: a slow body must not keep others out. When the rows run short those for admitted requests
+    /// stay free, and it is only counted.
     #[must_use]
     pub fn announce(self: &Arc<Self>, id: RequestId, arrival: &Arrival) -> Announced {
         let mut announced = Announced::new(self);
