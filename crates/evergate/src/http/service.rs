@@ -142,7 +142,7 @@ impl Service {
         });
         if !is_h1 {
             response.headers_mut().remove(CONNECTION);
-        } else if self.app.gate.is_draining() {
+        } else if self.app.gate.is_draining() || self.app.gate.is_far_above_peers() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response.body_mut().hold(pass, active);

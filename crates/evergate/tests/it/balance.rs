@@ -168,9 +168,16 @@ fn beside_one_that_drains(count: usize) -> Vec<u64> {
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
     let pids = gateway.wait_workers(4);
-    // A stream on each keeps the one that is told to end.
-    let _first: Vec<Raw> = (0..4).map(|_| open_stream(&gateway, "hold-mid")).collect();
-    assert_eq!(spread(&gateway, 4), [1, 1, 1, 1], "an idle worker takes the next");
+    // A stream keeps the one that is told to end.
+    let mut first = Vec::new();
+    let kept = loop {
+        first.push(open_stream(&gateway, "hold-mid"));
+        let counts = spread(&gateway, first.len());
+        if counts[2] > 0 {
+            break counts[2];
+        }
+        assert!(first.len() < 20, "twenty streams and none on it: {counts:?}");
+    };
     kill_process(Pid::from_raw(pids[2]).unwrap(), Signal::TERM).unwrap();
     wait_until("it drains", LIMIT, || {
         workers(&gateway).iter().any(|worker| worker["pid"] == pids[2] && worker["accepting"] == false)
@@ -180,9 +187,9 @@ fn beside_one_that_drains(count: usize) -> Vec<u64> {
         let workers = workers(&gateway);
         let of = |worker: &Value| worker["inflight"]["stream"].as_u64().unwrap();
         let drained = workers.iter().find(|worker| worker["pid"] == pids[2]).map(of);
-        assert!(drained.is_none_or(|streams| streams <= 1), "it took more: {workers:?}");
+        assert!(drained.is_none_or(|streams| streams <= kept), "it took more: {workers:?}");
         let others: Vec<&Value> = workers.iter().filter(|worker| worker["pid"] != pids[2]).collect();
-        let is_all = others.iter().map(|worker| of(worker)).sum::<u64>() == count as u64 + 3;
+        let is_all = others.iter().map(|worker| of(worker)).sum::<u64>() == (count + first.len()) as u64 - kept;
         // A successor that came in the middle of it does not count.
         let is_old = |worker: &&&Value| pids.iter().any(|pid| worker["pid"] == *pid);
         is_all.then(|| others.iter().filter(is_old).map(|worker| of(worker)).collect())
@@ -198,18 +205,19 @@ fn over_warmed_connections() -> Vec<u64> {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
-    let mut kept: Vec<Raw> = (0..BURST)
-        .map(|_| {
-            let mut raw = Raw::connect(&gateway.addr());
-            raw.send(&evergate_testkit::chat_request(&via("ok"), false, &Value::Null));
-            assert_eq!(raw.read_response(LIMIT).status, 200);
-            raw
-        })
-        .collect();
+    let mut kept: Vec<Raw> = (0..BURST).map(|_| warmed(&gateway)).collect();
     let request = stream_request();
     kept.iter_mut().for_each(|raw| raw.send(&request));
     begun(&mut kept);
     spread(&gateway, BURST)
+}
+
+/// A kept connection with one answer behind it.
+fn warmed(gateway: &Evergate) -> Raw {
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&evergate_testkit::chat_request(&via("ok"), false, &Value::Null));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    raw
 }
 
 /// Opens an HTTP/2 connection and that many streams on it, which are held until the upstream lets them go.
@@ -259,6 +267,50 @@ fn over_four_http2_connections() -> Vec<u64> {
         };
         tokio::time::timeout(3 * LIMIT, test).await.expect("in time")
     })
+}
+
+/// All clients hold connections to one worker: they are told to come anew, and then are spread.
+#[test]
+fn s27_kept_connections_to_one_worker_are_moved() {
+    assert_even(after_they_were_moved);
+}
+
+fn after_they_were_moved() -> Vec<u64> {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let others: Vec<Frozen> = gateway.wait_workers(4)[1..].iter().map(|pid| Frozen::new(*pid)).collect();
+    let mut kept: Vec<Raw> = (0..BURST).map(|_| warmed(&gateway)).collect();
+    drop(others);
+    wait_until("they beat again", LIMIT, || {
+        workers(&gateway).iter().all(|worker| worker["beat_age_ms"].as_u64().unwrap() < 300)
+    });
+    let request = stream_request();
+    kept.iter_mut().for_each(|raw| raw.send(&request));
+    let heads: Vec<bool> = kept
+        .iter_mut()
+        .map(|raw| {
+            let head = raw.read_head(LIMIT);
+            assert_eq!(head.status, 200);
+            head.header("connection") == Some("close")
+        })
+        .collect();
+    assert_eq!(spread(&gateway, BURST), [BURST as u64, 0, 0, 0], "where they are they stay to their end");
+    let moved = heads.iter().filter(|is_closing| **is_closing).count();
+    println!("{moved} of {BURST} are told to come anew");
+    assert!(moved >= BURST / 2, "only {moved}");
+    fake.release();
+    for (raw, is_closing) in kept.iter_mut().zip(heads) {
+        let events = rest_of(raw);
+        assert_good_stream(&events, raw.body_is_complete());
+        if is_closing {
+            *raw = Raw::connect(&gateway.addr());
+        }
+    }
+    fake.hold();
+    kept.iter_mut().for_each(|raw| raw.send(&request));
+    begun(&mut kept);
+    spread(&gateway, BURST)
 }
 
 /// Nobody is waited for for long: with all peers frozen, the last worker serves everything.

@@ -163,7 +163,7 @@ fn s04_a_frozen_worker_costs_only_what_it_has() {
         wait_until("a second of calm", LIMIT, || began.elapsed() >= Duration::from_secs(1));
         let at = Instant::now();
         let _frozen = Frozen::new(pid);
-        (at, gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0))
+        (at, gateway.wait_exits(1, 3 * LIMIT, |record| record["pid"] == pid).remove(0))
     });
     assert_eq!(record["initiator"], json!("hang"), "{record}");
     let failed: BTreeSet<String> = asked.iter().filter(|one| one.status.is_none()).map(|one| one.id.clone()).collect();
