@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod fd;
+mod overflow;
 mod reap;
 mod signal;
 mod spawn;
@@ -14,10 +15,11 @@ mod tcp;
 mod time;
 
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
+pub use overflow::tcp_overflows;
 pub use reap::{Exit, Status, peek_exit, reap};
 pub use signal::{Signals, Taken, is_alive, kill_if_same, start_ticks};
 pub use spawn::{Spawn, become_subreaper, own_executable, spawn};
-pub use tcp::{tcp_overflows, tcp_queue};
+pub use tcp::tcp_queue;
 pub use time::{monotonic_ns, unix_ms};
 
 pub use rustix::process::{Pid, Signal};
