@@ -284,6 +284,9 @@ impl Weight {
     }
 
     fn set(&mut self, counted: u32, is_lasting: bool) {
+        if (counted, is_lasting) == (self.counted, self.is_lasting) {
+            return;
+        }
         let difference = |new: u32, old: u32| new.wrapping_sub(old).cast_signed();
         let lasting = |counted: u32, is_lasting: bool| if is_lasting { counted } else { 0 };
         change(&self.load.requests, difference(counted, self.counted));
