@@ -92,9 +92,8 @@ const PATIENCE_MAX: Duration = Duration::from_millis(25);
 const LOOK: Duration = Duration::from_millis(1);
 
 impl Acceptor {
-    /// Accepts until the listener is shut. While draining it goes on, since what is queued was promised an answer; it
-    /// ends when peers take what is queued, or at the first empty queue if the master is not stopping everything
-    /// (`stays` is false then).
+    /// Accepts until the listener is shut. While draining it goes on, since what is queued was promised an answer. It
+    /// ends when peers take what is queued, or at the first empty queue, unless the master is stopping everything.
     pub async fn run(self: Arc<Self>, listener: Listener) {
         let mut stage = self.app.gate.stage();
         let mut turn = Turn::default();

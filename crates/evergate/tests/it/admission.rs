@@ -2,10 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use evergate_testkit::raw::chat_body;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use http_body_util::Full;
+use serde_json::Value;
 
-use crate::balance::workers;
-use crate::support::{LIMIT, assert_error, before, chat, open, open_stream, rest_of};
+use crate::balance::{h2_connect, h2_stream, run, workers};
+use crate::processes::lost_ids;
+use crate::support::{CHAT, LIMIT, assert_error, before, chat, open, open_as, open_stream, rest_of, via};
 
 /// One worker with one place, and this before it.
 fn one_place(fake: &FakeUpstream, queue: u32, more: &str) -> Evergate {
@@ -102,6 +107,59 @@ fn a_client_that_left_leaves_the_queue_at_once() {
     assert_eq!(stays.read_response(LIMIT).status, 200);
     let asked: Vec<String> = fake.requests().iter().map(|recorded| recorded.request.model()).collect();
     assert_eq!(asked, ["hold-mid", "delay-3"]);
+}
+
+/// On HTTP/2 a client leaves one request and keeps the connection.
+#[test]
+fn a_cancelled_http2_request_leaves_the_queue_at_once() {
+    let fake = FakeUpstream::start();
+    let gateway = one_place(&fake, 2, "");
+    run(async {
+        let mut client = h2_connect(&gateway).await;
+        let (body, _) = h2_stream(&gateway, &mut client).await;
+        let mut other = client.clone();
+        let waiting = tokio::runtime::Handle::current().spawn(async move {
+            let request = http::Request::post(format!("http://localhost{CHAT}"));
+            let body = Full::new(Bytes::from(chat_body(&via("ok"), false, &Value::Null)));
+            other.send_request(request.body(body).unwrap()).await.map(drop)
+        });
+        let reached = |count: u64| {
+            let gateway = &gateway;
+            async move {
+                while workers(gateway)[0]["waiting"] != count {
+                    tokio::time::sleep(Duration::from_millis(3)).await;
+                }
+            }
+        };
+        reached(1).await;
+        waiting.abort();
+        reached(0).await;
+        drop(body);
+    });
+    assert_eq!(fake.request_count(), 1);
+}
+
+/// H3: what waits in a worker is lost with it, and named. More wait than there are places.
+#[test]
+fn a_killed_worker_names_those_that_waited() {
+    let fake = FakeUpstream::start();
+    let gateway = one_place(&fake, 8, "");
+    let _first = open_as(&gateway, "hold-mid", true, "x-request-id: w0\r\n");
+    fake.wait_request(0, LIMIT);
+    let mut ids = vec!["w0".to_owned()];
+    let mut waiting = Vec::new();
+    for n in 1..=6 {
+        ids.push(format!("w{n}"));
+        waiting.push(open_as(&gateway, "ok", false, &format!("x-request-id: w{n}\r\n")));
+        wait_waiting(&gateway, n);
+    }
+    let pid = gateway.kill_worker(0);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!(lost_ids(&record), ids, "{record}");
+    wait_until("a successor without a line", LIMIT, || {
+        workers(&gateway).first().is_some_and(|worker| worker["accepting"] == true && worker["waiting"] == 0)
+    });
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
 }
 
 #[test]

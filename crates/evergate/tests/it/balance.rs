@@ -220,9 +220,9 @@ fn warmed(gateway: &Evergate) -> Raw {
     raw
 }
 
-type H2 = hyper::client::conn::http2::SendRequest<Full<Bytes>>;
+pub type H2 = hyper::client::conn::http2::SendRequest<Full<Bytes>>;
 
-async fn h2_connect(gateway: &Evergate) -> H2 {
+pub async fn h2_connect(gateway: &Evergate) -> H2 {
     let io = TokioIo::new(tokio::net::TcpStream::connect(gateway.addr()).await.unwrap());
     let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
     tokio::runtime::Handle::current().spawn(connection);
@@ -231,7 +231,7 @@ async fn h2_connect(gateway: &Evergate) -> H2 {
 
 /// Opens a stream that is held until the upstream lets it go, over another connection when the gateway takes no more on
 /// this one, as every client does; then the old one is returned, on which earlier streams go on.
-async fn h2_stream(gateway: &Evergate, client: &mut H2) -> (hyper::body::Incoming, Option<H2>) {
+pub async fn h2_stream(gateway: &Evergate, client: &mut H2) -> (hyper::body::Incoming, Option<H2>) {
     let mut old = None;
     loop {
         let body = Full::new(Bytes::from(chat_body(&via("hold-mid"), true, &Value::Null)));
@@ -272,7 +272,7 @@ async fn over_four_connections(gateway: &Evergate, fake: &FakeUpstream) -> Vec<u
     counts
 }
 
-fn run<T>(test: impl Future<Output = T>) -> T {
+pub fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async { tokio::time::timeout(3 * LIMIT, test).await.expect("in time") })
 }
