@@ -145,7 +145,7 @@ fn a_killed_worker_names_those_that_waited() {
     let fake = FakeUpstream::start();
     let gateway = one_place(&fake, 8, "");
     let _first = open_as(&gateway, "hold-mid", true, "x-request-id: w0\r\n");
-    fake.wait_request(0, LIMIT);
+    let _ = fake.wait_request(0, LIMIT);
     let mut ids = vec!["w0".to_owned()];
     let mut waiting = Vec::new();
     for n in 1..=6 {

@@ -102,8 +102,8 @@ fn s28_under_four_times_the_load_everybody_is_answered_soon() {
     );
     // A client's kernel sends its SYN again after a second.
     assert!(connect < Duration::from_millis(900), "a connect took {connect:?}");
-    // One turn waited for and its own, 800 ms, on a machine that has time.
-    assert!(slowest < Duration::from_secs(2), "an answer took {slowest:?}");
+    // One turn waited for and its own, 800 ms, on a machine that has time; without a bound of the queue it is 12 s.
+    assert!(slowest < Duration::from_secs(4), "an answer took {slowest:?}");
     assert!(refusal < Duration::from_millis(100), "refusals took {refusal:?}");
     // Three seconds' worth and what then waits is 68; a crowded machine may lose some of it.
     assert!(served >= 45, "only {served} of {count} were served");
@@ -116,13 +116,16 @@ fn s28_under_four_times_the_load_everybody_is_answered_soon() {
 fn s28_a_thousand_connects_wait_in_the_queue() {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let _alone = alone();
     let gateway = echo_with(ONE_WORKER);
     let frozen = Frozen::new(gateway.wait_workers(1)[0]);
+    // Read once: the file system may be slower than the network.
+    let address = gateway.addr();
     let mut waiting = Vec::new();
     let mut slowest = Duration::ZERO;
     for _ in 0..1024 {
         let began = Instant::now();
-        waiting.push(Raw::connect(&gateway.addr()));
+        waiting.push(Raw::connect(&address));
         slowest = slowest.max(began.elapsed());
     }
     println!("slowest of 1,024 connects beside a frozen worker: {slowest:?}");
