@@ -12,14 +12,19 @@ use crate::series::{Cell, SeriesHead};
 /// First word of a board.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
 /// Changes with every change of the layout, so that two builds never misread each other.
-pub(crate) const VERSION: u64 = 1;
+pub(crate) const VERSION: u64 = 2;
+
+/// In-flight rows beyond twice the places, for what waits: address space, until they are needed.
+const WAITING_ROWS: u32 = 1024;
+/// Twice the most places that a worker may have, and those.
+const SLOTS_MAX: u32 = 2 * 65_536 + WAITING_ROWS;
 
 /// How large a board is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Rows for children, 1 to 1,024.
     pub children: u32,
-    /// In-flight rows per child, 1 to 65,536.
+    /// In-flight rows per child, 1 to 132,096.
     pub slots: u32,
     /// Counters per child, a power of two up to 65,536.
     pub series: u32,
@@ -31,13 +36,14 @@ impl Shape {
     /// The shape for a configuration. Memory is taken as it is touched, so the size costs address space only.
     #[must_use]
     pub fn for_plan(plan: &Plan) -> Self {
-        // Twice the places: a request whose body is still being read has a row but no place yet.
-        Self { children: 64, slots: plan.slots.saturating_mul(2).clamp(1, 131_072), series: 2048, labels: 2048 }
+        // More than places: a request whose body is still being read, or that waits, has a row but no place yet.
+        let slots = plan.slots.saturating_mul(2).saturating_add(WAITING_ROWS).clamp(1, SLOTS_MAX);
+        Self { children: 64, slots, series: 2048, labels: 2048 }
     }
 
     pub(crate) fn is_valid(self) -> bool {
         (1..=1024).contains(&self.children)
-            && (1..=131_072).contains(&self.slots)
+            && (1..=SLOTS_MAX).contains(&self.slots)
             && (1..=65_536).contains(&self.series)
             && self.series.is_power_of_two()
             && (2..=65_535).contains(&self.labels)

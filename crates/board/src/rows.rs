@@ -130,6 +130,8 @@ row! {
         degraded set_degraded u32;
         /// Connections in the listeners' accept queues, as last looked at.
         queue set_queue u32;
+        /// Connects that the listeners' full queues turned away since the start.
+        queue_overflows set_queue_overflows u64;
         /// Access records of lost requests that the full pipe did not take.
         access_dropped set_access_dropped u64;
         /// Lines for standard error that it could not take.
@@ -166,14 +168,22 @@ row! {
         accepting set_accepting bool;
         /// Whether it found the accept queue empty after it was told to stop.
         took_queue set_took_queue bool;
-        /// Weighted requests it has, counted from accept.
+        /// Requests it has, from their heads on, a stream for more than one (`evergate::gate::load`).
         load set_load u32;
+        /// Connections it accepted that have not sent a request yet.
+        fresh set_fresh u32;
+        /// The part of its load that lasts: streams, requests that wait, and the rest as a mean over some beats.
+        held set_held u32;
+        /// Connections it accepted since its start.
+        accepted set_accepted u64;
         /// Client connections open.
         connections set_connections u32;
         /// Upstream connections open.
         upstream_connections set_upstream_connections u32;
         /// Requests waiting for a slot.
         waiting set_waiting u32;
+        /// Since when the oldest of them waits, monotonic nanoseconds; 0 when none does.
+        waiting_since_ns set_waiting_since_ns u64;
         /// How late its event loop was lately, microseconds.
         loop_lag_us set_loop_lag_us u32;
         /// Resident set, KiB.
@@ -234,9 +244,13 @@ impl ChildRow {
         self.set_ready_ns(0);
         self.set_took_queue(false);
         self.set_load(0);
+        self.set_fresh(0);
+        self.set_held(0);
+        self.set_accepted(0);
         self.set_connections(0);
         self.set_upstream_connections(0);
         self.set_waiting(0);
+        self.set_waiting_since_ns(0);
         self.set_loop_lag_us(0);
         self.set_rss_kib(0);
         self.set_running(0);

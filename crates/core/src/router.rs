@@ -176,6 +176,7 @@ mod tests {
                 answer_bytes: 1,
                 event_bytes: 1,
                 upstream_idle: 1,
+                queue: 1,
             },
             timeouts: Timeouts {
                 total: second,

@@ -90,6 +90,7 @@ h2_streams = 10
 answer = "1GiB"
 event = "1MiB"
 upstream_idle = 0
+queue = 12
 
 [timeouts]
 total = "10m"
@@ -166,8 +167,8 @@ fn defaults_are_those_of_the_design() {
     let (l, t, s) = (&config.limits, &config.timeouts, &config.shutdown);
     let sizes = [l.body_bytes, l.header_bytes, l.uri_bytes, l.answer_bytes, l.event_bytes].map(size_text);
     assert_eq!(sizes, ["20MiB", "32KiB", "8KiB", "32MiB", "4MiB"]);
-    let counts = [l.headers, l.json_depth, l.connections, l.h2_streams, l.upstream_idle];
-    assert_eq!(counts, [100, 128, 4096, 100, 64]);
+    let counts = [l.headers, l.json_depth, l.connections, l.h2_streams, l.upstream_idle, l.queue];
+    assert_eq!(counts, [100, 128, 4096, 100, 64, 256]);
     let times = [t.total, t.stream_total, t.connect, t.first_token, t.idle, t.head_hold].map(duration_text);
     assert_eq!(times, ["5m", "1h", "5s", "1m", "2m", "10s"]);
     let times = [t.keepalive, t.header, t.client_idle, t.body_idle, t.body, t.upstream_idle].map(duration_text);
@@ -189,7 +190,7 @@ fn a_full_file_is_read_to_the_last_key() {
     assert_eq!(loaded.sealed.secret(&config.keys["team-a"]), Some("KEY_A-0123456789abcdef"));
     assert_eq!((config.workers.min, config.workers.max, config.workers.slots), (3, 6, 1000));
     assert_eq!(config.workers.hang_timeout, Duration::from_millis(2500));
-    assert_eq!((config.limits.body_bytes, config.limits.upstream_idle), (1_000_000, 0));
+    assert_eq!((config.limits.body_bytes, config.limits.upstream_idle, config.limits.queue), (1_000_000, 0, 12));
     assert_eq!(config.timeouts.connect, Duration::from_millis(500));
     let openai = &config.upstreams["openai"];
     assert_eq!((openai.is_preset, &openai.api_key), (false, &Some(SecretRef::Env("KEY_B".into()))));

@@ -1,5 +1,8 @@
 //! The gate of a worker: admits requests, knows the live ones, and holds each of them until its last byte.
 
+pub mod admission;
+pub mod load;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,14 +13,13 @@ use evergate_core::ids::RequestId;
 use evergate_core::json::Usage;
 use evergate_core::record::Access;
 use evergate_core::{Cause, Deadline, Error, Fault};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 
+use self::admission::Admission;
+use self::load::{Load, Weight};
 use crate::context::Token;
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names::{self, End};
-
-/// A stream holds its place for long, so it weighs more than a unary request in the load that peers compare.
-const STREAM_WEIGHT: u32 = 2;
 
 /// How far a worker is on its way to the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,16 +39,15 @@ pub struct Gate {
     row: u32,
     epoch: u32,
     rows: InflightRows,
-    slots: Arc<Semaphore>,
-    waiting_max: u32,
-    waiting: AtomicU32,
+    admission: Admission,
+    load: Arc<Load>,
+    announced_max: u32,
     reading: AtomicU32,
     seq: AtomicU32,
     live: Mutex<HashMap<u32, Arc<Token>>>,
     empty: Notify,
     stage: watch::Sender<Stage>,
     access: AccessLog,
-    load: AtomicU32,
 }
 
 /// What is known of a request when it arrives.
@@ -63,25 +64,25 @@ pub struct Arrival {
 }
 
 impl Gate {
-    /// The gate of the child that owns `row`, with `slots` places and as many to wait in.
+    /// The gate of the child that owns `row`, with `slots` places and a line of at most `queue_max` before them.
     #[must_use]
-    pub fn new(board: Board, row: u32, epoch: u32, slots: u32, access: AccessLog) -> Arc<Self> {
-        let rows = board.inflight_rows(row);
+    pub fn new(board: Board, row: u32, epoch: u32, (slots, queue_max): (u32, u32), access: AccessLog) -> Arc<Self> {
+        let (rows, board_rows) = (board.inflight_rows(row), board.shape().slots);
         Arc::new(Self {
+            admission: Admission::new(board.clone(), row, slots, queue_max),
+            load: Arc::new(Load::new(board.clone(), row)),
             board,
             row,
             epoch,
             rows,
-            slots: Arc::new(Semaphore::new(slots as usize)),
-            waiting_max: slots,
-            waiting: AtomicU32::new(0),
+            // Whoever has a place has a row, too.
+            announced_max: board_rows.saturating_sub(slots),
             reading: AtomicU32::new(0),
             seq: AtomicU32::new(0),
             live: Mutex::default(),
             empty: Notify::new(),
             stage: watch::Sender::new(Stage::Serving),
             access,
-            load: AtomicU32::new(0),
         })
     }
 
@@ -99,6 +100,18 @@ impl Gate {
 
     fn child(&self) -> Option<&ChildRow> {
         self.board.child(self.row)
+    }
+
+    /// What the worker has to do, beside its peers.
+    #[must_use]
+    pub fn load(&self) -> &Arc<Load> {
+        &self.load
+    }
+
+    /// Whether kept connections should be told to go to another worker; see [`Load::is_far_above_peers`].
+    #[must_use]
+    pub fn is_far_above_peers(&self) -> bool {
+        self.load.is_far_above_peers()
     }
 
     /// A new request's own id.
@@ -158,16 +171,19 @@ impl Gate {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a request on the board whose body is still to be read, so that the worker's death names it too. It takes
-    /// no place: a slow body must not keep others out. As many as there are places are announced; the others are not.
+    /// Counts a request whose body is still to be read, and puts it on the board, so that the worker's death names it
+    /// too. It takes no place: a slow body must not keep others out. When the rows run short those for admitted requests
+    /// stay free, and it is only counted.
     #[must_use]
-    pub fn announce(self: &Arc<Self>, id: RequestId, arrival: &Arrival) -> Option<Announced> {
+    pub fn announce(self: &Arc<Self>, id: RequestId, arrival: &Arrival) -> Announced {
         let mut announced = Announced::new(self);
-        if self.reading.load(Ordering::Relaxed) <= self.waiting_max {
+        if self.reading.load(Ordering::Relaxed) <= self.announced_max {
             announced.ticket = self.take_row(id, arrival);
         }
-        announced.ticket.as_ref()?.set_phase(InflightPhase::Body);
-        Some(announced)
+        if let Some(ticket) = &announced.ticket {
+            ticket.set_phase(InflightPhase::Body);
+        }
+        announced
     }
 
     fn take_row(&self, id: RequestId, arrival: &Arrival) -> Option<Ticket> {
@@ -184,44 +200,43 @@ impl Gate {
     /// Admits a request, waiting for a place until its deadline.
     ///
     /// # Errors
-    /// `overloaded` when as many requests wait as there are places, or none was free in time.
+    /// `overloaded` when as many requests wait as may, or no place was free in time.
     pub async fn admit(
         self: &Arc<Self>,
         id: RequestId,
         arrival: Arrival,
-        announced: Option<Announced>,
+        mut announced: Announced,
         deadline: Deadline,
         token: &Arc<Token>,
     ) -> Result<Pass, Error> {
-        let full = || Error::new(Fault::Overloaded, "all places of this worker are taken (workers.slots); try again");
-        let permit = match Arc::clone(&self.slots).try_acquire_owned() {
-            Ok(permit) => permit,
-            Err(_) => {
-                let _waiting = Waiting::enter(self).ok_or_else(full)?;
-                tokio::time::timeout_at(deadline.at().into(), Arc::clone(&self.slots).acquire_owned())
-                    .await
-                    .ok()
-                    .and_then(Result::ok)
-                    .ok_or_else(full)?
+        let permit = match self.admission.take() {
+            Some(permit) => permit,
+            None => {
+                announced.weight.set_waiting(true);
+                self.admission.wait(deadline).await?
             }
         };
-        let announced = announced.and_then(Announced::into_ticket);
-        let ticket = announced.or_else(|| self.take_row(id, &arrival)).ok_or_else(full)?;
+        let (ticket, mut weight) = announced.into_parts();
+        weight.set_waiting(false);
+        let ticket = ticket.or_else(|| self.take_row(id, &arrival));
+        let Some(ticket) = ticket else {
+            // There are rows for twice the places.
+            return Err(Error::new(Fault::Overloaded, "the board has no row left for the request; try again"));
+        };
         ticket.set_phase(InflightPhase::Route);
         self.lock_live().insert(id.seq, Arc::clone(token));
         if *self.stage.borrow() == Stage::Cancelling {
             token.cancel(Cause::Draining);
         }
         let record = Record { started: Instant::now(), ..Record::new(id, arrival) };
-        let pass = Pass {
+        Ok(Pass {
             gate: Arc::clone(self),
             ticket,
             token: Arc::clone(token),
             _permit: permit,
             record: Box::new(record),
-            weight: 0,
-        };
-        Ok(pass.weigh(1))
+            weight,
+        })
     }
 
     /// Writes the record of a request that ended before it was admitted, or needed no admission.
@@ -279,67 +294,34 @@ impl Gate {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
         }
     }
-
-    /// Counts open client connections on the board.
-    pub fn count_connections(&self, by: i32) {
-        if let Some(child) = self.child() {
-            child.set_connections(child.connections().wrapping_add_signed(by));
-        }
-    }
-
-    fn change_load(&self, by: i32) {
-        let load = self.load.fetch_add(by as u32, Ordering::Relaxed).wrapping_add(by as u32);
-        if let Some(child) = self.child() {
-            child.set_load(load);
-        }
-    }
 }
 
-/// A request on the board that is not admitted yet.
+/// A request that is not admitted yet.
 #[derive(Debug)]
 pub struct Announced {
     ticket: Option<Ticket>,
-    gate: Arc<Gate>,
+    weight: Weight,
+    _reading: Reading,
 }
 
 impl Announced {
     fn new(gate: &Arc<Gate>) -> Self {
         gate.reading.fetch_add(1, Ordering::Relaxed);
-        Self { ticket: None, gate: Arc::clone(gate) }
+        Self { ticket: None, weight: Weight::new(&gate.load), _reading: Reading(Arc::clone(gate)) }
     }
 
-    fn into_ticket(mut self) -> Option<Ticket> {
-        self.ticket.take()
+    fn into_parts(self) -> (Option<Ticket>, Weight) {
+        (self.ticket, self.weight)
     }
 }
 
-impl Drop for Announced {
+/// Counts a request before its admission.
+#[derive(Debug)]
+struct Reading(Arc<Gate>);
+
+impl Drop for Reading {
     fn drop(&mut self) {
-        self.gate.reading.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-struct Waiting<'a>(&'a Gate);
-
-impl<'a> Waiting<'a> {
-    fn enter(gate: &'a Gate) -> Option<Self> {
-        if gate.waiting.load(Ordering::Relaxed) >= gate.waiting_max {
-            return None;
-        }
-        let waiting = gate.waiting.fetch_add(1, Ordering::Relaxed) + 1;
-        if let Some(child) = gate.child() {
-            child.set_waiting(waiting);
-        }
-        Some(Self(gate))
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        let waiting = self.0.waiting.fetch_sub(1, Ordering::Relaxed) - 1;
-        if let Some(child) = self.0.child() {
-            child.set_waiting(waiting);
-        }
+        self.0.reading.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -407,16 +389,10 @@ pub struct Pass {
     _permit: OwnedSemaphorePermit,
     /// For the access record.
     pub record: Box<Record>,
-    weight: u32,
+    weight: Weight,
 }
 
 impl Pass {
-    fn weigh(mut self, weight: u32) -> Self {
-        self.gate.change_load(weight as i32 - self.weight as i32);
-        self.weight = weight;
-        self
-    }
-
     /// Sets the phase on the board.
     pub fn enter(&self, phase: InflightPhase) {
         self.ticket.set_phase(phase);
@@ -429,12 +405,11 @@ impl Pass {
         self.ticket.set_model(self.record.model_label);
     }
 
-    /// Says that it is a stream.
-    #[must_use]
-    pub fn into_stream(mut self) -> Self {
+    /// Says that it is a stream, as soon as that is known: it counts as one while it waits for its first event.
+    pub fn set_stream(&mut self) {
         self.record.is_stream = true;
         self.ticket.set_stream(true);
-        self.weigh(STREAM_WEIGHT)
+        self.weight.set_stream();
     }
 
     /// Notes the arrival of the answer's first piece.
@@ -490,7 +465,6 @@ impl Drop for Pass {
         if !self.record.is_complete && matches!(self.record.end, None | Some((_, End::Ok))) {
             self.record.end = Some(self.early_end());
         }
-        self.gate.change_load(-(self.weight as i32));
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);
         }

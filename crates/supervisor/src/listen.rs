@@ -38,6 +38,14 @@ impl Listener {
         }
     }
 
+    /// Connects that its full queue turned away since it was bound; a Unix socket makes its clients wait instead.
+    pub(crate) fn overflows(&self) -> u32 {
+        match self.address {
+            Address::Tcp(_) => evergate_sys::tcp_overflows(&self.fd).unwrap_or(0),
+            Address::Unix(_) => 0,
+        }
+    }
+
     /// Refuses connects from now on, although children still have the socket: shutdown(2) on a listening TCP socket
     /// closes it for all. A Unix socket goes on until the last owner is gone, so its name goes.
     pub(crate) fn close(&mut self) {
@@ -123,6 +131,16 @@ mod tests {
         let _copy = one.as_fd().try_clone_to_owned().unwrap();
         one.close();
         assert_eq!(TcpStream::connect(real).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    /// Specification, line 28: a burst waits in the queue, not for the second try of its clients' kernels.
+    #[test]
+    fn s28_the_queue_holds_as_many_as_the_system_allows() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
+        let (_, limit) = evergate_sys::tcp_queue(&listener).unwrap();
+        let most: u32 = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap().trim().parse().unwrap();
+        assert_eq!(limit, most.min(4096));
+        assert_eq!((listener.queue(), listener.overflows()), (0, 0));
     }
 
     #[test]

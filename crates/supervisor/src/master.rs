@@ -128,7 +128,9 @@ impl Master {
         };
         let children = self.children.iter().filter_map(seen).collect();
         let queue = self.estate.listeners.iter().fold(0_u32, |sum, listener| sum.saturating_add(listener.queue()));
+        let overflows = self.estate.listeners.iter().map(|listener| u64::from(listener.overflows())).sum();
         self.estate.board.master().set_queue(queue);
+        self.estate.board.master().set_queue_overflows(overflows);
         self.apply(Event::Seen { children, queue });
     }
 

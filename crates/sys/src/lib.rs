@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod fd;
+mod overflow;
 mod reap;
 mod signal;
 mod spawn;
@@ -14,6 +15,7 @@ mod tcp;
 mod time;
 
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
+pub use overflow::tcp_overflows;
 pub use reap::{Exit, Status, peek_exit, reap};
 pub use signal::{Signals, Taken, is_alive, kill_if_same, start_ticks};
 pub use spawn::{Spawn, become_subreaper, own_executable, spawn};

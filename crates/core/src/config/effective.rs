@@ -46,7 +46,7 @@ fn numbers(out: &mut String, config: &Config) -> fmt::Result {
     writeln!(out, "uri = \"{}\"\njson_depth = {}", size_text(limits.uri_bytes), limits.json_depth)?;
     writeln!(out, "connections = {}\nh2_streams = {}", limits.connections, limits.h2_streams)?;
     writeln!(out, "answer = \"{}\"\nevent = \"{}\"", size_text(limits.answer_bytes), size_text(limits.event_bytes))?;
-    writeln!(out, "upstream_idle = {}", limits.upstream_idle)
+    writeln!(out, "upstream_idle = {}\nqueue = {}", limits.upstream_idle, limits.queue)
 }
 
 fn times(out: &mut String, config: &Config) -> fmt::Result {

@@ -44,8 +44,9 @@ pub(super) static LIMITS: Shape = Shape {
         "answer",
         "event",
         "upstream_idle",
+        "queue",
     ],
-    later: &["queue"],
+    later: &[],
 };
 pub(super) static TIMEOUTS: Shape = Shape {
     section: "timeouts",

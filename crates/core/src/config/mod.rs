@@ -144,6 +144,8 @@ pub struct Limits {
     pub event_bytes: u64,
     /// Idle connections kept per upstream and worker; default 64.
     pub upstream_idle: u32,
+    /// Requests per worker that wait for a slot; default 256, 0 for none.
+    pub queue: u32,
 }
 
 /// `[timeouts]`.

@@ -111,7 +111,6 @@ impl ModelCall {
         pass.record.bytes_in = body.len() as u64;
         strike(planted(&self.headers), Planted::Handler);
         let served = self.serve(body, deadline, &mut pass).await;
-        let pass = if pass.record.is_stream { pass.into_stream() } else { pass };
         (served, Some(pass))
     }
 
@@ -127,7 +126,9 @@ impl ModelCall {
         };
         pass.set_model(&asked.model, route.label);
         // Embeddings have no stream; the field is the upstream's to judge.
-        pass.record.is_stream = asked.is_stream && self.endpoint != Endpoint::Embeddings;
+        if asked.is_stream && self.endpoint != Endpoint::Embeddings {
+            pass.set_stream();
+        }
         match &route.target {
             Place::Echo => Box::pin(self.echo(&body, &asked, pass)).await,
             Place::Upstream { name, model, .. } => {

@@ -18,6 +18,7 @@ use super::model_call::{Endpoint, ModelCall, Outcome, settle};
 use super::respond;
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
+use crate::gate::load::Newcomer;
 use crate::server::client_io::Shared;
 use crate::tasks::{Caught, count_panic};
 use crate::telemetry::names::End;
@@ -28,6 +29,7 @@ use evergate_board::MasterPhase;
 pub struct Service {
     app: Arc<App>,
     shared: Arc<Shared>,
+    newcomer: Arc<Newcomer>,
 }
 
 /// Where a request goes.
@@ -91,7 +93,8 @@ impl Service {
     /// The service of the connection that `shared` belongs to.
     #[must_use]
     pub fn new(app: Arc<App>, shared: Arc<Shared>) -> Self {
-        Self { app, shared }
+        let newcomer = Arc::new(Newcomer::new(app.gate.load()));
+        Self { app, shared, newcomer }
     }
 
     async fn serve(
@@ -139,7 +142,7 @@ impl Service {
         });
         if !is_h1 {
             response.headers_mut().remove(CONNECTION);
-        } else if self.app.gate.is_draining() {
+        } else if self.app.gate.is_draining() || self.app.gate.is_far_above_peers() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response.body_mut().hold(pass, active);
@@ -233,6 +236,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     type Future = Bounded;
 
     fn call(&self, request: Request<Incoming>) -> Bounded {
+        self.newcomer.has_sent();
         let id = self.app.gate.next_id();
         let token = Arc::new(Token::default());
         let own_id = HeaderValue::from_str(id.text().as_str()).ok();

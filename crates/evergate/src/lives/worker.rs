@@ -18,9 +18,15 @@ use crate::server::accept::{Acceptor, Listener};
 use crate::server::tls;
 use crate::tasks::Tasks;
 use crate::telemetry::access::AccessLog;
+use crate::telemetry::names;
 
-/// How often the runtime shows that it turns.
-const BEAT: Duration = Duration::from_millis(250);
+/// How often the runtime shows that it turns while it has something to do; the timer of it is a millisecond's, so that
+/// up to one more is no lateness.
+const BEAT: Duration = Duration::from_millis(100);
+/// And when it has nothing: four times a second cost nothing that can be measured.
+const BEAT_IDLE: Duration = Duration::from_millis(250);
+/// Every so many beats it looks how much memory it has.
+const RSS_BEATS: u32 = 8;
 
 /// How often idle upstream connections are looked through.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -81,9 +87,9 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     };
     let mut signals = lifespan.start("signal handling", boot, signals).await.map_err(failed)?;
 
-    let slots = sealed.config.workers.slots;
+    let places = (sealed.config.workers.slots, sealed.config.limits.queue);
     let connections = sealed.config.limits.connections;
-    let gate = Gate::new(board.clone(), args.row, args.epoch, slots, AccessLog::new(access));
+    let gate = Gate::new(board.clone(), args.row, args.epoch, places, AccessLog::new(access));
     let app = async {
         let app = Arc::new(App::new(sealed, Arc::clone(&gate))?);
         let clients = Arc::clone(&app);
@@ -219,18 +225,24 @@ async fn drained(gate: &Arc<Gate>) {
     }
 }
 
-/// Shows that the runtime turns, and what it weighs.
+/// Shows that the runtime turns, how late it is, and what it weighs.
 async fn beat(board: Board, row: u32, app: Arc<App>) {
+    let load = app.gate.load();
     let mut ticks = 0_u32;
     loop {
+        let pause = if load.is_idle() { BEAT_IDLE } else { BEAT };
         let before = Instant::now();
-        tokio::time::sleep(BEAT).await;
+        tokio::time::sleep(pause).await;
         let Some(child) = board.child(row) else { return };
-        let lag = before.elapsed().saturating_sub(BEAT);
+        let lag = before.elapsed().saturating_sub(pause);
         child.set_beat_ns(monotonic_ns());
         child.set_loop_lag_us(u32::try_from(lag.as_micros()).unwrap_or(u32::MAX));
+        if let Some(series) = board.series(row) {
+            names::count_loop_lag(&series, lag);
+        }
+        load.beat();
         child.set_upstream_connections(app.upstream_connections());
-        if ticks.is_multiple_of(8) {
+        if ticks.is_multiple_of(RSS_BEATS) {
             child.set_rss_kib(rss_kib());
         }
         ticks = ticks.wrapping_add(1);

@@ -1,4 +1,4 @@
-//! Takes connections from the listeners that the master opened.
+//! Takes connections from the listeners that the master opened, each worker its share of them.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -7,15 +7,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::net::AddressFamily;
-use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 
 use super::client_io::Stream;
 use super::connection;
+use crate::gate::load::{Load, Peer};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
 use crate::tasks::{Caught, Tasks, count_panic};
@@ -23,32 +26,37 @@ use crate::telemetry::names;
 
 /// A listener as inherited.
 #[derive(Debug)]
-pub enum Listener {
-    /// TCP.
-    Tcp(TcpListener),
-    /// A Unix socket.
-    Unix(UnixListener),
+pub struct Listener {
+    fd: AsyncFd<OwnedFd>,
+    is_unix: bool,
 }
 
 impl Listener {
     /// Adopts an inherited listening socket; needs a runtime.
     ///
     /// # Errors
-    /// The system's, when it is no listening stream socket of a kind we know.
+    /// The system's, when it is no socket or cannot be watched.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(fd.as_fd(), true)?;
-        let address = rustix::net::getsockname(&fd)?;
-        if address.address_family() == AddressFamily::UNIX {
-            return Ok(Self::Unix(UnixListener::from_std(fd.into())?));
-        }
-        Ok(Self::Tcp(TcpListener::from_std(fd.into())?))
+        let is_unix = rustix::net::getsockname(&fd)?.address_family() == AddressFamily::UNIX;
+        #[allow(deprecated, reason = "an owned descriptor is what it asks for; its successor is unsafe to call")]
+        let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
+        Ok(Self { fd, is_unix })
     }
 
-    fn poll_accept(&self, cx: &mut std::task::Context<'_>) -> Poll<io::Result<Accepted>> {
-        match self {
-            Self::Tcp(listener) => listener.poll_accept(cx).map_ok(|(stream, _)| Accepted::Tcp(stream)),
-            Self::Unix(listener) => listener.poll_accept(cx).map_ok(|(stream, _)| Accepted::Unix(stream)),
-        }
+    fn accept(&self) -> io::Result<Accepted> {
+        let fd = rustix::net::accept_with(self.fd.get_ref(), SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+        Ok(if self.is_unix {
+            Accepted::Unix(tokio::net::UnixStream::from_std(fd.into())?)
+        } else {
+            Accepted::Tcp(tokio::net::TcpStream::from_std(fd.into())?)
+        })
+    }
+
+    /// Whether a connection waits at this moment. An error counts as one: accepting says which.
+    fn has_waiting(&self) -> bool {
+        let mut fds = [PollFd::new(self.fd.get_ref(), PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
     }
 }
 
@@ -75,41 +83,33 @@ pub struct Acceptor {
 
 /// Pause after an accept that failed for want of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long a connection waits for a peer that should rather take it while nobody takes any; one look for one that is
+/// stuck.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// And while others are taken: then it is on its way, but a queue that never ends is everybody's.
+const PATIENCE_MAX: Duration = Duration::from_millis(25);
+/// How often a worker looks again while it leaves a connection to a peer; nothing looks when no connection waits.
+const LOOK: Duration = Duration::from_millis(1);
 
 impl Acceptor {
-    /// Accepts until the listener is shut. While draining it goes on, since what is queued was promised an answer; it
-    /// ends at the first empty queue if the master is not stopping everything (`stays` is false then).
+    /// Accepts until the listener is shut. While draining it goes on, since what is queued was promised an answer. It
+    /// ends when peers take what is queued, or at the first empty queue, unless the master is stopping everything.
     pub async fn run(self: Arc<Self>, listener: Listener) {
-        let gate = Arc::clone(&self.app.gate);
-        let mut stage = gate.stage();
-        let mut has_seen_empty = false;
+        let mut stage = self.app.gate.stage();
+        let mut turn = Turn::default();
         loop {
             // A place is taken before a connection: what is too many waits in the kernel's queue, where the master
             // sees it, and costs no memory here.
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
-            let accepted = poll_fn(|cx| match poll_counted(&gate, &listener, cx) {
-                Poll::Pending if gate.is_draining() => {
-                    if !has_seen_empty {
-                        has_seen_empty = true;
-                        self.see_empty();
-                    }
-                    if stays(&gate) { Poll::Pending } else { Poll::Ready(None) }
-                }
-                Poll::Pending => Poll::Pending,
-                Poll::Ready(accepted) => Poll::Ready(Some(accepted)),
-            });
             let accepted = tokio::select! {
-                // Cancel-safe: a connection is only taken when the future is ready.
-                accepted = accepted => accepted,
+                // Cancel-safe: a connection is taken by the last step of the future, which then is ready.
+                accepted = self.next(&listener, &mut turn) => accepted,
                 _ = stage.changed() => continue,
             };
             match accepted {
-                None => return,
+                None => return self.see_empty(&mut turn),
                 Some(Ok(stream)) => self.start(stream, place).await,
-                Some(Err(error)) if is_shut(&error) => {
-                    self.see_empty_unless(has_seen_empty);
-                    return;
-                }
+                Some(Err(error)) if is_shut(&error) => return self.see_empty(&mut turn),
                 // The connection died in the queue, or descriptors are short: the others must not wait for it.
                 Some(Err(error)) if is_short(&error) => tokio::time::sleep(PAUSE).await,
                 Some(Err(_)) => {}
@@ -117,21 +117,56 @@ impl Acceptor {
         }
     }
 
-    fn see_empty_unless(&self, has_seen: bool) {
-        if !has_seen {
-            self.see_empty();
+    /// The next connection; none when no more is to be taken.
+    async fn next(&self, listener: &Listener, turn: &mut Turn) -> Option<io::Result<Accepted>> {
+        let gate = &self.app.gate;
+        loop {
+            if gate.is_draining() {
+                if !is_last_stop(gate) && gate.load().has_peers() {
+                    return None;
+                }
+                match counted(gate, || listener.accept()) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.see_empty(turn);
+                        if !is_last_stop(gate) {
+                            return None;
+                        }
+                    }
+                    outcome => return Some(outcome),
+                }
+            }
+            let mut ready = match listener.fd.readable().await {
+                Ok(ready) => ready,
+                Err(error) => return Some(Err(error)),
+            };
+            if !gate.is_draining() && turn.is_another(gate.load()) {
+                if listener.has_waiting() {
+                    turn.wait(gate.load()).await;
+                } else {
+                    // Nothing can come between the look and this unseen: the next one wakes the runtime again.
+                    ready.clear_ready();
+                    turn.is_over();
+                }
+                continue;
+            }
+            let accepted = counted(gate, || ready.try_io(|_| listener.accept()).unwrap_or_else(|_| Err(empty())));
+            turn.is_over();
+            match accepted {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Some(outcome),
+            }
         }
     }
 
-    fn see_empty(&self) {
-        if self.unseen.fetch_sub(1, Ordering::Relaxed) == 1 {
+    fn see_empty(&self, turn: &mut Turn) {
+        if !std::mem::replace(&mut turn.has_seen_empty, true) && self.unseen.fetch_sub(1, Ordering::Relaxed) == 1 {
             (self.took_queue)();
         }
     }
 
     /// Begins a connection: its first turn is taken here, before the next accept, so that a request which is already
     /// there is on the board when this returns.
-    async fn start(&self, stream: Accepted, place: tokio::sync::OwnedSemaphorePermit) {
+    async fn start(&self, stream: Accepted, place: OwnedSemaphorePermit) {
         let gate = &self.app.gate;
         let open = Open::new(gate, place);
         if let Some(series) = gate.board().series(gate.row()) {
@@ -163,19 +198,73 @@ impl Acceptor {
     }
 }
 
+/// Whose turn it is to accept: what a loop remembers while it leaves a connection to its peers. Time is counted in
+/// looks, so that a machine that stood still does not look like a peer that did.
+#[derive(Debug, Default)]
+struct Turn {
+    /// The peers that should take it.
+    left_to: Vec<Peer>,
+    /// How long it has waited, and how long since anybody took one.
+    waited: (Duration, Duration),
+    /// What all have accepted, as last looked at.
+    accepted: u64,
+    has_seen_empty: bool,
+}
+
+impl Turn {
+    /// Whether the connection that waits is rather a peer's, and has not waited too long for it.
+    fn is_another(&mut self, load: &Load) -> bool {
+        self.left_to = load.peers_before();
+        if self.left_to.is_empty() {
+            return false;
+        }
+        let accepted = load.accepted_by_all();
+        if std::mem::replace(&mut self.accepted, accepted) != accepted {
+            self.waited.1 = Duration::ZERO;
+        }
+        let patience = if load.are_stuck(&self.left_to) { LOOK } else { PATIENCE };
+        self.waited.0 < PATIENCE_MAX && self.waited.1 < patience
+    }
+
+    /// Until it is worth another look: a moment, or when this worker has less to do.
+    async fn wait(&mut self, load: &Load) {
+        let began = Instant::now();
+        tokio::select! {
+            // Cancel-safe: each only waits.
+            () = tokio::time::sleep(LOOK) => {}
+            () = load.relieved() => {}
+        }
+        let time = began.elapsed().min(2 * LOOK);
+        self.waited.0 += time;
+        self.waited.1 += time;
+        load.waited_for(&self.left_to, time);
+    }
+
+    /// A connection was taken, by this worker or another.
+    fn is_over(&mut self) {
+        self.waited = (Duration::ZERO, Duration::ZERO);
+    }
+}
+
 /// Accepts, and counts the connection on the board before the kernel gives it, so that a death in the middle of the
 /// accept shows it too.
-fn poll_counted(gate: &Gate, listener: &Listener, cx: &mut std::task::Context<'_>) -> Poll<io::Result<Accepted>> {
-    gate.count_connections(1);
-    let accepted = listener.poll_accept(cx);
-    if !matches!(accepted, Poll::Ready(Ok(_))) {
-        gate.count_connections(-1);
+fn counted(gate: &Gate, accept: impl FnOnce() -> io::Result<Accepted>) -> io::Result<Accepted> {
+    gate.load().change_connections(1);
+    let accepted = accept();
+    match accepted {
+        Ok(_) => gate.load().count_accepted(),
+        Err(_) => gate.load().change_connections(-1),
     }
     accepted
 }
 
-/// Whether a drained queue may still fill: the whole gateway is stopping and the master has not shut the listener yet.
-fn stays(gate: &Gate) -> bool {
+fn empty() -> io::Error {
+    io::ErrorKind::WouldBlock.into()
+}
+
+/// Whether the whole gateway is stopping and the master has not shut the listener yet: then a drained queue may still
+/// fill.
+fn is_last_stop(gate: &Gate) -> bool {
     use evergate_board::MasterPhase;
     *gate.stage().borrow() == Stage::Draining && gate.board().master().phase() == MasterPhase::Draining
 }
@@ -193,18 +282,18 @@ fn is_short(error: &io::Error) -> bool {
 /// Counts an open connection on the board.
 struct Open {
     gate: Arc<Gate>,
-    _place: tokio::sync::OwnedSemaphorePermit,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Open {
-    fn new(gate: &Arc<Gate>, place: tokio::sync::OwnedSemaphorePermit) -> Self {
-        // `poll_counted` has counted it.
+    fn new(gate: &Arc<Gate>, place: OwnedSemaphorePermit) -> Self {
+        // `counted` has counted it.
         Self { gate: Arc::clone(gate), _place: place }
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.gate.count_connections(-1);
+        self.gate.load().change_connections(-1);
     }
 }

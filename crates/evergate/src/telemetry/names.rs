@@ -3,7 +3,9 @@
 //! A counter's key is a metric number and three small label values; label texts are interned on the board. All label
 //! values come from bounded sets: the configuration, the fault table, the buckets below.
 
-use evergate_board::{Board, SeriesKey};
+use std::time::Duration;
+
+use evergate_board::{Board, Series, SeriesKey};
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::{Cause, Fault};
 
@@ -25,6 +27,15 @@ pub const ACCESS_DROPPED: u8 = 7;
 pub const PANICS: u8 = 8;
 /// Client connections accepted.
 pub const CONNECTIONS: u8 = 9;
+
+/// Lateness of event loops: bucket index (a).
+pub const LOOP_LAG_BUCKET: u8 = 10;
+/// Sum of it in microseconds.
+pub const LOOP_LAG_SUM_US: u8 = 11;
+
+/// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
+/// millisecond late by its own granularity.
+pub const LOOP_LAG_BUCKETS_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];
 
 /// Upper bounds of the first-token buckets, milliseconds; one more bucket follows for everything above.
 pub const FIRST_TOKEN_BUCKETS_MS: [u64; 14] =
@@ -107,6 +118,14 @@ pub fn split_status_and_end(packed: u16) -> Option<(u16, End)> {
 pub fn first_token_bucket(ms: f64) -> u16 {
     let at = FIRST_TOKEN_BUCKETS_MS.iter().position(|bound| ms <= *bound as f64);
     at.unwrap_or(FIRST_TOKEN_BUCKETS_MS.len()) as u16
+}
+
+/// Counts how late an event loop was at a beat.
+pub fn count_loop_lag(series: &Series<'_>, lag: Duration) {
+    let ms = lag.as_millis();
+    let at = LOOP_LAG_BUCKETS_MS.iter().position(|bound| ms <= u128::from(*bound));
+    series.add(key(LOOP_LAG_BUCKET, at.unwrap_or(LOOP_LAG_BUCKETS_MS.len()) as u16, 0, 0), 1);
+    series.add(key(LOOP_LAG_SUM_US, 0, 0, 0), u64::try_from(lag.as_micros()).unwrap_or(u64::MAX));
 }
 
 /// A key.

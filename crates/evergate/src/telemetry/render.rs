@@ -6,11 +6,11 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 
-use evergate_board::{Board, SeriesKey};
+use evergate_board::{Board, SeriesKey, monotonic_ns};
 use evergate_core::exit::Kind;
 
-use super::names::{self, FIRST_TOKEN_BUCKETS_MS};
-use super::status::Inflights;
+use super::names::{self, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS};
+use super::status::{Inflights, oldest_wait_ns};
 
 /// All metrics of `names`, and the gauges.
 #[must_use]
@@ -20,6 +20,7 @@ pub fn prometheus(board: &Board) -> String {
     page.requests(&sums);
     page.first_token(&sums);
     page.tokens(&sums);
+    page.loop_lag(&sums);
     page.exits(&sums);
     page.plain_counters(&sums);
     page.gauges();
@@ -120,6 +121,21 @@ impl Page<'_> {
         }
     }
 
+    fn loop_lag(&mut self, sums: &Sums) {
+        const NAME: &str = "evergate_loop_lag_seconds";
+        self.head(NAME, "histogram", "How late workers' event loops were at their beats.");
+        let counts: BTreeMap<u16, u64> = sums.of(names::LOOP_LAG_BUCKET).map(|(key, value)| (key.a, value)).collect();
+        let mut count = 0_u64;
+        for (index, bound_ms) in (0_u16..).zip(LOOP_LAG_BUCKETS_MS) {
+            count = count.saturating_add(counts.get(&index).copied().unwrap_or(0));
+            self.sample("evergate_loop_lag_seconds_bucket", &[("le", &decimal(bound_ms, 3))], count);
+        }
+        let all = counts.values().fold(0_u64, |all, value| all.saturating_add(*value));
+        self.sample("evergate_loop_lag_seconds_bucket", &[("le", "+Inf")], all);
+        self.sample("evergate_loop_lag_seconds_sum", &[], decimal(sums.total(names::LOOP_LAG_SUM_US), 6));
+        self.sample("evergate_loop_lag_seconds_count", &[], all);
+    }
+
     fn tokens(&mut self, sums: &Sums) {
         for (metric, name, help) in [
             (names::TOKENS_IN, "evergate_tokens_in_total", "Prompt tokens as upstreams report them."),
@@ -152,6 +168,9 @@ impl Page<'_> {
         let connections = sums.total(names::CONNECTIONS);
         let help = "Client connections accepted.";
         self.single("evergate_client_connections_total", "counter", help, connections);
+        let overflows = self.board.master().queue_overflows();
+        let help = "Connects that a full accept queue turned away; their clients tried again a second later.";
+        self.single("evergate_listen_overflows_total", "counter", help, overflows);
         let help = "Counts that found no place on the board, so that other counters are too low.";
         self.single("evergate_series_dropped_total", "counter", help, sums.dropped);
     }
@@ -162,6 +181,16 @@ impl Page<'_> {
         self.head(inflight, "gauge", "Requests in flight.");
         self.sample(inflight, &[("kind", "unary")], alive.inflight.unary);
         self.sample(inflight, &[("kind", "stream")], alive.inflight.stream);
+        let loads = "evergate_worker_load";
+        self.head(loads, "gauge", "Requests of each worker, waiting ones too; a stream counts twice.");
+        for (slot, load) in &alive.loads {
+            self.sample(loads, &[("worker", &slot.to_string())], load);
+        }
+        let help = "Requests that wait for a slot of their worker.";
+        self.single("evergate_waiting_requests", "gauge", help, alive.waiting);
+        let oldest = "evergate_waiting_oldest_seconds";
+        self.head(oldest, "gauge", "How long the oldest of them has waited.");
+        self.sample(oldest, &[], decimal(alive.oldest_wait_ns / 1_000_000, 3));
         let help = "Upstream connections open, idle ones included.";
         self.single("evergate_upstream_connections", "gauge", help, alive.upstream_connections);
         self.single("evergate_client_connections", "gauge", "Client connections open.", alive.connections);
@@ -182,6 +211,10 @@ struct Alive {
     inflight: Inflights,
     connections: u64,
     upstream_connections: u64,
+    waiting: u64,
+    oldest_wait_ns: u64,
+    /// By slot: while one worker drains, its successor may have the same.
+    loads: BTreeMap<u32, u64>,
     workers: BTreeMap<&'static str, u64>,
 }
 
@@ -193,6 +226,9 @@ impl Alive {
             inflight: Inflights::default(),
             connections: 0,
             upstream_connections: 0,
+            waiting: 0,
+            oldest_wait_ns: 0,
+            loads: BTreeMap::new(),
             workers: phases.into_iter().map(|phase| (phase, 0)).collect(),
         };
         for (row, child) in board.children() {
@@ -200,6 +236,12 @@ impl Alive {
             board.inflight(row).for_each(|request| alive.inflight.add(&request));
             alive.connections = alive.connections.saturating_add(child.connections().into());
             alive.upstream_connections = alive.upstream_connections.saturating_add(child.upstream_connections().into());
+            alive.waiting = alive.waiting.saturating_add(child.waiting().into());
+            alive.oldest_wait_ns = alive.oldest_wait_ns.max(oldest_wait_ns(child, monotonic_ns()));
+            if kind == Kind::Worker {
+                let load = alive.loads.entry(child.slot()).or_default();
+                *load = load.saturating_add(child.load().into());
+            }
             if let Some(count) = alive.workers.get_mut(child.phase().name()).filter(|_| kind == Kind::Worker) {
                 *count = count.saturating_add(1);
             }
@@ -282,6 +324,9 @@ mod tests {
         child.claim(&Claim { kind: Kind::Worker, slot: 0, epoch: 1, generation: 1, spawned_ns: 1 });
         child.set_phase(Phase::Ready);
         child.set_connections(5);
+        child.set_load(3);
+        child.set_waiting(2);
+        child.set_waiting_since_ns(monotonic_ns() - 1_500_000_000);
         let rows = board.inflight_rows(1);
         let start = InflightStart { seq: 1, epoch: 1, client_id: "", route: 0, key: 0, started_ns: 1 };
         let ticket = rows.admit(start).unwrap();
@@ -292,6 +337,24 @@ mod tests {
         has(&text, r#"evergate_workers{phase="ready"} 1"#);
         has(&text, r#"evergate_workers{phase="booting"} 0"#);
         has(&text, "evergate_client_connections 5");
+        has(&text, r#"evergate_worker_load{worker="0"} 3"#);
+        has(&text, "evergate_waiting_requests 2");
+        let oldest = text.lines().find_map(|line| line.strip_prefix("evergate_waiting_oldest_seconds ")).unwrap();
+        assert!((1.5..60.0).contains(&oldest.parse::<f64>().unwrap()), "{oldest}");
+    }
+
+    #[test]
+    fn lateness_is_a_histogram_over_all_workers() {
+        let board = board();
+        for (row, ms) in [(1, 0), (1, 2), (2, 3), (2, 60_000)] {
+            names::count_loop_lag(&board.series(row).unwrap(), std::time::Duration::from_millis(ms));
+        }
+        let text = prometheus(&board);
+        for (le, count) in [("0.002", 2), ("0.005", 3), ("5", 3), ("+Inf", 4)] {
+            has(&text, &format!(r#"evergate_loop_lag_seconds_bucket{{le="{le}"}} {count}"#));
+        }
+        has(&text, "evergate_loop_lag_seconds_sum 60.005");
+        has(&text, "evergate_loop_lag_seconds_count 4");
     }
 
     #[test]
@@ -299,10 +362,12 @@ mod tests {
         let board = board();
         names::count_exit(&board, Kind::Worker, Initiator::Crash);
         board.master().set_access_dropped(2);
+        board.master().set_queue_overflows(9);
         board.series(3).unwrap().add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 3);
         let text = prometheus(&board);
         has(&text, r#"evergate_exits_total{kind="worker",initiator="crash"} 1"#);
         has(&text, "evergate_access_records_dropped_total 5");
+        has(&text, "evergate_listen_overflows_total 9");
     }
 
     #[test]

@@ -77,6 +77,8 @@ pub struct Child {
     pub upstream_connections: u32,
     /// Requests that wait for a slot.
     pub waiting: u32,
+    /// How long the oldest of them has waited, milliseconds.
+    pub waiting_oldest_ms: u64,
     /// Requests it has taken since its start.
     pub requests: u64,
     /// How late its event loop was lately, microseconds.
@@ -182,6 +184,7 @@ fn read_child(child: &ChildRow, row: u32, kind: &'static str, inflight: Inflight
         connections: child.connections(),
         upstream_connections: child.upstream_connections(),
         waiting: child.waiting(),
+        waiting_oldest_ms: oldest_wait_ns(child, now) / 1_000_000,
         requests: child.requests(),
         loop_lag_us: child.loop_lag_us(),
         rss_kib: child.rss_kib(),
@@ -201,6 +204,12 @@ fn request(board: &Board, found: &Inflight, pid: i32, now: u64) -> Request {
         age_ms: ms_since(found.started_ns, now),
         pid,
     }
+}
+
+/// How long the oldest waiting request of a child has waited: known from outside also when the child stands still.
+pub(crate) fn oldest_wait_ns(child: &ChildRow, now: u64) -> u64 {
+    let since = child.waiting_since_ns();
+    if since == 0 { 0 } else { now.saturating_sub(since) }
 }
 
 /// A value from the board may be nonsense, so that a time in the future is no time ago.
@@ -236,7 +245,13 @@ impl Status {
         out.push_str("\n\n");
         out.push_str(&table(&HEAD, &self.children.iter().map(cells).collect::<Vec<_>>()));
         let sum = |count: fn(&Inflights) -> u64| self.children.iter().map(|child| count(&child.inflight)).sum::<u64>();
-        let _ = writeln!(out, "\nin flight: {} unary, {} streams", sum(|all| all.unary), sum(|all| all.stream));
+        let _ = write!(out, "\nin flight: {} unary, {} streams", sum(|all| all.unary), sum(|all| all.stream));
+        let waiting = self.children.iter().map(|child| u64::from(child.waiting)).sum::<u64>();
+        if waiting > 0 {
+            let oldest = self.children.iter().map(|child| child.waiting_oldest_ms).max().unwrap_or(0);
+            let _ = write!(out, "; {waiting} waiting for a slot, the oldest for {}", age_text(oldest));
+        }
+        out.push('\n');
         out
     }
 }

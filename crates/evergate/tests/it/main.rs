@@ -4,7 +4,9 @@
 // A test that meets something unexpected should stop there and say so; that is what a panic does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod admission;
 mod auth;
+mod balance;
 mod cli;
 mod connections;
 mod drill;
@@ -13,6 +15,7 @@ mod framing;
 mod http2;
 mod limits;
 mod metrics;
+mod overload;
 mod panics;
 mod processes;
 mod requests;

@@ -1,0 +1,100 @@
+//! Places for requests, and the line of those that wait for one.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use evergate_board::{Board, monotonic_ns};
+use evergate_core::{Deadline, Error, Fault};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Gives places in the order in which they were asked for, and says on the board who waits.
+#[derive(Debug)]
+pub struct Admission {
+    board: Board,
+    row: u32,
+    slots: Arc<Semaphore>,
+    queue_max: u32,
+    line: Mutex<Line>,
+}
+
+/// Requests that wait: since when (monotonic nanoseconds), by the order of their arrival.
+#[derive(Debug, Default)]
+struct Line {
+    next: u64,
+    since: BTreeMap<u64, u64>,
+}
+
+impl Admission {
+    /// `slots` places of the child that owns `row`, and a line of at most `queue_max`.
+    #[must_use]
+    pub fn new(board: Board, row: u32, slots: u32, queue_max: u32) -> Self {
+        let slots = Arc::new(Semaphore::new(usize::try_from(slots).unwrap_or(usize::MAX)));
+        Self { board, row, slots, queue_max, line: Mutex::default() }
+    }
+
+    /// A place, if one is free and nobody waits for it.
+    #[must_use]
+    pub fn take(&self) -> Option<OwnedSemaphorePermit> {
+        // The semaphore hands what is given back to those who wait before anybody else sees it.
+        Arc::clone(&self.slots).try_acquire_owned().ok()
+    }
+
+    /// A place, waited for in turn until the deadline. Dropping the future leaves the line.
+    ///
+    /// # Errors
+    /// `overloaded` at once when the line is full, or when the deadline came first.
+    pub async fn wait(&self, deadline: Deadline) -> Result<OwnedSemaphorePermit, Error> {
+        let refused = |why| Err(Error::new(Fault::Overloaded, why));
+        let Some(_waiting) = Waiting::enter(self) else {
+            return refused(
+                "all places of this worker are taken and as many requests wait as may (workers.slots, limits.queue); try again",
+            );
+        };
+        let place = Arc::clone(&self.slots).acquire_owned();
+        match tokio::time::timeout_at(deadline.at().into(), place).await {
+            Ok(Ok(place)) => Ok(place),
+            // The semaphore is never closed.
+            Ok(Err(_)) | Err(_) => {
+                refused("no place of this worker was free in time (workers.slots, timeouts.total); try again")
+            }
+        }
+    }
+
+    fn lock_line(&self) -> std::sync::MutexGuard<'_, Line> {
+        // Inserting and removing leave the line whole whatever happens between.
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, line: &Line) {
+        let Some(child) = self.board.child(self.row) else { return };
+        child.set_waiting(u32::try_from(line.since.len()).unwrap_or(u32::MAX));
+        child.set_waiting_since_ns(line.since.values().next().copied().unwrap_or(0));
+    }
+}
+
+struct Waiting<'a> {
+    admission: &'a Admission,
+    number: u64,
+}
+
+impl<'a> Waiting<'a> {
+    fn enter(admission: &'a Admission) -> Option<Self> {
+        let mut line = admission.lock_line();
+        if line.since.len() >= usize::try_from(admission.queue_max).unwrap_or(usize::MAX) {
+            return None;
+        }
+        let number = line.next;
+        line.next = number.wrapping_add(1);
+        line.since.insert(number, monotonic_ns());
+        admission.show(&line);
+        Some(Self { admission, number })
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut line = self.admission.lock_line();
+        line.since.remove(&self.number);
+        self.admission.show(&line);
+    }
+}

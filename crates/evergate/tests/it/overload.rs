@@ -1,0 +1,202 @@
+//! More work than there is room for: everybody gets an answer soon, and a worker that stands still costs only what it
+//! has.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use evergate_testkit::raw::{chat_body, get_request, post_request};
+use evergate_testkit::wait::try_wait_for;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+
+use crate::balance::{Frozen, workers};
+use crate::processes::lost_ids;
+use crate::support::{CHAT, LIMIT, ONE_WORKER, before, chat, echo_with, open_as, rest_of, via};
+
+/// How a request went: when it was sent, how long until it was connected and until it was answered, and with what.
+#[derive(Debug)]
+struct Asked {
+    id: String,
+    at: Instant,
+    connected: Duration,
+    took: Duration,
+    /// None when it was lost.
+    status: Option<u16>,
+    waits: bool,
+}
+
+fn ask(address: &str, id: String, script: &str) -> Asked {
+    let at = Instant::now();
+    let mut raw = Raw::connect(address);
+    let connected = at.elapsed();
+    let body = chat_body(&via(script), false, &Value::Null);
+    let _ = raw.try_send(&post_request(CHAT, &format!("x-request-id: {id}\r\n"), &body));
+    let response = raw.try_read_response(2 * LIMIT).ok().filter(|response| response.is_complete);
+    let waits = response.as_ref().is_some_and(|response| {
+        response.header("retry-after").is_some() && response.header("retry-after-ms").is_some()
+    });
+    Asked { id, at, connected, took: at.elapsed(), status: response.map(|response| response.status), waits }
+}
+
+/// Asks at a steady pace, each request from a thread of its own whatever becomes of the others, and does `meanwhile`.
+fn steady<T>(
+    gateway: &Evergate,
+    script: &str,
+    every: Duration,
+    count: u32,
+    meanwhile: impl FnOnce() -> T,
+) -> (Vec<Asked>, T) {
+    let (address, asked) = (gateway.addr(), Mutex::new(Vec::new()));
+    let done = std::thread::scope(|scope| {
+        let (address, asked) = (&address, &asked);
+        scope.spawn(move || {
+            let began = Instant::now();
+            for n in 0..count {
+                // A pace, not a hope: each is sent at its time, however the ones before it fare.
+                let due = every * n;
+                let _ = try_wait_for(LIMIT, || (began.elapsed() >= due).then_some(()));
+                scope.spawn(move || {
+                    let one = ask(address, format!("steady-{n}"), script);
+                    asked.lock().unwrap().push(one);
+                });
+            }
+        });
+        meanwhile()
+    });
+    (asked.into_inner().unwrap(), done)
+}
+
+/// The tests here that look at times do so one after the other.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Two workers with four places each answer 20 requests of 400 ms in a second; 80 come. Few of a long time each, so that
+/// the places run out and not the processors that the tests share.
+#[test]
+fn s28_under_four_times_the_load_everybody_is_answered_soon() {
+    let _alone = alone();
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nslots = 4\n[limits]\nqueue = 4\n");
+    let count = 240;
+    let (asked, ()) = steady(&gateway, "delay-400", Duration::from_micros(12_500), count, || ());
+    assert_eq!(asked.len(), count as usize);
+    let of = |status| asked.iter().filter(move |one| one.status == Some(status));
+    let wrong: Vec<_> = asked.iter().filter(|one| !matches!(one.status, Some(200 | 503))).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    assert!(of(503).all(|one| one.waits), "a refusal says when to come again");
+    let (served, refused) = (of(200).count(), of(503).count());
+    let refusal = median(of(503).map(|one| one.took).collect());
+    let slowest = asked.iter().map(|one| one.took).max().unwrap();
+    let connect = asked.iter().map(|one| one.connected).max().unwrap();
+    println!(
+        "{served} served, {refused} refused in {refusal:?} (median); slowest {slowest:?}, slowest connect {connect:?}"
+    );
+    // A client's kernel sends its SYN again after a second.
+    assert!(connect < Duration::from_millis(900), "a connect took {connect:?}");
+    // One turn waited for and its own, 800 ms, on a machine that has time; without a bound of the queue it is 12 s.
+    assert!(slowest < Duration::from_secs(4), "an answer took {slowest:?}");
+    assert!(refusal < Duration::from_millis(100), "refusals took {refusal:?}");
+    // Three seconds' worth and what then waits is 68; a crowded machine may lose some of it.
+    assert!(served >= 45, "only {served} of {count} were served");
+    assert!(gateway.metrics().contains("\nevergate_listen_overflows_total 0\n"), "{}", gateway.metrics());
+    wait_until("nothing is left", LIMIT, || workers(&gateway).iter().all(|worker| worker["load"] == 0));
+}
+
+/// A burst that nobody accepts waits in the listener's queue, not for its clients' second SYN.
+#[test]
+fn s28_a_thousand_connects_wait_in_the_queue() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let _alone = alone();
+    let gateway = echo_with(ONE_WORKER);
+    let frozen = Frozen::new(gateway.wait_workers(1)[0]);
+    // Read once: the file system may be slower than the network.
+    let address = gateway.addr();
+    let mut waiting = Vec::new();
+    let mut slowest = Duration::ZERO;
+    for _ in 0..1024 {
+        let began = Instant::now();
+        waiting.push(Raw::connect(&address));
+        slowest = slowest.max(began.elapsed());
+    }
+    println!("slowest of 1,024 connects beside a frozen worker: {slowest:?}");
+    assert!(slowest < Duration::from_millis(900), "{slowest:?}");
+    wait_until("they are seen in the queue", LIMIT, || {
+        gateway.metrics().lines().any(|line| line == "evergate_accept_queue 1024")
+    });
+    drop(frozen);
+    for raw in &mut waiting {
+        raw.send(&get_request("/healthz", ""));
+    }
+    for raw in &mut waiting {
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+    }
+    assert!(gateway.metrics().contains("\nevergate_listen_overflows_total 0\n"));
+}
+
+/// Specification, line 4: what the frozen worker has is lost when it is ended, each named; nobody else feels it.
+#[test]
+fn s04_a_frozen_worker_costs_only_what_it_has() {
+    let _alone = alone();
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"3s\"\n");
+    wait_until("both accept", LIMIT, || workers(&gateway).iter().filter(|one| one["accepting"] == true).count() == 2);
+    let mut streams: Vec<(String, Raw)> = (0..10)
+        .map(|n| {
+            let id = format!("held-{n}");
+            let mut raw = open_as(&gateway, "hold-mid", true, &format!("x-request-id: {id}\r\n"));
+            assert_eq!(raw.read_head(LIMIT).status, 200);
+            assert!(raw.next_event(LIMIT).is_some());
+            (id, raw)
+        })
+        .collect();
+    let pid = gateway.workers()[1];
+    let began = Instant::now();
+    let (every, count) = (Duration::from_millis(10), 400);
+    let (asked, (frozen_at, record)) = steady(&gateway, "delay-20", every, count, || {
+        wait_until("a second of calm", LIMIT, || began.elapsed() >= Duration::from_secs(1));
+        let at = Instant::now();
+        let _frozen = Frozen::new(pid);
+        (at, gateway.wait_exits(1, 3 * LIMIT, |record| record["pid"] == pid).remove(0))
+    });
+    assert_eq!(record["initiator"], json!("hang"), "{record}");
+    let failed: BTreeSet<String> = asked.iter().filter(|one| one.status.is_none()).map(|one| one.id.clone()).collect();
+    let mut cut = failed.clone();
+    fake.release();
+    for (id, raw) in &mut streams {
+        rest_of(raw);
+        if !raw.body_is_complete() {
+            cut.insert(id.clone());
+        }
+    }
+    let lost: BTreeSet<String> = lost_ids(&record).into_iter().collect();
+    let unnamed: Vec<_> = cut.difference(&lost).collect();
+    assert!(unnamed.len() as u64 <= record["connections_idle"].as_u64().unwrap(), "{unnamed:?} {record}");
+    assert_eq!(lost.difference(&cut).count(), 0, "in the record and answered: {lost:?} {cut:?}");
+    assert_eq!(cut.iter().filter(|id| id.starts_with("held-")).count(), 5, "half of the streams: {cut:?}");
+
+    // The pace is held by those who do not wait for the frozen one: what was asked and soon answered, as a part of what
+    // was asked, before and after.
+    let answered = |from: Instant, to: Instant| {
+        let all: Vec<_> = asked.iter().filter(|one| one.at >= from && one.at < to).collect();
+        let is_soon = |one: &&&Asked| one.status == Some(200) && one.took < Duration::from_secs(2);
+        (all.iter().filter(is_soon).count(), all.len())
+    };
+    let calm = answered(frozen_at - Duration::from_secs(1), frozen_at);
+    let frozen = answered(frozen_at, frozen_at + Duration::from_secs(2));
+    println!("soon answered: {calm:?} before the stop, {frozen:?} after; {} lost", failed.len());
+    assert!(frozen.1 >= 50 && frozen.0 * calm.1 * 10 >= calm.0 * frozen.1 * 9, "{calm:?} before, {frozen:?} after");
+    // What is in the worker at that moment: two or three of 20 ms each, and what it accepted last.
+    assert!(failed.len() <= 20, "{failed:?}");
+    gateway.wait_workers(2);
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+}
