@@ -70,29 +70,16 @@ impl Access<'_> {
             out.push_str(key);
             write_string(out, cut(value, 256));
         }
+        push_number(out, ",\"attempts\":", Some(self.attempts.into()));
+        push_number(out, ",\"status\":", Some(self.status.into()));
         out.push_str(if self.is_stream { ",\"stream\":true" } else { ",\"stream\":false" });
-        for (key, value) in [
-            (",\"attempts\":", Some(self.attempts.into())),
-            (",\"status\":", Some(self.status.into())),
-            (",\"bytes_in\":", Some(self.bytes_in)),
-            (",\"bytes_out\":", Some(self.bytes_out)),
-            (",\"tokens_in\":", self.tokens_in),
-            (",\"tokens_out\":", self.tokens_out),
-            (",\"pid\":", Some(u64::try_from(self.pid).unwrap_or(0))),
-        ] {
-            out.push_str(key);
-            match value {
-                Some(value) => push_decimal(out, value),
-                None => out.push_str("null"),
-            }
-        }
-        for (key, ms) in [(",\"first_byte_ms\":", self.first_byte_ms), (",\"duration_ms\":", Some(self.duration_ms))] {
-            out.push_str(key);
-            match ms {
-                Some(ms) => write_ms(out, ms),
-                None => out.push_str("null"),
-            }
-        }
+        push_number(out, ",\"bytes_in\":", Some(self.bytes_in));
+        push_number(out, ",\"bytes_out\":", Some(self.bytes_out));
+        push_ms(out, ",\"first_byte_ms\":", self.first_byte_ms);
+        push_ms(out, ",\"duration_ms\":", Some(self.duration_ms));
+        push_number(out, ",\"tokens_in\":", self.tokens_in);
+        push_number(out, ",\"tokens_out\":", self.tokens_out);
+        push_number(out, ",\"pid\":", u64::try_from(self.pid).ok());
         if !self.detail.is_empty() {
             out.push_str(",\"detail\":");
             // One byte of text becomes at most six of JSON; what precedes fits in half the line unless it is hostile.
@@ -109,8 +96,18 @@ impl Access<'_> {
     }
 }
 
+fn push_number(out: &mut String, key: &str, value: Option<u64>) {
+    out.push_str(key);
+    match value {
+        Some(value) => push_decimal(out, value),
+        None => out.push_str("null"),
+    }
+}
+
 /// Milliseconds with three decimals, by way of whole microseconds: formatting a float costs ten times as much.
-fn write_ms(out: &mut String, ms: f64) {
+fn push_ms(out: &mut String, key: &str, ms: Option<f64>) {
+    out.push_str(key);
+    let Some(ms) = ms else { return out.push_str("null") };
     let us = (ms.max(0.0) * 1000.0).round() as u64;
     push_decimal(out, us / 1000);
     // A leading 1 keeps the zeros of the fraction; the point takes its place.
