@@ -19,6 +19,9 @@ use crate::telemetry::names::{self, End};
 /// A stream holds its place for long, so it weighs more than a unary request in the load that peers compare.
 const STREAM_WEIGHT: u32 = 2;
 
+/// Below this load no worker has far more to do than another.
+const FAR_LOAD_MIN: u32 = 8;
+
 /// How far a worker is on its way to the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -99,6 +102,18 @@ impl Gate {
 
     fn child(&self) -> Option<&ChildRow> {
         self.board.child(self.row)
+    }
+
+    /// Whether kept connections should be told to go to another worker: some peer that accepts has less than half of
+    /// this worker's load, and the difference is worth a new connection.
+    #[must_use]
+    pub fn is_far_above_peers(&self) -> bool {
+        let load = self.load.load(Ordering::Relaxed);
+        if load < FAR_LOAD_MIN {
+            return false;
+        }
+        let mut peers = self.board.children().filter(|(row, _)| *row != self.row);
+        peers.any(|(_, peer)| peer.accepting() && peer.load() < load / 2)
     }
 
     /// A new request's own id.
@@ -466,6 +481,11 @@ impl Pass {
         count(&self.gate.board, self.gate.row);
     }
 
+    /// Its client reads nothing: what of the answer is not the kernel's yet never will be.
+    pub fn stall(&self) {
+        self.token.cancel(Cause::ClientStalled);
+    }
+
     /// The last byte is the kernel's.
     pub fn complete(mut self) {
         self.ticket.set_phase(InflightPhase::Write);
@@ -476,10 +496,11 @@ impl Pass {
 impl Pass {
     /// Why a request went before its last byte did.
     fn early_end(&self) -> (u16, End) {
-        let fault = if std::thread::panicking() { Some(Fault::Internal) } else { self.token.cause().map(Cause::fault) };
-        let (status, end) = match fault {
-            Some(fault) => (fault.row().status, End::Fault(fault)),
-            None => (499, End::ClientGone),
+        let (status, end) = match self.token.cause() {
+            _ if std::thread::panicking() => (500, End::Fault(Fault::Internal)),
+            None | Some(Cause::ClientGone) => (499, End::ClientGone),
+            Some(Cause::ClientStalled) => (499, End::ClientStalled),
+            Some(cause) => (cause.fault().row().status, End::Fault(cause.fault())),
         };
         (self.record.sent_status.unwrap_or(status), end)
     }

@@ -18,7 +18,7 @@ use super::fault::{Planted, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::Pass;
-use crate::server::client_io::Shared;
+use crate::server::shared::Shared;
 use crate::tasks::count_panic;
 use crate::telemetry::names::End;
 
@@ -158,6 +158,16 @@ impl Body {
             pass.record.bytes_out += bytes.len() as u64;
         }
         bytes
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if let (Some(pass), Some(active)) = (&self.pass, &self.active)
+            && active.0.is_stalled()
+        {
+            pass.stall();
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-use super::client_io::Stream;
 use super::connection;
+use super::stream::Stream;
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
 use crate::tasks::{Caught, Tasks, count_panic};
