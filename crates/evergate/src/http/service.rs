@@ -99,10 +99,9 @@ impl Service {
         request: Request<Incoming>,
         (id, own_id): (RequestId, Option<HeaderValue>),
         token: Arc<Token>,
-        refusal: Option<Error>,
+        (refusal, active): (Option<Error>, Active),
     ) -> Response<Body> {
         let started = Instant::now();
-        let active = Active::new(&self.shared);
         let (head, body) = request.into_parts();
         let path = Path::of(head.uri.path());
         let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
@@ -232,7 +231,10 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let is_h1 = request.version() <= Version::HTTP_11;
         let own_id = HeaderValue::from_str(id.text().as_str()).ok();
         let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
-        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), self.shared.next_refusal());
+        // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
+        // connection then.
+        let ground = (self.shared.next_refusal(), Active::new(&self.shared));
+        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), ground);
         Bounded {
             serving: Caught(Box::pin(serving)),
             token,

@@ -186,7 +186,7 @@ async fn stop(
             () = drained(gate) => {}
             () = tokio::time::sleep(shutdown.drain) => {
                 if gate.live() > 0 {
-                    notes.push(format!("drain ran out: {} requests were ended", gate.live()));
+                    notes.push(format!("drain ran out: {}", ended(gate.live())));
                 }
             }
             _ = signals.quit.recv() => {}
@@ -217,6 +217,10 @@ async fn stop(
         child.set_note(&note);
     }
     if overrun.is_empty() { code::OK } else { code::FORCED }
+}
+
+fn ended(requests: usize) -> String {
+    if requests == 1 { "1 request was ended".into() } else { format!("{requests} requests were ended") }
 }
 
 /// Waits until nothing is live and connections had their moment to send a last request.

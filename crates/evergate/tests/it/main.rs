@@ -7,9 +7,13 @@
 mod auth;
 mod cli;
 mod connections;
+mod drain;
+mod drain_http2;
+mod drain_load;
 mod drill;
 mod echo;
 mod framing;
+mod h2_wire;
 mod http2;
 mod limits;
 mod metrics;
