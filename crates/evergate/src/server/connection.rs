@@ -14,6 +14,7 @@ use super::client_io::{ClientIo, IoLimits};
 use super::head::HeadLimits;
 use super::shared::{Leaving, Shared};
 use super::stream::Stream;
+use super::streams::Streams;
 use crate::gate::Stage;
 use crate::http::app::App;
 use crate::http::service::Service;
@@ -125,7 +126,8 @@ async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut drain: Dr
 /// An HTTP/2 connection ends by two GOAWAY frames with a PING between: streams on their way here are still taken (RFC
 /// 9113, 6.8). The same is done when this worker has far more to do than its peers.
 async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service, mut drain: Drain<'_>) {
-    let connection = http2::Builder::new(tasks)
+    let streams = Streams { tasks, limit: config.timeouts.client_stall };
+    let connection = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)
         .max_header_list_size(u32::try_from(config.limits.header_bytes).unwrap_or(u32::MAX))
@@ -145,13 +147,4 @@ async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service,
     }
     connection.as_mut().graceful_shutdown();
     let _ = drain.during(connection).await;
-}
-
-impl<F> hyper::rt::Executor<F> for Tasks
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, future: F) {
-        drop(self.spawn("h2_stream", future));
-    }
 }

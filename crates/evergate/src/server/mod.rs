@@ -8,4 +8,5 @@ pub mod head;
 pub mod shared;
 mod stall;
 pub mod stream;
+pub mod streams;
 pub mod tls;

@@ -12,6 +12,7 @@ use crate::support::{CHAT, LIMIT};
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
+pub const RESET: u8 = 3;
 pub const SETTINGS: u8 = 4;
 pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
@@ -73,13 +74,18 @@ impl Wire {
 
     /// Asks for a chat stream.
     pub fn post(&mut self, stream: u32, model: &str) {
+        self.post_body(stream, &chat_body(model, true, &Value::Null));
+    }
+
+    /// Sends a chat request.
+    pub fn post_body(&mut self, stream: u32, body: &str) {
         let mut head = vec![0x83, 0x86];
         literal(&mut head, &[0x04], CHAT);
         literal(&mut head, &[0x01], "localhost");
         // "content-type" is entry 31, which needs a second byte.
         literal(&mut head, &[0x0f, 31 - 15], "application/json");
         self.send(HEADERS, END_HEADERS, stream, &head);
-        self.send(DATA, END, stream, chat_body(model, true, &Value::Null).as_bytes());
+        self.send(DATA, END, stream, body.as_bytes());
     }
 
     /// The next frame, with settings acknowledged and left out; `None` at the connection's end.
