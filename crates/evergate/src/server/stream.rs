@@ -100,3 +100,28 @@ impl Stream {
         let _ = rustix::net::sockopt::set_socket_linger(self.fd(), Some(Duration::ZERO));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// The instant that `has_unread` is for: the bytes are there and the runtime says "nothing".
+    #[test]
+    fn bytes_are_seen_before_the_runtime_hears_of_them() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        runtime.block_on(async {
+            let (mut client, server) = std::os::unix::net::UnixStream::pair().unwrap();
+            server.set_nonblocking(true).unwrap();
+            let mut stream = Stream::Unix(UnixStream::from_std(server).unwrap());
+            assert!(!stream.has_unread());
+            client.write_all(b"GET").unwrap();
+            let mut piece = [0; 8];
+            let mut buf = ReadBuf::new(&mut piece);
+            let told = std::future::poll_fn(|cx| Poll::Ready(stream.poll_read(cx, &mut buf))).await;
+            assert!(told.is_pending() && stream.has_unread());
+            assert_eq!((stream.take_now(&mut [0; 8]), stream.has_unread()), (3, false));
+        });
+    }
+}
