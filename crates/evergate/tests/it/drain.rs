@@ -38,6 +38,17 @@ pub fn term_worker(gateway: &Evergate) -> i32 {
     pid
 }
 
+/// As `term_worker`, and waits until the worker has heard of it.
+pub fn drain_worker(gateway: &Evergate) -> i32 {
+    let pid = term_worker(gateway);
+    wait_until("the drain", LIMIT, || {
+        let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
+        let children = status["children"].as_array().unwrap();
+        !children.iter().any(|child| child["pid"] == pid && child["phase"] == "ready")
+    });
+    pid
+}
+
 /// Whether a test that wanted to send within the linger was held up by a busy machine, and proves nothing.
 pub fn is_too_late(began: Instant) -> bool {
     let is_late = began.elapsed() > LINGER - Duration::from_millis(300);
@@ -83,7 +94,7 @@ fn s18_a_kept_connection_gets_a_last_answer_after_a_seconds_thought() {
     let gateway = echo_with(ONE_WORKER);
     let mut all: Vec<Raw> = (0..11).map(|_| kept(&gateway)).collect();
     let began = Instant::now();
-    let pid = term_worker(&gateway);
+    let pid = drain_worker(&gateway);
     for (tenths, raw) in all.iter_mut().enumerate() {
         let at = began + Duration::from_millis(100 * tenths as u64);
         let _ = raw.link().pause(at.saturating_duration_since(Instant::now()));
@@ -284,4 +295,22 @@ fn s21_connections_end_in_order_when_the_drain_runs_out() {
         }
         assert!(!raw.link().was_reset());
     }
+}
+
+/// A request whose body is still on its way when the drain runs out is told so.
+#[test]
+fn s21_a_body_on_its_way_is_answered_when_the_drain_runs_out() {
+    let gateway = echo_with(&format!("{ONE_WORKER}[shutdown]\ndrain = \"300ms\"\n"));
+    let mut raw = Raw::connect(&gateway.addr());
+    let request = chat_request("echo", false, &Value::Null);
+    raw.send(&request[..request.len() - 5]);
+    wait_until("the request in the worker", LIMIT, || {
+        let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
+        status["inflight"].as_array().is_some_and(|inflight| inflight.len() == 1)
+    });
+    let pid = term_worker(&gateway);
+    assert_error(&raw.read_response(LIMIT), 503, "server_shutting_down");
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!((&record["code"], &record["lost"]), (&json!(0), &json!([])), "{record}");
+    assert!(!raw.link().was_reset());
 }
