@@ -186,7 +186,8 @@ async fn stop(
             () = drained(gate) => {}
             () = tokio::time::sleep(shutdown.drain) => {
                 if gate.live() > 0 {
-                    notes.push(format!("drain ran out: {}", ended(gate.live())));
+                    let were = if gate.live() == 1 { "was" } else { "were" };
+                    notes.push(format!("drain ran out: {} {were} ended", requests(gate.live())));
                 }
             }
             _ = signals.quit.recv() => {}
@@ -207,7 +208,7 @@ async fn stop(
     let _ = tokio::time::timeout(CLOSING.min(shutdown.cleanup / 2), closed(gate)).await;
     overrun.extend(lifespan.stop(shutdown.cleanup.saturating_sub(began.elapsed())).await);
     if !overrun.is_empty() {
-        notes.push(format!("out of time: {}; {} requests left", overrun.join(", "), gate.live()));
+        notes.push(format!("out of time: {}; {} left", overrun.join(", "), requests(gate.live())));
     }
     if let Some(child) = board.child(args.row)
         && !notes.is_empty()
@@ -219,8 +220,8 @@ async fn stop(
     if overrun.is_empty() { code::OK } else { code::FORCED }
 }
 
-fn ended(requests: usize) -> String {
-    if requests == 1 { "1 request was ended".into() } else { format!("{requests} requests were ended") }
+fn requests(count: usize) -> String {
+    if count == 1 { "1 request".into() } else { format!("{count} requests") }
 }
 
 /// Waits until nothing is live and connections had their moment to send a last request.

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use evergate_testkit::driver::is_alive;
 use evergate_testkit::link::Gone;
 use evergate_testkit::raw::{Response, get_request};
+use evergate_testkit::wait::try_wait_for;
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, chat_request, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
     EXE, LIMIT, ONE_WORKER, assert_alive, assert_error, assert_failed_stream, assert_good_stream, before, echo_with,
-    open_stream, rest_of,
+    open, open_stream, rest_of,
 };
 
 /// How long an idle connection stays readable in a drain.
@@ -181,7 +182,7 @@ fn s18_a_request_that_crosses_the_end_is_not_reset() {
     assert!(took >= LINGER - Duration::from_millis(100) && took < LIMIT / 2, "{took:?}");
     for _ in 0..5 {
         raw.try_send(&get_request("/healthz", "")).unwrap();
-        evergate_testkit::wait::try_wait_for(Duration::from_millis(20), || None::<()>);
+        try_wait_for(Duration::from_millis(20), || None::<()>);
         assert!(!raw.link().was_reset());
     }
 }
@@ -199,7 +200,7 @@ fn s18_no_request_in_the_closing_instant_is_reset() {
     for (n, raw) in all.iter_mut().enumerate() {
         // Waiting without reading: these clients do not look.
         let at = first + Duration::from_millis(n as u64);
-        evergate_testkit::wait::try_wait_for(at.saturating_duration_since(Instant::now()), || None::<()>);
+        try_wait_for(at.saturating_duration_since(Instant::now()), || None::<()>);
         let _ = raw.try_send(&get_request("/healthz", ""));
         in_time += usize::from(began.elapsed() < LINGER - Duration::from_millis(20));
     }
@@ -284,7 +285,7 @@ fn s21_connections_end_in_order_when_the_drain_runs_out() {
     term_worker(&gateway);
     for (n, raw) in all.iter_mut().enumerate() {
         let at = began + Duration::from_millis(275 + n as u64);
-        evergate_testkit::wait::try_wait_for(at.saturating_duration_since(Instant::now()), || None::<()>);
+        try_wait_for(at.saturating_duration_since(Instant::now()), || None::<()>);
         let _ = raw.try_send(&chat_request("echo", false, &Value::Null));
     }
     for raw in &mut all {
@@ -313,4 +314,39 @@ fn s21_a_body_on_its_way_is_answered_when_the_drain_runs_out() {
     let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
     assert_eq!((&record["code"], &record["lost"]), (&json!(0), &json!([])), "{record}");
     assert!(!raw.link().was_reset());
+}
+
+/// A client that takes not even the error event costs its worker the exit code that says so.
+#[test]
+fn s21_the_record_names_the_cancel_that_ran_out() {
+    let fake = FakeUpstream::start();
+    // A second of flood fills every buffer on the way.
+    let stages = "[shutdown]\ndrain = \"1s\"\ncancel = \"200ms\"\n";
+    let gateway = before(&fake, &format!("{ONE_WORKER}{stages}"));
+    let mut raw = open(&gateway, "flood", true);
+    raw.link().shrink_receive_buffer();
+    let _ = fake.wait_request(0, LIMIT);
+    let pid = term_worker(&gateway);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    let note = record["note"].as_str().unwrap_or_default();
+    let expected = "drain ran out: 1 request was ended; out of time: cancel; 1 request left";
+    assert_eq!((&record["code"], note), (&json!(75), expected), "{record}");
+    let _ = fake.wait_closed(0, LIMIT);
+}
+
+#[test]
+fn s21_an_idle_gateway_stops_within_100_ms() {
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        let mut gateway = echo_with("");
+        wait_connections(&gateway, 0);
+        let began = Instant::now();
+        gateway.signal(Signal::TERM);
+        assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0));
+        times.push(began.elapsed());
+    }
+    times.sort_unstable();
+    println!("{times:?}");
+    // A busy machine may delay two of three.
+    assert!(times[0] < Duration::from_millis(100), "{times:?}");
 }
