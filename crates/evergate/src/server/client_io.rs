@@ -71,7 +71,10 @@ pub struct ClientIo {
     head_since: Option<Instant>,
     /// When it was accepted, or its last answer was the kernel's.
     active_at: Instant,
-    has_written: bool,
+    /// Whether bytes of an answer are not the kernel's yet.
+    is_writing: bool,
+    /// Whether the timers wait for that.
+    is_timer_due: bool,
     timer: Option<Pin<Box<Sleep>>>,
     stall: Stall,
     linger: Option<(usize, Pin<Box<Sleep>>)>,
@@ -93,7 +96,8 @@ impl ClientIo {
             ready: Bytes::new(),
             head_since: None,
             active_at: Instant::now(),
-            has_written: false,
+            is_writing: false,
+            is_timer_due: false,
             timer: None,
             stall: Stall::default(),
             linger: None,
@@ -203,13 +207,18 @@ impl ClientIo {
         due.min(idle)
     }
 
-    /// Waits for the limit that is running. None runs against the client while an answer is on its way; the library
-    /// reads again when that is done.
+    /// Waits for the limit that is running. None runs against the client while an answer is on its way.
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Filled> {
+        // The library reads again when the answer's body has ended ...
+        if self.shared.active.load(Ordering::Relaxed) > 0 {
+            return Poll::Pending;
+        }
+        // ... but not when the last byte of it has gone, which a slow reader can make much later.
+        if self.is_writing {
+            self.is_timer_due = true;
+            return Poll::Pending;
+        }
         loop {
-            if self.shared.active.load(Ordering::Relaxed) > 0 {
-                return Poll::Pending;
-            }
             let due = self.due();
             let timer = match &mut self.timer {
                 // Armed later than needed only when a head has begun or the connection is to end; earlier is harmless,
@@ -405,6 +414,7 @@ impl AsyncRead for ClientIo {
 impl ClientIo {
     /// The socket takes nothing: `pending` unless that has lasted too long.
     fn poll_stuck<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        self.is_writing = true;
         self.shared.is_stuck();
         ready!(self.stall.poll(cx, &self.stream, self.limits.stall_timeout));
         self.shared.stall();
@@ -418,7 +428,7 @@ impl AsyncWrite for ClientIo {
         let this = self.get_mut();
         let Poll::Ready(written) = this.stream.poll_write(cx, bytes) else { return this.poll_stuck(cx) };
         this.stall.reset();
-        this.has_written = true;
+        this.is_writing = true;
         Poll::Ready(written)
     }
 
@@ -428,8 +438,11 @@ impl AsyncWrite for ClientIo {
         flushed?;
         this.stall.reset();
         this.shared.flushed();
-        if std::mem::take(&mut this.has_written) {
+        if std::mem::take(&mut this.is_writing) {
             this.active_at = Instant::now();
+        }
+        if std::mem::take(&mut this.is_timer_due) {
+            cx.waker().wake_by_ref();
         }
         Poll::Ready(Ok(()))
     }
