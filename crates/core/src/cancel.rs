@@ -18,6 +18,8 @@ pub enum Cause {
     LostRace = 4,
     /// An operator ended it.
     Operator = 5,
+    /// The client has read nothing for `client_stall`.
+    ClientStalled = 6,
 }
 
 impl Cause {
@@ -30,6 +32,7 @@ impl Cause {
             Self::Draining => "drain",
             Self::LostRace => "lost_race",
             Self::Operator => "operator",
+            Self::ClientStalled => "client_stalled",
         }
     }
 
@@ -39,14 +42,14 @@ impl Cause {
         match self {
             Self::DeadlinePassed => Fault::DeadlineExceeded,
             Self::Draining => Fault::ServerShuttingDown,
-            Self::ClientGone | Self::LostRace | Self::Operator => Fault::OperatorCancelled,
+            Self::ClientGone | Self::ClientStalled | Self::LostRace | Self::Operator => Fault::OperatorCancelled,
         }
     }
 
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::ClientGone, Self::DeadlinePassed, Self::Draining, Self::LostRace, Self::Operator]
-            .into_iter()
-            .find(|cause| *cause as u8 == byte)
+        use Cause::{ClientGone, ClientStalled, DeadlinePassed, Draining, LostRace, Operator};
+        let all = [ClientGone, DeadlinePassed, Draining, LostRace, Operator, ClientStalled];
+        all.into_iter().find(|cause| *cause as u8 == byte)
     }
 }
 

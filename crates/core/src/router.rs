@@ -188,6 +188,7 @@ mod tests {
                 keepalive: second,
                 header: second,
                 client_idle: second,
+                client_stall: second,
                 body_idle: second,
                 body: second,
                 upstream_idle: second,

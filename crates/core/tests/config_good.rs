@@ -102,6 +102,7 @@ head_hold = "5s"
 keepalive = "20s"
 header = "1s"
 client_idle = "30s"
+client_stall = "45s"
 body_idle = "7s"
 body = "1m"
 upstream_idle = "10s"
@@ -171,8 +172,9 @@ fn defaults_are_those_of_the_design() {
     assert_eq!(counts, [100, 128, 4096, 100, 64, 256]);
     let times = [t.total, t.stream_total, t.connect, t.first_token, t.idle, t.head_hold].map(duration_text);
     assert_eq!(times, ["5m", "1h", "5s", "1m", "2m", "10s"]);
-    let times = [t.keepalive, t.header, t.client_idle, t.body_idle, t.body, t.upstream_idle].map(duration_text);
-    assert_eq!(times, ["15s", "10s", "75s", "15s", "2m", "1m"]);
+    let times =
+        [t.keepalive, t.header, t.client_idle, t.client_stall, t.body_idle, t.body, t.upstream_idle].map(duration_text);
+    assert_eq!(times, ["15s", "10s", "75s", "30s", "15s", "2m", "1m"]);
     assert_eq!([s.settle, s.drain, s.cancel, s.cleanup].map(duration_text), ["0s", "20s", "1s", "3s"]);
     assert_eq!([config.workers.boot_timeout, config.workers.hang_timeout].map(duration_text), ["30s", "10s"]);
 }

@@ -49,7 +49,7 @@ pub fn cancelled(cause: Cause) -> Error {
     let message = match cause {
         Cause::Draining => "the gateway is stopping and the time to finish (shutdown.drain) is over; try again",
         Cause::DeadlinePassed => "the request's time is over",
-        Cause::ClientGone | Cause::LostRace => "the request was cancelled",
+        Cause::ClientGone | Cause::ClientStalled | Cause::LostRace => "the request was cancelled",
         Cause::Operator => "an operator ended the request",
     };
     Error::new(cause.fault(), message)

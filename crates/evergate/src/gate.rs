@@ -441,6 +441,11 @@ impl Pass {
         count(&self.gate.board, self.gate.row);
     }
 
+    /// Its client reads nothing: what of the answer is not the kernel's yet never will be.
+    pub fn stall(&self) {
+        self.token.cancel(Cause::ClientStalled);
+    }
+
     /// The last byte is the kernel's.
     pub fn complete(mut self) {
         self.ticket.set_phase(InflightPhase::Write);
@@ -451,10 +456,11 @@ impl Pass {
 impl Pass {
     /// Why a request went before its last byte did.
     fn early_end(&self) -> (u16, End) {
-        let fault = if std::thread::panicking() { Some(Fault::Internal) } else { self.token.cause().map(Cause::fault) };
-        let (status, end) = match fault {
-            Some(fault) => (fault.row().status, End::Fault(fault)),
-            None => (499, End::ClientGone),
+        let (status, end) = match self.token.cause() {
+            _ if std::thread::panicking() => (500, End::Fault(Fault::Internal)),
+            None | Some(Cause::ClientGone) => (499, End::ClientGone),
+            Some(Cause::ClientStalled) => (499, End::ClientStalled),
+            Some(cause) => (cause.fault().row().status, End::Fault(cause.fault())),
         };
         (self.record.sent_status.unwrap_or(status), end)
     }

@@ -19,7 +19,7 @@ pub use overflow::tcp_overflows;
 pub use reap::{Exit, Status, peek_exit, reap};
 pub use signal::{Signals, Taken, is_alive, kill_if_same, start_ticks};
 pub use spawn::{Spawn, become_subreaper, own_executable, spawn};
-pub use tcp::tcp_queue;
+pub use tcp::{tcp_queue, unsent_bytes};
 pub use time::{monotonic_ns, unix_ms};
 
 pub use rustix::process::{Pid, Signal};

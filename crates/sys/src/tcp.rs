@@ -1,4 +1,4 @@
-//! The accept queue of a listening socket.
+//! What the kernel says of a socket's queues.
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
@@ -33,6 +33,21 @@ pub fn tcp_queue(listener: impl AsFd) -> io::Result<(u32, u32)> {
     Ok((info.tcpi_unacked, info.tcpi_sacked))
 }
 
+/// How many bytes were written to a stream socket and not yet acknowledged by the other side's kernel (`SIOCOUTQ`,
+/// tcp(7) and unix(7)).
+///
+/// # Errors
+/// What ioctl(2) says, such as that this is no socket.
+pub fn unsent_bytes(socket: impl AsFd) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is borrowed and so open; the kernel writes one int to the place it is given.
+    let outcome = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u32::try_from(bytes).unwrap_or(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,5 +76,17 @@ mod tests {
     fn other_sockets_are_refused() {
         let (one, _two) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(tcp_queue(&one).is_err());
+    }
+
+    #[test]
+    fn what_nobody_reads_is_unsent() {
+        use std::io::Write;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_server, _) = listener.accept().unwrap();
+        assert_eq!(unsent_bytes(&client).unwrap(), 0);
+        client.set_nonblocking(true).unwrap();
+        while client.write(&[0; 65_536]).is_ok() {}
+        assert!(unsent_bytes(&client).unwrap() > 0);
     }
 }

@@ -265,6 +265,20 @@ impl Link {
         rustix::net::sockopt::set_socket_recv_buffer_size(&self.sock, 4096).expect("SO_RCVBUF");
     }
 
+    /// Takes what one read gives, at most that many bytes, without waiting; how many it were. They are thrown away.
+    pub fn read_piece(&mut self, bytes: usize) -> usize {
+        let mut piece = vec![0; bytes];
+        self.read_some(&mut piece).ok().flatten().unwrap_or(0)
+    }
+
+    /// Whether the peer's kernel has answered something of ours with RST since the last look; its FIN is none.
+    pub fn was_reset(&self) -> bool {
+        // After the peer's FIN a reset shows as EPIPE, before it as ECONNRESET (`tcp_reset` in the kernel's
+        // net/ipv4/tcp_input.c).
+        self.gone == Some(Gone::Reset)
+            || rustix::net::sockopt::socket_error(&self.sock).is_ok_and(|state| state.is_err())
+    }
+
     /// A second handle with which another thread can end the connection.
     pub(crate) fn end_handle(&self) -> io::Result<EndHandle> {
         Ok(EndHandle(match &self.sock {

@@ -62,6 +62,7 @@ fn times(out: &mut String, config: &Config) -> fmt::Result {
         ("keepalive", timeouts.keepalive),
         ("header", timeouts.header),
         ("client_idle", timeouts.client_idle),
+        ("client_stall", timeouts.client_stall),
         ("body_idle", timeouts.body_idle),
         ("body", timeouts.body),
         ("upstream_idle", timeouts.upstream_idle),

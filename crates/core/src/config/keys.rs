@@ -60,6 +60,7 @@ pub(super) static TIMEOUTS: Shape = Shape {
         "keepalive",
         "header",
         "client_idle",
+        "client_stall",
         "body_idle",
         "body",
         "upstream_idle",

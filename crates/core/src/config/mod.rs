@@ -169,6 +169,8 @@ pub struct Timeouts {
     pub header: Duration,
     /// An idle client connection; default 75 s.
     pub client_idle: Duration,
+    /// A client that takes no byte of what is written to it.
+    pub client_stall: Duration,
     /// Between two pieces of a request body; default 15 s.
     pub body_idle: Duration,
     /// A whole request body; default 120 s.

@@ -206,6 +206,7 @@ pub(super) fn timeouts(root: &Section<'_>) -> Timeouts {
         keepalive: read("keepalive", 15),
         header: read("header", 10),
         client_idle: read("client_idle", 75),
+        client_stall: read("client_stall", 30),
         body_idle: read("body_idle", 15),
         body: read("body", 120),
         upstream_idle: read("upstream_idle", 60),

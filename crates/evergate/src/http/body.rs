@@ -18,9 +18,14 @@ use super::fault::{Planted, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::Pass;
-use crate::server::client_io::Shared;
+use crate::server::shared::Shared;
+use crate::server::streams::Taken;
 use crate::tasks::count_panic;
 use crate::telemetry::names::End;
+
+/// What the HTTP/2 library gets of a whole body at once, the least that is the largest frame everywhere (RFC 9113, 4.2):
+/// what it holds is lost to memory until the client opens its window.
+const H2_PIECE_BYTES: usize = 16 * 1024;
 
 /// Counts a request as active on its connection for as long as it lives.
 #[derive(Debug)]
@@ -47,6 +52,8 @@ pub struct Body {
     content: Content,
     pass: Option<Pass>,
     active: Option<Active>,
+    /// Of an HTTP/2 stream.
+    taken: Option<Arc<Taken>>,
 }
 
 #[derive(Debug)]
@@ -81,13 +88,13 @@ impl Body {
     /// A body in one piece.
     #[must_use]
     pub fn whole(bytes: Bytes) -> Self {
-        Self { content: Content::Whole(bytes), pass: None, active: None }
+        Self { content: Content::Whole(bytes), pass: None, active: None, taken: None }
     }
 
     /// A stream.
     #[must_use]
     pub fn stream(stream: Stream) -> Self {
-        Self { content: Content::Stream(Box::new(stream)), pass: None, active: None }
+        Self { content: Content::Stream(Box::new(stream)), pass: None, active: None, taken: None }
     }
 
     /// Bytes of a whole body.
@@ -106,6 +113,7 @@ impl Body {
     pub fn hold(&mut self, pass: Option<Pass>, active: Active) {
         self.pass = pass;
         self.active = Some(active);
+        self.taken = Taken::current();
     }
 
     /// The last byte was taken: the pass waits for the flush.
@@ -153,11 +161,36 @@ impl Body {
         }
     }
 
+    fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, std::convert::Infallible>>> {
+        match &mut self.content {
+            Content::Done => Poll::Ready(None),
+            Content::Whole(bytes) if self.taken.is_some() && bytes.len() > H2_PIECE_BYTES => {
+                Poll::Ready(Some(Ok(Frame::data(bytes.split_to(H2_PIECE_BYTES)))))
+            }
+            Content::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                self.finish();
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Content::Stream(_) => self.poll_stream(cx).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
     fn count(&mut self, bytes: Bytes) -> Bytes {
         if let Some(pass) = &mut self.pass {
             pass.record.bytes_out += bytes.len() as u64;
         }
         bytes
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        let is_stalled = self.active.as_ref().is_some_and(|active| active.0.is_stalled())
+            || self.taken.as_ref().is_some_and(|taken| taken.is_stalled());
+        if let Some(pass) = self.pass.as_ref().filter(|_| is_stalled) {
+            pass.stall();
+        }
     }
 }
 
@@ -211,15 +244,14 @@ impl http_body::Body for Body {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
-        match &mut this.content {
-            Content::Done => Poll::Ready(None),
-            Content::Whole(bytes) => {
-                let bytes = std::mem::take(bytes);
-                this.finish();
-                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
-            }
-            Content::Stream(_) => this.poll_stream(cx).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes)))),
+        let Some(taken) = &this.taken else { return this.poll_content(cx) };
+        let taken = Arc::clone(taken);
+        taken.ask();
+        let polled = this.poll_content(cx);
+        if matches!(polled, Poll::Ready(Some(_))) {
+            taken.take();
         }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

@@ -22,7 +22,7 @@ use super::fault::{Planted, planted, strike};
 use super::relay::{Calling, Limits, Relay};
 use super::{intake, refusal, respond};
 use crate::context::{Token, cancelled};
-use crate::gate::{Arrival, Pass};
+use crate::gate::{Arrival, Pass, Stage};
 use crate::telemetry::names::End;
 
 /// Which endpoint.
@@ -94,7 +94,7 @@ impl ModelCall {
             return (Err(error), None);
         }
         let announced = self.app.gate.announce(self.id, &self.arrival);
-        let body = match intake::read(body, config, &self.app.clock).await {
+        let body = match self.read(body).await {
             Ok(body) => body,
             Err(intake::Stopped::Refused(error)) => return (Err(error), None),
             Err(intake::Stopped::ClientGone) => {
@@ -112,6 +112,20 @@ impl ModelCall {
         strike(planted(&self.headers), Planted::Handler);
         let served = self.serve(body, deadline, &mut pass).await;
         (served, Some(pass))
+    }
+
+    /// Reads the body; not beyond the time that a worker which ends has for its requests.
+    async fn read(&self, body: Incoming) -> Result<Bytes, intake::Stopped> {
+        let mut stage = self.app.gate.stage();
+        tokio::select! {
+            // Most bodies are there already. The loser is dropped, and the request with it; waiting for a stage is
+            // cancel-safe.
+            biased;
+            read = intake::read(body, &self.app.sealed.config, &self.app.clock) => read,
+            _ = stage.wait_for(|stage| *stage == Stage::Cancelling) => {
+                Err(intake::Stopped::Refused(cancelled(Cause::Draining)))
+            }
+        }
     }
 
     async fn serve(&self, body: Bytes, deadline: Deadline, pass: &mut Pass) -> Result<Response<Body>, Error> {

@@ -19,7 +19,7 @@ use super::respond;
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
-use crate::server::client_io::Shared;
+use crate::server::shared::Shared;
 use crate::tasks::{Caught, count_panic};
 use crate::telemetry::names::End;
 use evergate_board::MasterPhase;
@@ -102,16 +102,14 @@ impl Service {
         request: Request<Incoming>,
         (id, own_id): (RequestId, Option<HeaderValue>),
         token: Arc<Token>,
-        refusal: Option<Error>,
+        (refusal, active): (Option<Error>, Active),
     ) -> Response<Body> {
         let started = Instant::now();
-        let active = Active::new(&self.shared);
         let (head, body) = request.into_parts();
         let path = Path::of(head.uri.path());
         let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
         let mut arrival =
             Arrival { client_id, tenant: String::new(), method: method_label(&head.method), route: path.label() };
-        let is_h1 = head.version <= Version::HTTP_11;
         let (served, mut pass) = match refusal.map_or_else(|| self.judge(&head, path), Err) {
             Ok(tenant) => {
                 arrival.tenant = tenant;
@@ -140,11 +138,6 @@ impl Service {
             }
             response
         });
-        if !is_h1 {
-            response.headers_mut().remove(CONNECTION);
-        } else if self.app.gate.is_draining() || self.app.gate.is_far_above_peers() {
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        }
         response.body_mut().hold(pass, active);
         response
     }
@@ -239,12 +232,17 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         self.newcomer.has_sent();
         let id = self.app.gate.next_id();
         let token = Arc::new(Token::default());
+        let is_h1 = request.version() <= Version::HTTP_11;
         let own_id = HeaderValue::from_str(id.text().as_str()).ok();
         let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
-        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), self.shared.next_refusal());
+        // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
+        // connection then.
+        let ground = (self.shared.next_refusal(), Active::new(&self.shared));
+        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), ground);
         Bounded {
             serving: Caught(Box::pin(serving)),
             token,
+            is_h1,
             echoed,
             app: Arc::clone(&self.app),
             shared: Arc::clone(&self.shared),
@@ -257,6 +255,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 pub struct Bounded {
     serving: Caught<dyn Future<Output = Response<Body>> + Send>,
     token: Arc<Token>,
+    is_h1: bool,
     /// Goes on every answer: the client's own id, or ours.
     echoed: Option<HeaderValue>,
     app: Arc<App>,
@@ -268,6 +267,20 @@ impl Bounded {
         let mut response = respond::error(error);
         response.body_mut().hold(None, Active::new(&self.shared));
         response
+    }
+
+    /// Says whether the connection goes on behind this answer: not when the worker drains, and not when others have so
+    /// much less to do that the client's next request is better off there.
+    fn say_connection(&self, response: &mut Response<Body>) {
+        let gate = &self.app.gate;
+        if !self.is_h1 {
+            response.headers_mut().remove(CONNECTION);
+            if gate.is_far_above_peers() {
+                self.shared.send_elsewhere();
+            }
+        } else if gate.is_draining() || gate.is_far_above_peers() {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
     }
 }
 
@@ -286,6 +299,7 @@ impl Future for Bounded {
                 }
             }
         };
+        self.say_connection(&mut response);
         if let Some(echoed) = self.echoed.take() {
             response.headers_mut().insert(respond::REQUEST_ID, echoed);
         }

@@ -31,6 +31,9 @@ const RSS_BEATS: u32 = 8;
 /// How often idle upstream connections are looked through.
 const SWEEP: Duration = Duration::from_secs(5);
 
+/// How long connections that are being closed may take: `ClientIo` reads on for half a second behind its own end.
+const CLOSING: Duration = Duration::from_secs(1);
+
 /// Threads for name look-ups, the only blocking work of a worker.
 const BLOCKING_THREADS: usize = 8;
 
@@ -182,45 +185,67 @@ async fn stop(
     };
     enter(Phase::Draining);
     gate.enter(Stage::Draining);
+    let mut notes: Vec<String> = Vec::new();
     if !is_quick {
         tokio::select! {
             // Cancel-safe: each only waits.
             () = drained(gate) => {}
-            () = tokio::time::sleep(shutdown.drain) => {}
+            () = tokio::time::sleep(shutdown.drain) => {
+                if gate.live() > 0 {
+                    let were = if gate.live() == 1 { "was" } else { "were" };
+                    notes.push(format!("drain ran out: {} {were} ended", requests(gate.live())));
+                }
+            }
             _ = signals.quit.recv() => {}
         }
     }
     let mut overrun: Vec<&str> = Vec::new();
+    // Also when nothing is live: connections that still linger end in order.
+    gate.enter(Stage::Cancelling);
     if gate.live() > 0 {
         enter(Phase::Cancelling);
-        gate.enter(Stage::Cancelling);
         if tokio::time::timeout(shutdown.cancel, gate.wait_empty()).await.is_err() {
             overrun.push("cancel");
         }
     }
     enter(Phase::Cleaning);
-    overrun.extend(lifespan.stop(shutdown.cleanup).await);
-    if overrun.is_empty() {
-        return code::OK;
+    // A client that keeps its end open holds up nobody, and is no overrun.
+    let began = Instant::now();
+    let _ = tokio::time::timeout(CLOSING.min(shutdown.cleanup / 2), closed(gate)).await;
+    overrun.extend(lifespan.stop(shutdown.cleanup.saturating_sub(began.elapsed())).await);
+    if !overrun.is_empty() {
+        notes.push(format!("out of time: {}; {} left", overrun.join(", "), requests(gate.live())));
     }
-    let note = format!("out of time: {}; {} requests left", overrun.join(", "), gate.live());
-    eprintln!("evergate worker: {note}");
-    if let Some(child) = board.child(args.row) {
+    if let Some(child) = board.child(args.row)
+        && !notes.is_empty()
+    {
+        let note = notes.join("; ");
+        eprintln!("evergate worker: {note}");
         child.set_note(&note);
     }
-    code::FORCED
+    if overrun.is_empty() { code::OK } else { code::FORCED }
+}
+
+fn requests(count: usize) -> String {
+    if count == 1 { "1 request".into() } else { format!("{count} requests") }
 }
 
 /// Waits until nothing is live and connections had their moment to send a last request.
 async fn drained(gate: &Arc<Gate>) {
-    let Some(child) = gate.board().child(gate.row()) else { return };
-    // Connections close by themselves after their linger; a request that comes before is served.
-    let tick = Duration::from_millis(10);
     loop {
         gate.wait_empty().await;
-        if child.connections() == 0 {
+        closed(gate).await;
+        // Connections close by themselves after their linger; a request that comes before is served.
+        if gate.live() == 0 {
             return;
         }
+    }
+}
+
+/// Waits until no client connection is open.
+async fn closed(gate: &Arc<Gate>) {
+    let tick = Duration::from_millis(5);
+    while gate.board().child(gate.row()).is_some_and(|child| child.connections() > 0) {
         tokio::time::sleep(tick).await;
     }
 }

@@ -16,8 +16,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 
-use super::client_io::Stream;
 use super::connection;
+use super::stream::Stream;
 use crate::gate::load::{Load, Peer};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;

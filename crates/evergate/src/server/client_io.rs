@@ -8,21 +8,21 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
-use evergate_board::InflightPhase;
 use evergate_core::{Error, Fault};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Sleep;
-use tokio_rustls::server::TlsStream;
 
+use super::frames::{Frames, SHUTDOWN_ACK};
 use super::head::{self, Chunks, Framing, HeadLimits};
-use crate::gate::Pass;
+use super::shared::{Leaving, Shared};
+use super::stall::Stall;
+use super::stream::Stream;
 
 /// The HTTP/2 connection preface (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -30,17 +30,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Most bytes read and thrown away after our last answer, so that the client can read it before a reset.
 const LINGER_BYTES_MAX: usize = 256 * 1024;
 const LINGER: Duration = Duration::from_millis(500);
-
-/// How a connection reaches us.
-#[derive(Debug)]
-pub enum Stream {
-    /// TCP.
-    Tcp(TcpStream),
-    /// TLS over TCP.
-    Tls(Box<TlsStream<TcpStream>>),
-    /// A Unix socket.
-    Unix(UnixStream),
-}
+/// Until the runtime has surely heard of bytes that lie in the kernel.
+const SOON: Duration = Duration::from_millis(1);
 
 /// What a connection may do, the same for all of a worker.
 #[derive(Clone, Copy, Debug)]
@@ -51,61 +42,8 @@ pub struct IoLimits {
     pub header_timeout: Duration,
     /// Without any request.
     pub idle_timeout: Duration,
-}
-
-/// What the I/O type and the requests of its connection tell each other.
-#[derive(Debug, Default)]
-pub struct Shared {
-    /// Requests between head and last byte.
-    pub active: AtomicU32,
-    /// Heads delivered to the HTTP library, and heads it has made requests of.
-    delivered: AtomicU32,
-    requested: AtomicU32,
-    /// The refusal that the last delivered head stands for.
-    refusal: Mutex<Option<Error>>,
-    is_refused: AtomicBool,
-    /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
-    finishing: Mutex<Vec<Pass>>,
-    has_finishing: AtomicBool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // Each value is replaced in one step, so a panic while it was locked cannot have left it half-changed.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Shared {
-    /// To be called once for each request, in their order: the refusal that it stands for, if it is none of the
-    /// client's own.
-    #[must_use]
-    pub fn next_refusal(&self) -> Option<Error> {
-        let number = self.requested.fetch_add(1, Ordering::Relaxed) + 1;
-        let is_refused = self.is_refused.load(Ordering::Relaxed) && number == self.delivered.load(Ordering::Relaxed);
-        if is_refused { lock(&self.refusal).take() } else { None }
-    }
-
-    /// Keeps a request's pass until its last byte is the kernel's, which is what comes next: the write and the flush
-    /// follow in the same turn. Marked before them, since the client is woken by the write and may see a killer run
-    /// before we do.
-    pub fn finish(&self, pass: Pass) {
-        pass.enter(InflightPhase::Write);
-        lock(&self.finishing).push(pass);
-        self.has_finishing.store(true, Ordering::Relaxed);
-    }
-
-    /// The socket is full: the last byte waits after all.
-    fn is_stuck(&self) {
-        if self.has_finishing.load(Ordering::Relaxed) {
-            lock(&self.finishing).iter().for_each(|pass| pass.enter(InflightPhase::Stream));
-        }
-    }
-
-    fn refuse(&self, error: Error) {
-        // Nothing is delivered behind it, so the count stays its number.
-        self.delivered.fetch_add(1, Ordering::Relaxed);
-        *lock(&self.refusal) = Some(error);
-        self.is_refused.store(true, Ordering::Relaxed);
-    }
+    /// With bytes to be written of which the client takes none.
+    pub stall_timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -113,8 +51,8 @@ enum Reading {
     Head,
     Body(u64),
     Chunked(Chunks),
-    /// HTTP/2, or nothing more to judge.
-    Opaque,
+    /// HTTP/2: the library judges, this only follows where frames end.
+    Frames(Frames),
     /// A refusal was delivered: nothing more is read.
     Refused,
 }
@@ -131,9 +69,17 @@ pub struct ClientIo {
     /// Judged, not yet taken by the HTTP library.
     ready: Bytes,
     head_since: Option<Instant>,
+    /// When it was accepted, or its last answer was the kernel's.
     active_at: Instant,
+    /// Whether bytes of an answer are not the kernel's yet.
+    is_writing: bool,
+    /// Whether the timers wait for that.
+    is_timer_due: bool,
     timer: Option<Pin<Box<Sleep>>>,
+    stall: Stall,
     linger: Option<(usize, Pin<Box<Sleep>>)>,
+    /// The HTTP/2 client was given up on: see `frames`.
+    is_acknowledged: bool,
 }
 
 impl ClientIo {
@@ -150,8 +96,12 @@ impl ClientIo {
             ready: Bytes::new(),
             head_since: None,
             active_at: Instant::now(),
+            is_writing: false,
+            is_timer_due: false,
             timer: None,
+            stall: Stall::default(),
             linger: None,
+            is_acknowledged: false,
         }
     }
 
@@ -159,17 +109,8 @@ impl ClientIo {
     /// to the request's row on the board there is then no moment in which a death could not name it.
     pub fn read_ahead(&mut self) {
         let mut piece = [0; 4096];
-        let flags = rustix::net::RecvFlags::DONTWAIT;
-        let read = match &self.stream {
-            Stream::Tcp(stream) => rustix::net::recv(stream, &mut piece[..], flags),
-            Stream::Unix(stream) => rustix::net::recv(stream, &mut piece[..], flags),
-            // The handshake has been waited for already.
-            Stream::Tls(_) => return,
-        };
-        // Nothing there, the end, or an error: the first ordinary read says so in its own way.
-        if let Ok((read, _)) = read
-            && read > 0
-        {
+        let read = self.stream.take_now(&mut piece);
+        if read > 0 {
             self.raw.extend_from_slice(piece.get(..read).unwrap_or_default());
             self.head_since = Some(Instant::now());
         }
@@ -181,30 +122,26 @@ impl ClientIo {
         Arc::clone(&self.shared)
     }
 
-    /// Whether HTTP/2 was agreed on in the TLS handshake.
-    #[must_use]
-    pub fn is_h2_by_alpn(&self) -> bool {
-        matches!(&self.stream, Stream::Tls(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2"))
-    }
-
-    /// Reads until it is clear whether the client speaks HTTP/2 by prior knowledge; `None` if it left before, or
-    /// speaks TLS to a plain port.
+    /// Reads until it is clear whether the client speaks HTTP/2, by agreement in the TLS handshake or by prior
+    /// knowledge; `None` if it left before, took too long, or speaks TLS to a plain port.
     ///
     /// # Errors
     /// The socket's.
     pub async fn is_h2(&mut self) -> io::Result<Option<bool>> {
-        if self.is_h2_by_alpn() {
-            self.reading = Reading::Opaque;
-            return Ok(Some(true));
-        }
+        let is_agreed = self.stream.is_h2_by_alpn();
         loop {
             let seen = self.raw.len().min(PREFACE.len());
             match self.raw.first() {
-                Some(0x16) => return Ok(None),
-                Some(_) if self.raw.get(..seen) != PREFACE.get(..seen) => return Ok(Some(false)),
+                Some(0x16) if !is_agreed => return Ok(None),
+                Some(_) if self.raw.get(..seen) != PREFACE.get(..seen) => {
+                    // What was agreed on and is not spoken is the library's to refuse.
+                    if is_agreed {
+                        self.speak_h2();
+                    }
+                    return Ok(Some(is_agreed));
+                }
                 Some(_) if seen == PREFACE.len() => {
-                    self.ready = std::mem::take(&mut self.raw).freeze();
-                    self.reading = Reading::Opaque;
+                    self.speak_h2();
                     return Ok(Some(true));
                 }
                 _ => {}
@@ -212,10 +149,21 @@ impl ClientIo {
             match std::future::poll_fn(|cx| self.poll_fill(cx)).await? {
                 Filled::Bytes => {}
                 Filled::End => return Ok(None),
-                // The refusal, a 408, is answered by HTTP/1.1's rules.
-                Filled::Refused => return Ok(Some(false)),
+                // The refusal, a 408, is answered by HTTP/1.1's rules; there is none for half a preface.
+                Filled::Refused => return Ok((!is_agreed).then_some(false)),
             }
         }
+    }
+
+    fn speak_h2(&mut self) {
+        self.ready = std::mem::take(&mut self.raw).freeze();
+        self.reading = Reading::Frames(Frames::after_preface(PREFACE.len()));
+    }
+
+    /// Ends the connection in order, without an answer.
+    pub async fn close(mut self) {
+        // An error means that it has ended already.
+        let _ = std::future::poll_fn(|cx| Pin::new(&mut self).poll_shutdown(cx)).await;
     }
 
     /// Reads what the socket has into `raw`, under the header and idle timers.
@@ -243,36 +191,93 @@ impl ClientIo {
         }
     }
 
-    /// Waits for the header or idle limit, whichever is running.
+    /// When the limit that is running is over: the header's, the idle one, or the patience of a connection that is to
+    /// end.
+    fn due(&self) -> Instant {
+        if !self.raw.is_empty() {
+            let since = self.head_since.map_or(self.active_at, |since| since.max(self.active_at));
+            return since + self.limits.header_timeout;
+        }
+        let idle = self.active_at + self.limits.idle_timeout;
+        let Some(leaving) = self.shared.leaving() else { return idle };
+        let mut due = self.active_at.max(leaving.since) + leaving.linger;
+        if leaving.owes_first && !self.shared.is_used() {
+            due = due.max(self.active_at + self.limits.header_timeout);
+        }
+        due.min(idle)
+    }
+
+    /// Waits for the limit that is running. None runs against the client while an answer is on its way.
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Filled> {
+        // The library reads again when the answer's body has ended ...
+        if self.shared.active.load(Ordering::Relaxed) > 0 {
+            return Poll::Pending;
+        }
+        // ... but not when the last byte of it has gone, which a slow reader can make much later.
+        if self.is_writing {
+            self.is_timer_due = true;
+            return Poll::Pending;
+        }
         loop {
-            let due = match self.head_since {
-                Some(since) if !self.raw.is_empty() => since + self.limits.header_timeout,
-                _ => self.active_at + self.limits.idle_timeout,
-            };
+            let due = self.due();
             let timer = match &mut self.timer {
-                // Armed later than needed only when a head has begun; earlier is harmless, it is looked at again.
+                // Armed later than needed only when a head has begun or the connection is to end; earlier is harmless,
+                // it is looked at again.
                 Some(timer) if timer.deadline() <= due.into() => timer,
                 slot => slot.insert(Box::pin(tokio::time::sleep_until(due.into()))),
             };
             ready!(timer.as_mut().poll(cx));
-            let now = Instant::now();
-            if self.shared.active.load(Ordering::Relaxed) > 0 {
-                // An answer is on its way: neither limit runs against the client.
-                self.active_at = now;
-                self.head_since = self.head_since.map(|_| now);
-            }
             self.timer = None;
-            if now < due || self.shared.active.load(Ordering::Relaxed) > 0 {
+            if Instant::now() < due {
                 continue;
             }
             if self.raw.is_empty() {
+                if self.stream.has_unread() {
+                    // A request that has come in the last instant: the runtime is about to hear of it.
+                    let soon = self.timer.insert(Box::pin(tokio::time::sleep(SOON)));
+                    ready!(soon.as_mut().poll(cx));
+                    continue;
+                }
                 return Poll::Ready(Filled::End);
             }
             let message = "the request head was not complete in time (timeouts.header)";
             self.refuse(Error::new(Fault::RequestTimeout, message));
             return Poll::Ready(Filled::Refused);
         }
+    }
+
+    /// Reads for the HTTP/2 library, and answers its PING when the client does not in time.
+    fn poll_frames(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, frames: Frames) -> Poll<io::Result<()>> {
+        let before = out.filled().len();
+        if let Poll::Ready(read) = self.stream.poll_read(cx, out) {
+            self.follow(frames, out.filled().get(before..).unwrap_or_default());
+            return Poll::Ready(read);
+        }
+        let Some(Leaving { since, linger, .. }) = self.shared.leaving().filter(|_| !self.is_acknowledged) else {
+            return Poll::Pending;
+        };
+        let due = (since + linger).into();
+        let timer = match &mut self.timer {
+            Some(timer) if timer.deadline() <= due => timer,
+            slot => slot.insert(Box::pin(tokio::time::sleep_until(due))),
+        };
+        ready!(timer.as_mut().poll(cx));
+        if tokio::time::Instant::now() < due {
+            self.timer = None;
+            return self.poll_frames(cx, out, frames);
+        }
+        if !frames.is_between() || out.remaining() < SHUTDOWN_ACK.len() {
+            // Half a frame is awaited; its rest wakes this up.
+            return Poll::Pending;
+        }
+        self.is_acknowledged = true;
+        out.put_slice(&SHUTDOWN_ACK);
+        Poll::Ready(Ok(()))
+    }
+
+    fn follow(&mut self, mut frames: Frames, bytes: &[u8]) {
+        frames.take(bytes);
+        self.reading = Reading::Frames(frames);
     }
 
     /// Puts a refusal in the place of the head at hand.
@@ -306,7 +311,7 @@ impl ClientIo {
         match checked {
             Ok(framing) => {
                 self.ready = self.raw.split_to(length).freeze();
-                self.shared.delivered.fetch_add(1, Ordering::Relaxed);
+                self.shared.deliver();
                 self.searched = 0;
                 self.head_since = (!self.raw.is_empty()).then(Instant::now);
                 self.reading = match framing {
@@ -360,7 +365,11 @@ impl ClientIo {
 
     fn deliver(&mut self, out: &mut ReadBuf<'_>) {
         let room = self.ready.len().min(out.remaining());
-        out.put_slice(self.ready.get(..room).unwrap_or_default());
+        let piece = self.ready.get(..room).unwrap_or_default();
+        out.put_slice(piece);
+        if let Reading::Frames(frames) = &mut self.reading {
+            frames.take(piece);
+        }
         self.ready.advance(room);
         if self.ready.is_empty() {
             // Gives the memory back while a long answer is under way.
@@ -384,7 +393,7 @@ impl AsyncRead for ClientIo {
                 return Poll::Ready(Ok(()));
             }
             let has_more = match this.reading {
-                Reading::Opaque => return this.stream.poll_read(cx, out),
+                Reading::Frames(frames) => return this.poll_frames(cx, out, frames),
                 // The refusal's answer ends the connection; end of file here would end it before.
                 Reading::Refused => return Poll::Pending,
                 Reading::Head => this.judge_head(),
@@ -402,28 +411,38 @@ impl AsyncRead for ClientIo {
     }
 }
 
+impl ClientIo {
+    /// The socket takes nothing: `pending` unless that has lasted too long.
+    fn poll_stuck<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        self.is_writing = true;
+        self.shared.is_stuck();
+        ready!(self.stall.poll(cx, &self.stream, self.limits.stall_timeout));
+        self.shared.stall();
+        self.stream.reset_at_close();
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client reads nothing (timeouts.client_stall)")))
+    }
+}
+
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = this.stream.poll_write(cx, bytes);
-        if written.is_pending() {
-            this.shared.is_stuck();
-        }
-        written
+        let Poll::Ready(written) = this.stream.poll_write(cx, bytes) else { return this.poll_stuck(cx) };
+        this.stall.reset();
+        this.is_writing = true;
+        Poll::Ready(written)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let flushed = this.stream.poll_flush(cx);
-        if flushed.is_pending() {
-            this.shared.is_stuck();
-        }
-        ready!(flushed)?;
-        // Everything written so far is the kernel's now, so requests whose last byte was in it are over.
-        if this.shared.has_finishing.swap(false, Ordering::Relaxed) {
-            let finished = std::mem::take(&mut *lock(&this.shared.finishing));
-            finished.into_iter().for_each(Pass::complete);
+        let Poll::Ready(flushed) = this.stream.poll_flush(cx) else { return this.poll_stuck(cx) };
+        flushed?;
+        this.stall.reset();
+        this.shared.flushed();
+        if std::mem::take(&mut this.is_writing) {
             this.active_at = Instant::now();
+        }
+        if std::mem::take(&mut this.is_timer_due) {
+            cx.waker().wake_by_ref();
         }
         Poll::Ready(Ok(()))
     }
@@ -433,10 +452,8 @@ impl AsyncWrite for ClientIo {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.linger.is_none() {
-            ready!(this.stream.poll_shutdown(cx))?;
-            if matches!(this.reading, Reading::Opaque) {
-                return Poll::Ready(Ok(()));
-            }
+            let Poll::Ready(shut) = this.stream.poll_shutdown(cx) else { return this.poll_stuck(cx) };
+            shut?;
             this.linger = Some((0, Box::pin(tokio::time::sleep(LINGER))));
         }
         let mut piece = [std::mem::MaybeUninit::uninit(); 4096];
@@ -452,42 +469,5 @@ impl AsyncWrite for ClientIo {
             *thrown_away += buf.filled().len();
         }
         Poll::Ready(Ok(()))
-    }
-}
-
-macro_rules! each {
-    ($self:ident, $stream:ident => $body:expr) => {
-        match $self {
-            Stream::Tcp($stream) => {
-                let $stream = Pin::new($stream);
-                $body
-            }
-            Stream::Tls($stream) => {
-                let $stream = Pin::new(&mut **$stream);
-                $body
-            }
-            Stream::Unix($stream) => {
-                let $stream = Pin::new($stream);
-                $body
-            }
-        }
-    };
-}
-
-impl Stream {
-    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        each!(self, stream => stream.poll_read(cx, buf))
-    }
-
-    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        each!(self, stream => stream.poll_write(cx, bytes))
-    }
-
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, stream => stream.poll_flush(cx))
-    }
-
-    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, stream => stream.poll_shutdown(cx))
     }
 }

@@ -2,23 +2,33 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use evergate_board::MasterPhase;
 use evergate_core::config::Config;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
-use super::client_io::{ClientIo, IoLimits, Stream};
+use super::client_io::{ClientIo, IoLimits};
 use super::head::HeadLimits;
+use super::shared::{Leaving, Shared};
+use super::stream::Stream;
+use super::streams::Streams;
 use crate::gate::Stage;
 use crate::http::app::App;
 use crate::http::service::Service;
 use crate::tasks::Tasks;
 
-/// How long an idle connection of a draining worker stays readable: a client that is just sending its next request
-/// gets an answer with `Connection: close` instead of a reset (measured: closing at once loses requests).
-const IDLE_LINGER: Duration = Duration::from_millis(500);
+/// How long an idle connection of a worker that drains stays readable while others serve on: a client that does not
+/// look whether its kept connection has ended, and thinks for up to a second, still gets an answer, with
+/// `Connection: close` (measured: closing at once loses requests). As long a second for the ways of a busy machine.
+/// An HTTP/2 client has the same time to acknowledge.
+const IDLE_LINGER: Duration = Duration::from_secs(2);
+
+/// The same when the whole gateway stops: there is no other worker to send the next request to, so that only those are
+/// worth waiting for which are on their way.
+const STOP_LINGER: Duration = Duration::from_millis(500);
 
 /// The limits that a configuration sets for connections.
 #[must_use]
@@ -32,32 +42,76 @@ pub fn limits(config: &Config) -> IoLimits {
         },
         header_timeout: config.timeouts.header,
         idle_timeout: config.timeouts.client_idle,
+        stall_timeout: config.timeouts.client_stall,
     }
 }
 
 /// Serves a connection to its end. Errors are the connection's own: the requests on it have their records.
-pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, mut stage: watch::Receiver<Stage>) {
+pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Receiver<Stage>) {
     let config = &app.sealed.config;
     let mut io = ClientIo::new(stream, limits(config));
     io.read_ahead();
-    let is_h2 = tokio::select! {
-        // Cancel-safe or not does not matter: the loser ends the connection.
-        is_h2 = io.is_h2() => is_h2,
-        () = drained(&mut stage) => return,
-    };
-    let Ok(Some(is_h2)) = is_h2 else { return };
-    let service = Service::new(Arc::clone(&app), io.shared());
-    if is_h2 { serve_h2(config, tasks, io, service, stage).await } else { serve_h1(config, io, service, stage).await }
+    let shared = io.shared();
+    let mut drain = Drain { app: &app, shared: Arc::clone(&shared), stage };
+    drain.look();
+    let is_h2 = drain.during(io.is_h2()).await;
+    let Ok(is_h2) = is_h2 else { return };
+    let service = Service::new(Arc::clone(&app), shared);
+    match is_h2 {
+        None => io.close().await,
+        Some(true) => serve_h2(config, tasks, io, service, drain).await,
+        Some(false) => serve_h1(config, io, service, drain).await,
+    }
 }
 
-/// Waits until the worker drains and the linger is over.
-async fn drained(stage: &mut watch::Receiver<Stage>) {
-    // An error means that the gate is gone, and the process with it.
-    let _ = stage.wait_for(|stage| *stage != Stage::Serving).await;
-    tokio::time::sleep(IDLE_LINGER).await;
+/// Tells a connection's I/O type what the stages of the worker mean for it.
+struct Drain<'a> {
+    app: &'a App,
+    shared: Arc<Shared>,
+    stage: watch::Receiver<Stage>,
 }
 
-async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut stage: watch::Receiver<Stage>) {
+impl Drain<'_> {
+    /// Takes over the present stage; says whether the connection is to end.
+    fn look(&mut self) -> bool {
+        let stage = *self.stage.borrow_and_update();
+        let is_stop = matches!(self.app.gate.board().master().phase(), MasterPhase::Draining | MasterPhase::Stopped);
+        let (linger, owes_first) = match stage {
+            Stage::Serving => return false,
+            Stage::Draining if is_stop => (STOP_LINGER, false),
+            Stage::Draining => (IDLE_LINGER, true),
+            Stage::Cancelling => (Duration::ZERO, false),
+        };
+        self.shared.leave(Leaving { since: Instant::now(), linger, owes_first });
+        true
+    }
+
+    /// Waits for the next stage.
+    async fn changed(&mut self) {
+        if self.stage.changed().await.is_err() {
+            // The gate is gone, and the process with it.
+            std::future::pending::<()>().await;
+        }
+        self.look();
+    }
+
+    /// Waits for `future`, which reads from the connection and so has to be polled again at each stage.
+    async fn during<T>(&mut self, future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        loop {
+            tokio::select! {
+                // Pinned outside; waiting for a change is cancel-safe.
+                done = future.as_mut() => return done,
+                () = self.changed() => {}
+            }
+        }
+    }
+}
+
+/// The library's own graceful shutdown is not used: it closes a connection on which nothing has come, and one whose
+/// next request is on its way. Draining, answers say `Connection: close`, and `ClientIo` says "end of file" to the
+/// library when its patience is over.
+async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut drain: Drain<'_>) {
     let buffer = usize::try_from(config.limits.header_bytes).unwrap_or(usize::MAX).clamp(64 * 1024, 1 << 20);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -66,38 +120,31 @@ async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut stage: wa
         .max_headers(config.limits.headers as usize)
         .max_buf_size(buffer)
         .serve_connection(TokioIo::new(io), service);
-    let mut connection = pin!(connection);
-    tokio::select! {
-        // Both are pinned outside or end with this function.
-        _ = connection.as_mut() => return,
-        () = drained(&mut stage) => {}
-    }
-    connection.as_mut().graceful_shutdown();
-    let _ = connection.await;
+    let _ = drain.during(connection).await;
 }
 
-async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service, mut stage: watch::Receiver<Stage>) {
-    let connection = http2::Builder::new(tasks)
+/// An HTTP/2 connection ends by two GOAWAY frames with a PING between: streams on their way here are still taken (RFC
+/// 9113, 6.8). The same is done when this worker has far more to do than its peers.
+async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service, mut drain: Drain<'_>) {
+    let streams = Streams { tasks, limit: config.timeouts.client_stall };
+    let connection = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)
         .max_header_list_size(u32::try_from(config.limits.header_bytes).unwrap_or(u32::MAX))
         .keep_alive_interval(config.timeouts.client_idle)
         .serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(connection);
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        _ = stage.wait_for(|stage| *stage != Stage::Serving) => {}
+    let shared = Arc::clone(&drain.shared);
+    if !drain.look() {
+        tokio::select! {
+            // Pinned outside, and two that are cancel-safe.
+            _ = connection.as_mut() => return,
+            () = drain.changed() => {}
+            () = shared.sent_elsewhere() => {
+                shared.leave(Leaving { since: Instant::now(), linger: IDLE_LINGER, owes_first: true });
+            }
+        }
     }
-    // Two GOAWAY frames with a ping between: streams on their way here are still taken (RFC 9113, 6.8).
     connection.as_mut().graceful_shutdown();
-    let _ = connection.await;
-}
-
-impl<F> hyper::rt::Executor<F> for Tasks
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, future: F) {
-        drop(self.spawn("h2_stream", future));
-    }
+    let _ = drain.during(connection).await;
 }

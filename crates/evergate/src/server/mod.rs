@@ -3,5 +3,10 @@
 pub mod accept;
 pub mod client_io;
 pub mod connection;
+mod frames;
 pub mod head;
+pub mod shared;
+mod stall;
+pub mod stream;
+pub mod streams;
 pub mod tls;

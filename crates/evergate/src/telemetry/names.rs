@@ -64,6 +64,8 @@ pub enum End {
     Ok,
     /// The client left first.
     ClientGone,
+    /// The client has read nothing for too long.
+    ClientStalled,
     /// Its worker died.
     WorkerLost,
     /// With an error.
@@ -77,6 +79,7 @@ impl End {
         match self {
             Self::Ok => "ok",
             Self::ClientGone => Cause::ClientGone.name(),
+            Self::ClientStalled => Cause::ClientStalled.name(),
             Self::WorkerLost => "worker_lost",
             Self::Fault(fault) => fault.row().code,
         }
@@ -87,6 +90,7 @@ impl End {
             Self::Ok => 0,
             Self::ClientGone => 1,
             Self::WorkerLost => 2,
+            Self::ClientStalled => 3,
             Self::Fault(fault) => 8 + fault as u16,
         }
     }
@@ -96,6 +100,7 @@ impl End {
             0 => Some(Self::Ok),
             1 => Some(Self::ClientGone),
             2 => Some(Self::WorkerLost),
+            3 => Some(Self::ClientStalled),
             _ => Fault::ALL.get(usize::from(index.checked_sub(8)?)).copied().map(Self::Fault),
         }
     }
@@ -155,7 +160,7 @@ mod tests {
 
     #[test]
     fn every_end_survives_packing() {
-        let ends = [End::Ok, End::ClientGone, End::WorkerLost];
+        let ends = [End::Ok, End::ClientGone, End::ClientStalled, End::WorkerLost];
         for end in ends.into_iter().chain(Fault::ALL.iter().copied().map(End::Fault)) {
             assert_eq!(split_status_and_end(status_and_end(599, end)), Some((599, end)));
         }

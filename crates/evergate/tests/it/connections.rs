@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use evergate_testkit::link::Wait;
 use evergate_testkit::raw::{chat_body, chat_request, get_request, post_request};
 use evergate_testkit::sse::text_of;
-use evergate_testkit::{FakeUpstream, Raw};
+use evergate_testkit::{FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, LIMIT, assert_alive, assert_error, assert_good_stream, before, echo, echo_with};
+use crate::support::{
+    CHAT, LIMIT, ONE_WORKER, assert_alive, assert_error, assert_good_stream, before, chat, echo, echo_with, open,
+};
 
 /// Small limits, so that a test sees them pass.
 const SHORT: &str =
@@ -236,4 +238,62 @@ fn a_client_that_leaves_in_its_body_causes_no_call() {
     let record = gateway.wait_access("left-in-body", LIMIT);
     assert_eq!((&record["cause"], &record["status"]), (&json!("client_gone"), &json!(499)), "{record}");
     assert_eq!(fake.request_count(), 0);
+}
+
+/// A client stall that a test sees pass.
+const STALL: &str = "[timeouts]\nclient_stall = \"500ms\"\n";
+
+/// A6: whoever takes no byte of an answer is cut, its upstream left, and the record says why.
+#[test]
+fn a_client_that_reads_nothing_is_cut() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, &format!("{STALL}{ONE_WORKER}"));
+    for (n, script) in ["flood", "huge-20000000"].into_iter().enumerate() {
+        let id = format!("stalled-{script}");
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.link().shrink_receive_buffer();
+        let body = chat_body(&format!("fake/{script}"), script == "flood", &Value::Null);
+        raw.send(&post_request(CHAT, &format!("x-request-id: {id}\r\n"), &body));
+        let _ = fake.wait_request(n, LIMIT);
+        let record = gateway.wait_access(&id, LIMIT);
+        assert_eq!(record["cause"], "client_stalled", "{record}");
+        if script == "flood" {
+            let _ = fake.wait_closed(n, LIMIT);
+        }
+        wait_until("the reset", LIMIT, || raw.link().was_reset());
+        let (bytes, _) = raw.read_to_close(LIMIT);
+        assert!(bytes.len() < 10_000_000, "{} bytes", bytes.len());
+    }
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+}
+
+/// A7: reading slowly is no stall, however long a full socket stays full.
+#[test]
+fn a_client_that_reads_slowly_is_not_cut() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, STALL);
+    let mut raw = open(&gateway, "flood", true);
+    raw.link().shrink_receive_buffer();
+    let (began, mut bytes) = (Instant::now(), 0);
+    while began.elapsed() < Duration::from_secs(3) {
+        bytes += raw.link().read_piece(2048);
+        evergate_testkit::wait::try_wait_for(Duration::from_millis(20), || None::<()>);
+    }
+    assert!(bytes > 20_000, "{bytes}");
+    assert!(!raw.link().was_reset(), "cut after {:?}", began.elapsed());
+    assert!(gateway.access().is_empty());
+}
+
+/// A6 where TLS has a buffer of its own.
+#[test]
+fn a_client_that_reads_nothing_of_tls_is_cut() {
+    let (gateway, identity) = crate::drain::tls_gateway(STALL);
+    let mut raw = Raw::connect_tls(&gateway.addr(), &identity.client_config(&["http/1.1"]));
+    raw.link().shrink_receive_buffer();
+    let messages = json!({"messages": [{"role": "user", "content": "x".repeat(10_000_000)}]});
+    let body = chat_body("echo", false, &messages);
+    raw.send(&post_request(CHAT, "x-request-id: stalled-tls\r\n", &body));
+    let record = gateway.wait_access("stalled-tls", LIMIT);
+    assert_eq!(record["cause"], "client_stalled", "{record}");
+    wait_until("the reset", LIMIT, || raw.link().was_reset());
 }

@@ -16,6 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
+use crate::h2_wire::{DATA, RESET, WINDOW_UPDATE, Wire};
 use crate::support::{CHAT, EXE, LIMIT, assert_good_stream, before, echo, echo_with};
 
 type Client = SendRequest<Full<Bytes>>;
@@ -210,4 +211,39 @@ fn alpn_chooses_the_protocol() {
         assert_good_stream(&events(response.into_body()).await, true);
     });
     wait_until("its access record", LIMIT, || !gateway.access().is_empty());
+}
+
+/// A6: a client that reads its connection and opens no window for a stream loses that stream and no other.
+#[test]
+fn a_stream_without_a_window_is_ended() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[timeouts]\nclient_stall = \"500ms\"\n");
+    let mut wire = Wire::connect(&gateway);
+    for (n, script) in ["flood", "huge-2000000"].into_iter().enumerate() {
+        let (stuck, next) = (1 + 4 * n as u32, 3 + 4 * n as u32);
+        // The connection's window is opened, the stream's is not.
+        wire.send(WINDOW_UPDATE, 0, 0, &10_000_000_u32.to_be_bytes());
+        wire.post_body(stuck, &chat_body(&format!("fake/{script}"), script == "flood", &Value::Null));
+        let mut bytes = 0;
+        let reset = loop {
+            let frame = wire.next().expect("the connection goes on");
+            assert_eq!(frame.stream, stuck, "{frame:?}");
+            match frame.kind {
+                DATA => bytes += frame.payload.len(),
+                RESET => break frame,
+                _ => {}
+            }
+        };
+        assert!(bytes <= 65_535, "{script}: {bytes}");
+        // CANCEL (RFC 9113, 7).
+        assert_eq!(reset.payload, [0, 0, 0, 8], "{script}");
+        if script == "flood" {
+            let _ = fake.wait_closed(n, LIMIT);
+        }
+        wait_until("its record", LIMIT, || {
+            gateway.access().iter().filter(|record| record["cause"] == "client_stalled").count() == n + 1
+        });
+        wire.get(next);
+        assert!(wire.answer(next).0);
+    }
 }

@@ -13,6 +13,11 @@ pub const EXE: &str = env!("CARGO_BIN_EXE_evergate");
 /// Long enough for a busy machine, short enough to end a test that hangs.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// Whether this is `./test --full`: the counts of the specification in place of those that a minute allows.
+pub fn is_full() -> bool {
+    std::env::var_os("EVERGATE_TEST_FULL").is_some_and(|value| value == "1")
+}
+
 /// The chat endpoint.
 pub const CHAT: &str = "/v1/chat/completions";
 

@@ -1,0 +1,139 @@
+//! What a connection's I/O type, its task and its requests tell each other.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use evergate_board::InflightPhase;
+use evergate_core::Error;
+use tokio::sync::Notify;
+
+use crate::gate::Pass;
+
+/// That a connection is to end, and how much patience it has until then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// When that was decided.
+    pub since: Instant,
+    /// How long it stays readable without a request, from then or from its last answer on.
+    pub linger: Duration,
+    /// Whether a connection on which nothing was ever sent has the time that a request head has.
+    pub owes_first: bool,
+}
+
+/// What the I/O type, the task and the requests of one connection tell each other.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Requests between head and last byte.
+    pub active: AtomicU32,
+    /// Heads delivered to the HTTP library, and heads it has made requests of.
+    delivered: AtomicU32,
+    requested: AtomicU32,
+    /// The refusal that the last delivered head stands for.
+    refusal: Mutex<Option<Error>>,
+    is_refused: AtomicBool,
+    /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
+    finishing: Mutex<Vec<Pass>>,
+    has_finishing: AtomicBool,
+    leaving: Mutex<Option<Leaving>>,
+    is_leaving: AtomicBool,
+    is_stalled: AtomicBool,
+    is_unwanted: AtomicBool,
+    unwanted: Notify,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Each value is replaced in one step, so a panic while it was locked cannot have left it half-changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// To be called once for each request, in their order: the refusal that it stands for, if it is none of the
+    /// client's own.
+    #[must_use]
+    pub fn next_refusal(&self) -> Option<Error> {
+        let number = self.requested.fetch_add(1, Ordering::Relaxed) + 1;
+        let is_refused = self.is_refused.load(Ordering::Relaxed) && number == self.delivered.load(Ordering::Relaxed);
+        if is_refused { lock(&self.refusal).take() } else { None }
+    }
+
+    /// Counts a head that is handed to the HTTP library.
+    pub(super) fn deliver(&self) {
+        self.delivered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a head was ever handed to the HTTP library.
+    pub(super) fn is_used(&self) -> bool {
+        self.delivered.load(Ordering::Relaxed) > 0
+    }
+
+    pub(super) fn refuse(&self, error: Error) {
+        // Nothing is delivered behind it, so the count stays its number.
+        self.deliver();
+        *lock(&self.refusal) = Some(error);
+        self.is_refused.store(true, Ordering::Relaxed);
+    }
+
+    /// Keeps a request's pass until its last byte is the kernel's, which is what comes next: the write and the flush
+    /// follow in the same turn. Marked before them, since the client is woken by the write and may see a killer run
+    /// before we do.
+    pub fn finish(&self, pass: Pass) {
+        pass.enter(InflightPhase::Write);
+        lock(&self.finishing).push(pass);
+        self.has_finishing.store(true, Ordering::Relaxed);
+    }
+
+    /// The socket is full: the last byte waits after all.
+    pub(super) fn is_stuck(&self) {
+        if self.has_finishing.load(Ordering::Relaxed) {
+            lock(&self.finishing).iter().for_each(|pass| pass.enter(InflightPhase::Stream));
+        }
+    }
+
+    /// Everything written is the kernel's now, so requests whose last byte was in it are over.
+    pub(super) fn flushed(&self) {
+        if self.has_finishing.swap(false, Ordering::Relaxed) {
+            let finished = std::mem::take(&mut *lock(&self.finishing));
+            finished.into_iter().for_each(Pass::complete);
+        }
+    }
+
+    /// The client has read nothing for too long: its connection is cut, and every request on it ends for that.
+    pub(super) fn stall(&self) {
+        self.is_stalled.store(true, Ordering::Relaxed);
+        lock(&self.finishing).iter().for_each(Pass::stall);
+    }
+
+    /// Whether the connection was cut because its client does not read.
+    #[must_use]
+    pub fn is_stalled(&self) -> bool {
+        self.is_stalled.load(Ordering::Relaxed)
+    }
+
+    /// The connection is to end; a later word with less patience stands over an earlier one.
+    pub(super) fn leave(&self, leaving: Leaving) {
+        let mut slot = lock(&self.leaving);
+        let is_sooner = slot.is_none_or(|before| leaving.since + leaving.linger <= before.since + before.linger);
+        if is_sooner {
+            *slot = Some(leaving);
+            self.is_leaving.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether, and how, the connection is to end.
+    pub(super) fn leaving(&self) -> Option<Leaving> {
+        if self.is_leaving.load(Ordering::Acquire) { *lock(&self.leaving) } else { None }
+    }
+
+    /// This worker has more to do than its peers, so that an HTTP/2 connection would do better elsewhere.
+    pub fn send_elsewhere(&self) {
+        if !self.is_unwanted.swap(true, Ordering::Relaxed) {
+            self.unwanted.notify_one();
+        }
+    }
+
+    /// Waits for `send_elsewhere`. Cancel-safe: a word that nobody waited for is kept.
+    pub(super) async fn sent_elsewhere(&self) {
+        self.unwanted.notified().await;
+    }
+}
