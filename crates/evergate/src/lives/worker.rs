@@ -257,7 +257,7 @@ async fn beat(board: Board, row: u32, app: Arc<App>) {
     loop {
         let pause = if load.is_idle() { BEAT_IDLE } else { BEAT };
         let before = Instant::now();
-        tokio::time::sleep(pause).await;
+        app.clock.sleep(pause).await;
         let Some(child) = board.child(row) else { return };
         let lag = before.elapsed().saturating_sub(pause);
         child.set_beat_ns(monotonic_ns());
@@ -282,7 +282,7 @@ async fn run_clock(app: Arc<App>) {
 
 async fn sweep(app: Arc<App>) {
     loop {
-        tokio::time::sleep(SWEEP).await;
+        app.clock.sleep(SWEEP).await;
         for client in app.clients.values() {
             client.sweep().await;
         }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use evergate_core::{Error, Fault};
+use evergate_upstream::clock::{Clock, Sleep};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
 
 use super::frames::{Frames, SHUTDOWN_ACK};
 use super::head::{self, Chunks, Framing, HeadLimits};
@@ -75,9 +75,10 @@ pub struct ClientIo {
     is_writing: bool,
     /// Whether the timers wait for that.
     is_timer_due: bool,
-    timer: Option<Pin<Box<Sleep>>>,
+    clock: Clock,
+    timer: Option<Sleep>,
     stall: Stall,
-    linger: Option<(usize, Pin<Box<Sleep>>)>,
+    linger: Option<(usize, Sleep)>,
     /// The HTTP/2 client was given up on: see `frames`.
     is_acknowledged: bool,
 }
@@ -85,7 +86,7 @@ pub struct ClientIo {
 impl ClientIo {
     /// A connection of which nothing has been read.
     #[must_use]
-    pub fn new(stream: Stream, limits: IoLimits) -> Self {
+    pub fn new(stream: Stream, limits: IoLimits, clock: Clock) -> Self {
         Self {
             stream,
             shared: Arc::default(),
@@ -98,6 +99,7 @@ impl ClientIo {
             active_at: Instant::now(),
             is_writing: false,
             is_timer_due: false,
+            clock,
             timer: None,
             stall: Stall::default(),
             linger: None,
@@ -223,10 +225,10 @@ impl ClientIo {
             let timer = match &mut self.timer {
                 // Armed later than needed only when a head has begun or the connection is to end; earlier is harmless,
                 // it is looked at again.
-                Some(timer) if timer.deadline() <= due.into() => timer,
-                slot => slot.insert(Box::pin(tokio::time::sleep_until(due.into()))),
+                Some(timer) if timer.deadline() <= due => timer,
+                slot => slot.insert(self.clock.sleep_until(due)),
             };
-            ready!(timer.as_mut().poll(cx));
+            ready!(Pin::new(timer).poll(cx));
             self.timer = None;
             if Instant::now() < due {
                 continue;
@@ -234,8 +236,8 @@ impl ClientIo {
             if self.raw.is_empty() {
                 if self.stream.has_unread() {
                     // A request that has come in the last instant: the runtime is about to hear of it.
-                    let soon = self.timer.insert(Box::pin(tokio::time::sleep(SOON)));
-                    ready!(soon.as_mut().poll(cx));
+                    let soon = self.timer.insert(self.clock.sleep(SOON));
+                    ready!(Pin::new(soon).poll(cx));
                     continue;
                 }
                 return Poll::Ready(Filled::End);
@@ -256,13 +258,13 @@ impl ClientIo {
         let Some(Leaving { since, linger, .. }) = self.shared.leaving().filter(|_| !self.is_acknowledged) else {
             return Poll::Pending;
         };
-        let due = (since + linger).into();
+        let due = since + linger;
         let timer = match &mut self.timer {
             Some(timer) if timer.deadline() <= due => timer,
-            slot => slot.insert(Box::pin(tokio::time::sleep_until(due))),
+            slot => slot.insert(self.clock.sleep_until(due)),
         };
-        ready!(timer.as_mut().poll(cx));
-        if tokio::time::Instant::now() < due {
+        ready!(Pin::new(timer).poll(cx));
+        if Instant::now() < due {
             self.timer = None;
             return self.poll_frames(cx, out, frames);
         }
@@ -416,7 +418,7 @@ impl ClientIo {
     fn poll_stuck<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         self.is_writing = true;
         self.shared.is_stuck();
-        ready!(self.stall.poll(cx, &self.stream, self.limits.stall_timeout));
+        ready!(self.stall.poll(cx, &self.stream, &self.clock, self.limits.stall_timeout));
         self.shared.stall();
         self.stream.reset_at_close();
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client reads nothing (timeouts.client_stall)")))
@@ -454,12 +456,12 @@ impl AsyncWrite for ClientIo {
         if this.linger.is_none() {
             let Poll::Ready(shut) = this.stream.poll_shutdown(cx) else { return this.poll_stuck(cx) };
             shut?;
-            this.linger = Some((0, Box::pin(tokio::time::sleep(LINGER))));
+            this.linger = Some((0, this.clock.sleep(LINGER)));
         }
         let mut piece = [std::mem::MaybeUninit::uninit(); 4096];
         while let Some((thrown_away, timer)) = &mut this.linger {
             let mut buf = ReadBuf::uninit(&mut piece);
-            if timer.as_mut().poll(cx).is_ready() || *thrown_away > LINGER_BYTES_MAX {
+            if Pin::new(timer).poll(cx).is_ready() || *thrown_away > LINGER_BYTES_MAX {
                 break;
             }
             ready!(this.stream.poll_read(cx, &mut buf))?;

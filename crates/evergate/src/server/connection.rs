@@ -46,10 +46,13 @@ pub fn limits(config: &Config) -> IoLimits {
     }
 }
 
+/// Most header fields that hyper takes when nothing is said (`http1::Builder::max_headers`).
+const HYPER_HEADERS_MAX: u32 = 100;
+
 /// Serves a connection to its end. Errors are the connection's own: the requests on it have their records.
 pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Receiver<Stage>) {
     let config = &app.sealed.config;
-    let mut io = ClientIo::new(stream, limits(config));
+    let mut io = ClientIo::new(stream, limits(config), app.clock.clone());
     io.read_ahead();
     let shared = io.shared();
     let mut drain = Drain { app: &app, shared: Arc::clone(&shared), stage };
@@ -113,20 +116,20 @@ impl Drain<'_> {
 /// library when its patience is over.
 async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut drain: Drain<'_>) {
     let buffer = usize::try_from(config.limits.header_bytes).unwrap_or(usize::MAX).clamp(64 * 1024, 1 << 20);
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        // `ClientIo` has the timers of heads.
-        .header_read_timeout(None)
-        .max_headers(config.limits.headers as usize)
-        .max_buf_size(buffer)
-        .serve_connection(TokioIo::new(io), service);
-    let _ = drain.during(connection).await;
+    let mut builder = http1::Builder::new();
+    // `ClientIo` has the timers of heads, and has counted the fields: the library's own limit only matters where it
+    // would be the lower one, and costs more than none.
+    builder.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(buffer);
+    if config.limits.headers > HYPER_HEADERS_MAX {
+        builder.max_headers(config.limits.headers as usize);
+    }
+    let _ = drain.during(builder.serve_connection(TokioIo::new(io), service)).await;
 }
 
 /// An HTTP/2 connection ends by two GOAWAY frames with a PING between: streams on their way here are still taken (RFC
 /// 9113, 6.8). The same is done when this worker has far more to do than its peers.
 async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service, mut drain: Drain<'_>) {
-    let streams = Streams { tasks, limit: config.timeouts.client_stall };
+    let streams = Streams { tasks, clock: drain.app.clock.clone(), limit: config.timeouts.client_stall };
     let connection = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)

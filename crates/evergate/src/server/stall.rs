@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::time::{Instant, Sleep};
+use evergate_upstream::clock::{Clock, Sleep};
 
 use super::stream::Stream;
 
@@ -21,7 +21,7 @@ pub(super) struct Stall {
 
 #[derive(Debug)]
 struct Running {
-    timer: Pin<Box<Sleep>>,
+    timer: Sleep,
     unsent: u32,
 }
 
@@ -32,17 +32,16 @@ impl Stall {
     }
 
     /// To be asked when the socket takes nothing: ready when the client has taken nothing either for `limit`.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Stream, limit: Duration) -> Poll<()> {
-        let running = self
-            .running
-            .get_or_insert_with(|| Running { timer: Box::pin(tokio::time::sleep(limit)), unsent: stream.unsent() });
-        while running.timer.as_mut().poll(cx).is_ready() {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &Stream, clock: &Clock, limit: Duration) -> Poll<()> {
+        let running =
+            self.running.get_or_insert_with(|| Running { timer: clock.sleep(limit), unsent: stream.unsent() });
+        while Pin::new(&mut running.timer).poll(cx).is_ready() {
             let unsent = stream.unsent();
             if unsent >= running.unsent {
                 return Poll::Ready(());
             }
             running.unsent = unsent;
-            running.timer.as_mut().reset(Instant::now() + limit);
+            running.timer = clock.sleep(limit);
         }
         Poll::Pending
     }

@@ -9,9 +9,9 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::time::{Instant, Sleep};
+use evergate_upstream::clock::{Clock, Sleep};
 
 use crate::tasks::Tasks;
 
@@ -62,6 +62,8 @@ impl Taken {
 #[derive(Clone, Debug)]
 pub(super) struct Streams {
     pub(super) tasks: Tasks,
+    /// Times that.
+    pub(super) clock: Clock,
     /// How long a client may open no window.
     pub(super) limit: Duration,
 }
@@ -71,7 +73,13 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, future: F) {
-        let watched = Watched { future: Box::pin(future), taken: Arc::default(), timer: None, limit: self.limit };
+        let watched = Watched {
+            future: Box::pin(future),
+            taken: Arc::default(),
+            clock: self.clock.clone(),
+            timer: None,
+            limit: self.limit,
+        };
         drop(self.tasks.spawn("h2_stream", watched));
     }
 }
@@ -79,7 +87,8 @@ where
 struct Watched<F> {
     future: Pin<Box<F>>,
     taken: Arc<Taken>,
-    timer: Option<Pin<Box<Sleep>>>,
+    clock: Clock,
+    timer: Option<Sleep>,
     limit: Duration,
 }
 
@@ -95,9 +104,9 @@ impl<F: Future<Output = ()>> Future for Watched<F> {
         loop {
             let Some(since) = this.taken.since() else { return Poll::Pending };
             let due = since + this.limit;
-            let timer = this.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            let timer = this.timer.get_or_insert_with(|| this.clock.sleep_until(due));
             // A timer of an earlier piece is let run: it is set anew at most once in `limit`.
-            ready!(timer.as_mut().poll(cx));
+            ready!(Pin::new(timer).poll(cx));
             if Instant::now() >= due {
                 // Dropping the stream resets it; its body, which is dropped with it, sees why.
                 this.taken.is_stalled.store(true, Ordering::Relaxed);

@@ -61,10 +61,10 @@ fn events_come_as_they_are_sent() {
     let response = chat(&gateway, "stream-6-150", true);
     let words: Vec<_> = response.events().into_iter().filter(|event| event.text().starts_with("word")).collect();
     assert_eq!(words.len(), 6);
-    for two in words.windows(2) {
-        let between = two[1].at.duration_since(two[0].at);
-        assert!(between >= Duration::from_millis(50), "two words came within {between:?}");
-    }
+    // On a busy machine one may be late and meet the next; withheld ones would all come together.
+    let gaps: Vec<_> = words.windows(2).map(|two| two[1].at.duration_since(two[0].at)).collect();
+    let apart = gaps.iter().filter(|gap| **gap >= Duration::from_millis(50)).count();
+    assert!(apart >= 3, "the words came within {gaps:?} of each other");
 }
 
 /// The head waits for the first event so that early failures get a real status, but not for ever.
