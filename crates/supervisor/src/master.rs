@@ -6,14 +6,15 @@ use std::path::PathBuf;
 
 use evergate_board::{MasterPhase, Phase, monotonic_ns};
 use evergate_core::plan::{Address, Plan};
-use evergate_sys::{Pid, Signal, Signals, peek_exit, reap};
+use evergate_sys::{Exit, Pid, Signal, Signals, peek_exit, reap};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::kill_process;
 
 use crate::burial::{bury, status};
-use crate::children::{Children, Estate};
+use crate::children::{Children, Estate, Running};
 use crate::control::Control;
 use crate::exits::Exits;
+use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
 use crate::step::{Action, Event, Ns, Order, SECOND, Seen, Sig, State, step};
@@ -35,6 +36,7 @@ pub(crate) struct Master {
     banner: Vec<String>,
     is_tls: bool,
     children: Children,
+    oom: Oom,
     touched: Ns,
     exit: Option<u8>,
 }
@@ -66,6 +68,7 @@ impl Master {
             banner: plan.banner,
             is_tls: plan.is_tls,
             children: Children::new(),
+            oom: Oom::open(),
             touched: 0,
             exit: None,
         }
@@ -76,6 +79,7 @@ impl Master {
         self.apply(Event::Start);
         loop {
             if let Some(code) = self.exit {
+                self.orphans.finish(&mut self.exits);
                 Run::remove(&self.folder);
                 return Ok(code);
             }
@@ -107,6 +111,8 @@ impl Master {
         }
         // The count is of no interest, and empty is as good.
         let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
+        self.oom.sample(now);
+        self.orphans.collect(&mut self.exits, now);
         // The board before the burials: a child that became ready and died at once did become ready.
         self.look();
         self.reap_all();
@@ -121,7 +127,7 @@ impl Master {
     }
 
     fn look(&mut self) {
-        let seen = |(epoch, running): (&u32, &crate::children::Running)| {
+        let seen = |(epoch, running): (&u32, &Running)| {
             let row = self.estate.board.child(running.birth.row)?;
             let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting);
             Some(Seen { epoch: *epoch, is_ready, beat: row.beat_ns(), took_queue: row.took_queue() })
@@ -136,16 +142,42 @@ impl Master {
 
     /// Everybody who has ended: ours are an event, strangers (we are a subreaper, or process 1) have no effect.
     fn reap_all(&mut self) {
+        let (mut ours, mut killed) = (Vec::new(), 0_u64);
         while let Ok(Some(pid)) = peek_exit() {
             let Ok(exit) = reap(pid) else { break };
-            let ours = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
-            if let Some((epoch, running)) = ours {
-                let epoch = *epoch;
+            let found = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
+            if let Some((epoch, running)) = found {
                 running.exit = Some(exit);
-                self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+                ours.push((*epoch, exit));
             } else {
+                killed += u64::from(matches!(exit.status, evergate_sys::Status::Signal { number: 9, .. }));
                 let master = self.estate.board.master();
                 master.set_strangers(master.strangers().saturating_add(1));
+            }
+        }
+        self.find_killers(&ours, killed);
+        for (epoch, exit) in ours {
+            self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+        }
+    }
+
+    /// Asks the out-of-memory counter about every KILL that is not ours; `killed` strangers ended by one as well.
+    fn find_killers(&mut self, ended: &[(u32, Exit)], killed: u64) {
+        let is_victim = |epoch: &u32| self.children.get(epoch).is_some_and(Running::was_killed_by_others);
+        let victims: Vec<u32> = ended.iter().map(|(epoch, _)| *epoch).filter(is_victim).collect();
+        if victims.is_empty() {
+            return;
+        }
+        let dying = self.children.values().filter(|running| running.is_being_killed()).count();
+        let mut suspects =
+            u64::try_from(victims.len().saturating_add(dying)).unwrap_or(u64::MAX).saturating_add(killed);
+        let own = self.estate.board.master().pid();
+        let ours: Vec<i32> = self.children.values().map(|running| pid_number(running.pid)).chain([own]).collect();
+        for epoch in victims {
+            let finding = self.oom.judge(suspects, |pid| ours.contains(&pid), monotonic_ns());
+            suspects = suspects.saturating_sub(1);
+            if let Some(running) = self.children.get_mut(&epoch) {
+                running.finding = Some(finding);
             }
         }
     }
@@ -192,15 +224,18 @@ impl Master {
     }
 
     /// Only to a child that was not reaped: until then its number is its own.
-    fn send(&self, epoch: u32, signal: Sig) {
-        let Some(running) = self.children.get(&epoch).filter(|running| running.exit.is_none()) else { return };
-        let signal = match signal {
-            Sig::Term => Signal::TERM,
-            Sig::Quit => Signal::QUIT,
-            Sig::Abort => Signal::ABORT,
-            Sig::Kill => Signal::KILL,
-            Sig::Usr1 => Signal::USR1,
+    fn send(&mut self, epoch: u32, signal: Sig) {
+        let Some(running) = self.children.get_mut(&epoch).filter(|running| running.exit.is_none()) else { return };
+        let (signal, name) = match signal {
+            Sig::Term => (Signal::TERM, "TERM"),
+            Sig::Quit => (Signal::QUIT, "QUIT"),
+            Sig::Abort => (Signal::ABORT, "ABRT"),
+            Sig::Kill => (Signal::KILL, "KILL"),
+            Sig::Usr1 => (Signal::USR1, "USR1"),
         };
+        if !running.sent.contains(&name) {
+            running.sent.push(name);
+        }
         // It may have ended a moment ago; then its end is on the way.
         let _ = kill_process(running.pid, signal);
     }

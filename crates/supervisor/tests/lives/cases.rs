@@ -150,7 +150,7 @@ fn what_was_answered_is_not_lost(folder: &Path) {
     let line = |id: &str| lines.lines().find(|line| line.contains(id)).unwrap();
     assert!(line("unanswered.").contains("\"cause\":\"worker_lost\""), "{lines}");
     let answered = line("done.");
-    assert!(answered.contains("\"cause\":\"ok\"") && answered.contains("\"status\":0"), "{answered}");
+    assert!(answered.contains("\"cause\":\"ok\"") && answered.contains("\"status\":204"), "{answered}");
     assert!(answered.contains("answered; the worker died before its record was written"), "{answered}");
     assert_eq!(gateway.board().series(row).unwrap().get(LOST), 1);
 }

@@ -21,8 +21,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub const LOST: SeriesKey = SeriesKey { metric: 1, a: 0, b: 0, c: 0 };
 pub const EXITS: SeriesKey = SeriesKey { metric: 2, a: 0, b: 0, c: 0 };
 
-fn on_lost(board: &Board, row: u32, _: &Inflight) {
+fn on_left(board: &Board, row: u32, inflight: &Inflight) -> (u16, &'static str) {
+    if inflight.is_over() {
+        return (204, "ok");
+    }
     board.series(row).unwrap().add(LOST, 1);
+    (0, "worker_lost")
 }
 
 fn on_exit(board: &Board, _: Kind, _: Initiator) {
@@ -35,7 +39,7 @@ pub fn serve(args: &[String]) -> u8 {
         state_dir: folder.into(),
         compile_args: ["compile", plan, config].iter().map(OsString::from).collect(),
         child_env: vec![("EVERGATE_TEST_CHILD".into(), "1".into())],
-        on_lost,
+        on_left,
         on_exit,
     })
 }
@@ -226,6 +230,7 @@ fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, h
                     client_id: rest,
                     route: found.board.label("/hold"),
                     key: 0,
+                    method: found.board.label("GET"),
                     started_ns: monotonic_ns(),
                 })
                 .unwrap();
