@@ -14,6 +14,7 @@ mod drain_http2;
 mod drain_load;
 mod drill;
 mod echo;
+mod exits;
 mod framing;
 mod h2_wire;
 mod http2;

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio, exit};
 
 use evergate_board::{
@@ -251,11 +252,16 @@ fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, h
                 std::hint::spin_loop();
             }
         }
+        // Becomes a shell, with every signal at its default: whatever that does is this child's end.
+        "become" => {
+            let error = Command::new("env").args(["--default-signal", "/bin/sh", "-c", rest]).exec();
+            panic!("{error}");
+        }
         "exit" => exit(rest.parse().unwrap()),
         "abort" => std::process::abort(),
         // Leaves a grandchild behind, which the master inherits as subreaper when this helper has ended.
         "stranger" => {
-            let script = "sleep 0.05 & exit 4";
+            let script = if rest.is_empty() { "sleep 0.05 & exit 4" } else { rest };
             let status = Command::new("/bin/sh").args(["-c", script]).stdin(Stdio::null()).status().unwrap();
             assert_eq!(status.code(), Some(4));
             socket.write_all(b"left\n").unwrap();
