@@ -11,8 +11,9 @@ use crate::drive::{Gateway, Setup, ask, until};
 /// Enough that pauses after deaths do not add up.
 const WORKERS: u32 = 40;
 
-/// Signals that end no process by default: CHLD, CONT, the four that stop, URG, WINCH.
-const HARMLESS: [u32; 8] = [17, 18, 19, 20, 21, 22, 23, 28];
+/// Signals that end no process by default: CHLD, CONT, the four that stop, URG, WINCH. 32 and 33 are the C library's own:
+/// whatever it has started by posix_spawn(3) ignores them, and so do its descendants.
+const HARMLESS: [u32; 10] = [17, 18, 19, 20, 21, 22, 23, 28, 32, 33];
 
 /// Sends a request that ends whoever takes it, without waiting for that.
 fn tell(address: SocketAddr, text: &str) -> TcpStream {
@@ -34,7 +35,7 @@ fn tally(gateway: &Gateway, key: &str) -> BTreeMap<u32, u32> {
 }
 
 pub fn s09_every_code_and_signal_is_recorded_exactly(folder: &Path) {
-    let gateway = Gateway::start(folder, &Setup { workers: (WORKERS, WORKERS), ..Setup::default() });
+    let gateway = Gateway::start(folder, &Setup { workers: (WORKERS, WORKERS), ..Setup::with("nothing_blocked=1") });
     let address = gateway.address();
     let once = |values: std::ops::RangeInclusive<u32>, but: &[u32]| -> BTreeMap<u32, u32> {
         values.filter(|value| !but.contains(value)).map(|value| (value, 1)).collect()

@@ -79,20 +79,24 @@ struct Found {
 
 impl Found {
     fn new(args: &[String]) -> Self {
-        let signals = Signals::block(&[Signal::TERM, Signal::QUIT]).unwrap();
         let value = |flag: &str| -> i32 {
             let at = args.iter().position(|arg| arg == flag).unwrap();
             args[at + 1].parse().unwrap()
         };
         let mut config = String::new();
         File::from(adopt(inherit::CONFIG).unwrap()).read_to_string(&mut config).unwrap();
+        let settings = settings(&config);
+        // What is blocked stays so in whatever a child becomes.
+        let blocked: &[Signal] =
+            if settings.contains_key("nothing_blocked") { &[] } else { &[Signal::TERM, Signal::QUIT] };
+        let signals = Signals::block(blocked).unwrap();
         assert_eq!(value("--generation"), 1);
         assert_eq!(std::env::vars().collect::<Vec<_>>(), [("EVERGATE_TEST_CHILD".into(), "1".into())]);
         let found = Self {
             board: Board::attach(adopt(inherit::BOARD).unwrap()).unwrap(),
             row: u32::try_from(value("--row")).unwrap(),
             epoch: u32::try_from(value("--epoch")).unwrap(),
-            settings: settings(&config),
+            settings,
             life: adopt(inherit::LIFE).unwrap(),
             kick: adopt(inherit::KICK).unwrap(),
             access: adopt(inherit::ACCESS).unwrap(),
