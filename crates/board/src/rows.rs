@@ -132,6 +132,8 @@ row! {
         access_dropped set_access_dropped u64;
         /// Lines for standard error that it could not take.
         talk_dropped set_talk_dropped u64;
+        /// Whether the listeners are closed for good: who accepts now takes what the master turns away.
+        is_closed set_is_closed bool;
         /// Processes reaped that were no child of ours.
         strangers set_strangers u64;
     } with {}

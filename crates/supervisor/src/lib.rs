@@ -5,6 +5,7 @@
 //! tells who does what in which order.
 #![forbid(unsafe_code)]
 
+mod activation;
 mod boot;
 mod burial;
 mod children;
@@ -13,11 +14,13 @@ mod control;
 mod exits;
 mod listen;
 mod master;
+mod notify;
 mod oom;
 mod orphans;
 mod runfile;
 mod step;
 mod talk;
+mod turned_away;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 
-use evergate_board::{MasterPhase, Phase, monotonic_ns};
+use evergate_board::{ChildRow, MasterPhase, Phase, monotonic_ns};
+use evergate_core::count;
+use evergate_core::exit::Kind;
 use evergate_core::plan::{Address, Plan};
 use evergate_sys::{Exit, Pid, Signal, Signals, peek_exit, reap};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,10 +16,12 @@ use crate::burial::{bury, status};
 use crate::children::{Children, Estate, Running};
 use crate::control::Control;
 use crate::exits::Exits;
+use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
 use crate::step::{Action, Event, Ns, Order, SECOND, Seen, Sig, State, step};
+use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
 
 /// The shell around the rules.
@@ -37,6 +41,8 @@ pub(crate) struct Master {
     is_tls: bool,
     children: Children,
     oom: Oom,
+    notify: Notify,
+    turned_away: TurnedAway,
     touched: Ns,
     exit: Option<u8>,
 }
@@ -55,6 +61,7 @@ impl Master {
         state: State,
         plan: Plan,
     ) -> Self {
+        let turned_away = TurnedAway::new(estate.board.run_id(), plan.is_tls);
         Self {
             options,
             folder,
@@ -69,6 +76,8 @@ impl Master {
             is_tls: plan.is_tls,
             children: Children::new(),
             oom: Oom::open(),
+            notify: Notify::from_env(),
+            turned_away,
             touched: 0,
             exit: None,
         }
@@ -91,11 +100,13 @@ impl Master {
     /// Until a signal, a kick, a client or the next time at which the rules have something to do.
     fn wait(&self) {
         let now = monotonic_ns();
-        let due = self.control.due().map_or_else(|| self.state.due(), |due| due.min(self.state.due()));
+        let others = [self.control.due(), self.notify.due(), self.turned_away.due()];
+        let due = others.into_iter().flatten().fold(self.state.due(), Ns::min);
         let left = std::time::Duration::from_nanos(due.saturating_sub(now));
         let limit = Timespec::try_from(left).ok();
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.estate.kick, PollFlags::IN)];
-        fds.extend(self.control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let more = self.control.fds().chain(self.turned_away.fds(&self.estate.listeners));
+        fds.extend(more.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         // Whatever it says, everything is looked at afterwards; nothing here can fail for longer than a tick.
         let _ = poll(&mut fds, limit.as_ref());
     }
@@ -113,6 +124,7 @@ impl Master {
         let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
         self.oom.sample(now);
         self.orphans.collect(&mut self.exits, now);
+        self.turned_away.turn(&self.estate.listeners, now);
         // The board before the burials: a child that became ready and died at once did become ready.
         self.look();
         self.reap_all();
@@ -124,6 +136,16 @@ impl Master {
         for order in self.control.turn(&self.estate.board, now) {
             self.apply(Event::Order(order));
         }
+        self.tell_manager(now);
+    }
+
+    /// The service manager's sign of life and line of status.
+    fn tell_manager(&mut self, now: Ns) {
+        let is_worker = |row: &&ChildRow| row.kind() == Some(Kind::Worker) && row.phase() == Phase::Ready;
+        let ready = self.estate.board.children().filter(|(_, row)| is_worker(row)).count();
+        self.notify.watchdog(u32::try_from(ready).unwrap_or(u32::MAX), now);
+        let phase = self.estate.board.master().phase().name();
+        self.notify.status(format!("{phase}; {} ready", count(ready, "worker")));
     }
 
     fn look(&mut self) {
@@ -209,13 +231,21 @@ impl Master {
             }
             Action::SetPhase(phase) => {
                 board.master().set_phase(phase);
+                self.notify.enter(phase);
                 self.save();
             }
             Action::SetTarget(target) => board.master().set_workers_target(target),
             Action::SetDegraded(count) => board.master().set_degraded(count),
-            Action::Announce => self.announce(),
+            Action::Announce => {
+                self.announce();
+                self.notify.ready();
+            }
             Action::SaveRun => self.save(),
-            Action::CloseListeners => self.estate.listeners.iter_mut().for_each(crate::listen::Listener::close),
+            Action::CloseListeners => {
+                self.estate.listeners.iter_mut().for_each(crate::listen::Listener::close);
+                board.master().set_is_closed(true);
+                self.turned_away.begin();
+            }
             Action::KillOrphans => self.orphans.signal(Signal::KILL),
             Action::Say(text) => talk::say(&text),
             Action::Exit(code) => self.exit = Some(code),

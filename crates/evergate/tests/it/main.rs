@@ -28,5 +28,6 @@ mod shutdown;
 mod streams;
 mod streams_broken;
 mod support;
+mod systemd;
 mod upstream;
 mod upstream_faults;
