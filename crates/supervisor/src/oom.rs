@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use evergate_core::count;
 use evergate_core::exit::Initiator;
 
 use crate::step::{Ns, SECOND};
@@ -27,7 +28,7 @@ pub(crate) struct Oom {
 #[derive(Debug)]
 struct Counter {
     file: File,
-    path: PathBuf,
+    name: &'static str,
     /// Who else lives in the cgroup.
     processes: PathBuf,
     last: u64,
@@ -77,12 +78,15 @@ impl Oom {
         let strangers = counter.processes().into_iter().filter(|pid| !is_ours(*pid)).count();
         let strangers = u64::try_from(strangers).unwrap_or(u64::MAX);
         let (kills, initiator) = self.ledger.judge(suspects, strangers, now);
-        let path = counter.path.display();
-        let evidence = format!(
-            "{path} counts {} not accounted for by earlier ends; {} could have been meant",
-            evergate_core::count(kills, "kill"),
-            evergate_core::count(suspects.saturating_add(strangers), "process"),
-        );
+        let name = counter.name;
+        let evidence = match kills {
+            0 => format!("{name} of our cgroup counted no out-of-memory kill"),
+            _ => format!(
+                "{name} of our cgroup counted {} more than earlier ends account for; {} could have been meant",
+                count(kills, "out-of-memory kill"),
+                count(suspects.saturating_add(strangers), "process"),
+            ),
+        };
         Finding { kills: Some(kills), evidence, initiator }
     }
 }
@@ -140,9 +144,9 @@ impl Counter {
         Err("no memory cgroup counts kills here".into())
     }
 
-    fn open(folder: &Path, name: &str) -> io::Result<Self> {
-        let path = folder.join(name);
-        let mut counter = Self { file: File::open(&path)?, path, processes: folder.join("cgroup.procs"), last: 0 };
+    fn open(folder: &Path, name: &'static str) -> io::Result<Self> {
+        let file = File::open(folder.join(name))?;
+        let mut counter = Self { file, name, processes: folder.join("cgroup.procs"), last: 0 };
         counter.last = counter.read().ok_or_else(|| io::Error::other("it has no oom_kill"))?;
         Ok(counter)
     }
