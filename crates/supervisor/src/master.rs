@@ -177,6 +177,10 @@ impl Master {
                 master.set_strangers(master.strangers().saturating_add(1));
             }
         }
+        if !ours.is_empty() {
+            // A child can have become ready and died since the last look; now its row says its last word.
+            self.look();
+        }
         self.find_killers(&ours, killed);
         for (epoch, exit) in ours {
             self.apply(Event::Exited { epoch, status: status(Some(exit)) });
