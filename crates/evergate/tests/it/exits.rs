@@ -206,6 +206,8 @@ fn s12_a_killed_masters_children_are_recorded_too() {
     let text =
         gateway_config(fake.base_url(), &[], "[shutdown]\ndrain = \"1s\"\ncancel = \"500ms\"\ncleanup = \"500ms\"\n");
     let mut first = Evergate::builder(EXE).config(text.clone()).state_dir(state.path()).start();
+    // One that is not ready yet has no handler for the successor's TERM, and would rightly be recorded as ended by it.
+    wait_until("two ready workers", LIMIT, || first.metrics().contains("evergate_workers{phase=\"ready\"} 2"));
     let _held = open_stream(&first, "hold-mid");
     let (master, children) = (first.pid(), first.children());
     assert_eq!(children.len(), 3);
