@@ -8,6 +8,9 @@ use evergate_core::ids::{CLIENT_ID_BYTES_MAX, RequestId};
 use crate::board::Board;
 
 const ID_WORDS: usize = CLIENT_ID_BYTES_MAX / 8;
+/// Bytes kept of the model's name as the client gave it.
+pub const MODEL_BYTES_MAX: usize = 64;
+const MODEL_WORDS: usize = MODEL_BYTES_MAX / 8;
 
 /// A row in the mapping.
 ///
@@ -20,14 +23,24 @@ const ID_WORDS: usize = CLIENT_ID_BYTES_MAX / 8;
 pub(crate) struct InflightRow {
     id: AtomicU64,
     started_ns: AtomicU64,
-    /// Route (16 bits), key (16), length of the client's id (8).
+    /// Route (16 bits), key (16), method (16), length of the client's id (8).
     labels: AtomicU64,
     client_id: [AtomicU64; ID_WORDS],
     // Changed while the request runs; each one word, so that any value is a true one.
     phase: AtomicU64,
     model: AtomicU64,
     is_stream: AtomicU64,
+    backend: AtomicU64,
+    attempts: AtomicU64,
+    end: AtomicU64,
+    /// Length of the model's name; written once, after the name, so that whoever finds a length finds the name.
+    name_length: AtomicU64,
+    name: [AtomicU64; MODEL_WORDS],
 }
+
+/// In [`InflightRow::end`]: an end is there, and it was counted.
+const ENDED: u64 = 1 << 16;
+const COUNTED: u64 = 1 << 17;
 
 /// What a request was doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +99,18 @@ pub struct Inflight {
     pub model: u16,
     /// Label of the key it came with; 0 without.
     pub key: u16,
+    /// Label of its method.
+    pub method: u16,
+    /// Label of the upstream that was called last; 0 before that.
+    pub backend: u16,
+    /// Calls made to upstreams.
+    pub attempts: u32,
+    /// Model as the client named it, at most 64 bytes; empty before it was read.
+    pub model_name: String,
+    /// How it ended, in the owner's own code, once that is known; the last byte may still be on its way.
+    pub end: Option<u16>,
+    /// Whether the owner has added it to its counters.
+    pub is_counted: bool,
     /// What it was doing.
     pub phase: InflightPhase,
     /// Whether it is a stream.
@@ -95,6 +120,12 @@ pub struct Inflight {
 }
 
 impl Inflight {
+    /// Whether it was over but for its record: the last byte of its answer is the kernel's, or it has been counted.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.phase == InflightPhase::Write || self.is_counted
+    }
+
     /// Our own id of it.
     #[must_use]
     pub fn request_id(&self, run: u64) -> RequestId {
@@ -115,6 +146,8 @@ pub struct InflightStart<'a> {
     pub route: u16,
     /// Label of the key it came with.
     pub key: u16,
+    /// Label of its method.
+    pub method: u16,
     /// Now, monotonic nanoseconds.
     pub started_ns: u64,
 }
@@ -123,18 +156,15 @@ impl InflightRow {
     fn write(&self, start: &InflightStart<'_>) {
         // The row is empty (`id` is 0); whoever sees one of the stores below sees that as well.
         fence(Ordering::Release);
-        let text = cut(start.client_id).as_bytes();
-        let length = u64::try_from(text.len()).unwrap_or(0);
-        for (word, chunk) in self.client_id.iter().zip(text.chunks(8)) {
-            let mut bytes = [0; 8];
-            bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
-            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
-        }
-        self.labels.store(u64::from(start.route) << 48 | u64::from(start.key) << 32 | length, Ordering::Relaxed);
+        let length = store_text(&self.client_id, cut(start.client_id, CLIENT_ID_BYTES_MAX));
+        let [route, key, method] = [start.route, start.key, start.method].map(u64::from);
+        self.labels.store(route << 48 | key << 32 | method << 16 | length, Ordering::Relaxed);
         self.started_ns.store(start.started_ns, Ordering::Relaxed);
         self.phase.store(InflightPhase::Body as u64, Ordering::Relaxed);
         self.model.store(0, Ordering::Relaxed);
-        self.is_stream.store(0, Ordering::Relaxed);
+        for word in [&self.is_stream, &self.backend, &self.attempts, &self.end, &self.name_length] {
+            word.store(0, Ordering::Relaxed);
+        }
         self.id.store(u64::from(start.epoch) << 32 | u64::from(start.seq), Ordering::Release);
     }
 
@@ -158,19 +188,25 @@ impl InflightRow {
 
     fn read_once(&self, index: u32, id: u64) -> Inflight {
         let labels = self.labels.load(Ordering::Relaxed);
-        let [route1, route0, key1, key0, _, _, _, length] = labels.to_be_bytes();
-        let bytes: Vec<u8> =
-            self.client_id.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
-        let text = bytes.get(..usize::from(length).min(CLIENT_ID_BYTES_MAX)).unwrap_or_default();
+        let [route1, route0, key1, key0, method1, method0, _, length] = labels.to_be_bytes();
+        let short = |word: &AtomicU64| u16::try_from(word.load(Ordering::Relaxed)).unwrap_or(0);
+        let name_length = self.name_length.load(Ordering::Acquire);
+        let end = self.end.load(Ordering::Relaxed);
         let [e3, e2, e1, e0, s3, s2, s1, s0] = id.to_be_bytes();
         Inflight {
             index,
             seq: u32::from_be_bytes([s3, s2, s1, s0]),
             epoch: u32::from_be_bytes([e3, e2, e1, e0]),
-            client_id: String::from_utf8_lossy(text).into_owned(),
+            client_id: load_text(&self.client_id, length.into()),
             route: u16::from_be_bytes([route1, route0]),
-            model: u16::try_from(self.model.load(Ordering::Relaxed)).unwrap_or(0),
+            model: short(&self.model),
             key: u16::from_be_bytes([key1, key0]),
+            method: u16::from_be_bytes([method1, method0]),
+            backend: short(&self.backend),
+            attempts: u32::try_from(self.attempts.load(Ordering::Relaxed)).unwrap_or(0),
+            model_name: load_text(&self.name, name_length),
+            end: (end & ENDED != 0).then(|| u16::try_from(end & 0xffff).unwrap_or(0)),
+            is_counted: end & COUNTED != 0,
             phase: InflightPhase::from_word(self.phase.load(Ordering::Relaxed)),
             is_stream: self.is_stream.load(Ordering::Relaxed) == 1,
             started_ns: self.started_ns.load(Ordering::Relaxed),
@@ -183,9 +219,25 @@ impl InflightRow {
     }
 }
 
-fn cut(text: &str) -> &str {
-    let end = (0..=text.len().min(CLIENT_ID_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+fn cut(text: &str, bytes_max: usize) -> &str {
+    let end = (0..=text.len().min(bytes_max)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     text.get(..end).unwrap_or("")
+}
+
+/// Puts a text that fits into words; gives its length.
+fn store_text(words: &[AtomicU64], text: &str) -> u64 {
+    for (word, chunk) in words.iter().zip(text.as_bytes().chunks(8)) {
+        let mut bytes = [0; 8];
+        bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+        word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+    }
+    u64::try_from(text.len()).unwrap_or(0)
+}
+
+fn load_text(words: &[AtomicU64], length: u64) -> String {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+    let length = usize::try_from(length).unwrap_or(0).min(bytes.len());
+    String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned()
 }
 
 /// The owner's side of a child's in-flight rows. Which rows are free is known to this process only; a child makes one
@@ -263,10 +315,37 @@ impl Ticket {
         }
     }
 
-    /// Says its model's label.
-    pub fn set_model(&self, label: u16) {
+    /// Says its model's label and, once, its name as the client gave it, of which 64 bytes are kept.
+    pub fn set_model(&self, label: u16, name: &str) {
         if let Some(row) = self.rows.0.slot(self.index) {
             row.model.store(label.into(), Ordering::Relaxed);
+            if row.name_length.load(Ordering::Relaxed) == 0 {
+                let length = store_text(&row.name, cut(name, MODEL_BYTES_MAX));
+                row.name_length.store(length, Ordering::Release);
+            }
+        }
+    }
+
+    /// Says which upstream is called now, and which call that is.
+    pub fn set_backend(&self, label: u16, attempts: u32) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.backend.store(label.into(), Ordering::Relaxed);
+            row.attempts.store(attempts.into(), Ordering::Relaxed);
+        }
+    }
+
+    /// Says how it ended, in the owner's own code.
+    pub fn set_end(&self, end: u16) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.end.store(ENDED | u64::from(end), Ordering::Relaxed);
+        }
+    }
+
+    /// Says that it is in the counters now.
+    pub fn set_counted(&self) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            // One writer, so this is no lost update.
+            row.end.store(row.end.load(Ordering::Relaxed) | COUNTED, Ordering::Relaxed);
         }
     }
 

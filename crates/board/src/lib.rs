@@ -14,12 +14,14 @@ mod layout;
 mod map;
 mod rows;
 mod series;
+mod text;
 mod word;
 
 pub use board::{Board, Error};
 pub use evergate_sys::monotonic_ns;
-pub use inflight::{Inflight, InflightPhase, InflightRows, InflightStart, Ticket};
+pub use inflight::{Inflight, InflightPhase, InflightRows, InflightStart, MODEL_BYTES_MAX, Ticket};
 pub use labels::{LABEL_BYTES_MAX, OTHER};
 pub use layout::Shape;
-pub use rows::{ChildRow, Claim, MasterPhase, MasterRow, NOTE_BYTES_MAX, Phase};
+pub use rows::{ChildRow, Claim, MasterPhase, MasterRow, Phase};
 pub use series::{Series, SeriesKey};
+pub use text::TEXT_BYTES_MAX;

@@ -1,13 +1,9 @@
 //! The rows of the master and of the children.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-
 use evergate_core::exit::Kind;
 
+use crate::text::Text;
 use crate::word::{Word, row};
-
-/// Bytes kept of a child's note.
-pub const NOTE_BYTES_MAX: usize = 256;
 
 /// What the master is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +132,8 @@ row! {
         access_dropped set_access_dropped u64;
         /// Lines for standard error that it could not take.
         talk_dropped set_talk_dropped u64;
+        /// Whether the listeners are closed for good: who accepts now takes what the master turns away.
+        is_closed set_is_closed bool;
         /// Processes reaped that were no child of ours.
         strangers set_strangers u64;
     } with {}
@@ -194,10 +192,11 @@ row! {
         requests set_requests u64;
         /// In-flight rows from this one on were never used by this child.
         inflight_high set_inflight_high u32;
+        /// When it last panicked, monotonic nanoseconds; 0 for never.
+        panic_ns set_panic_ns u64;
     } with {
-        note_version: AtomicU64,
-        note_length: AtomicU64,
-        note: [AtomicU64; NOTE_BYTES_MAX / 8],
+        note: Text,
+        panic_place: Text,
     }
 }
 
@@ -256,40 +255,31 @@ impl ChildRow {
         self.set_running(0);
         self.set_requests(0);
         self.set_inflight_high(0);
+        self.set_panic_ns(0);
+        self.panic_place.set("");
         self.set_note("");
     }
 
     /// What the child says about itself, such as the reason of a failed start. At most 256 bytes.
     #[must_use]
     pub fn note(&self) -> String {
-        let mut bytes = Vec::new();
-        // A child that died in the middle of a note leaves the version odd: then what is there is better than nothing.
-        for _ in 0..16 {
-            let before = self.note_version.load(Ordering::Acquire);
-            let length = usize::try_from(self.note_length.load(Ordering::Relaxed)).unwrap_or(0).min(NOTE_BYTES_MAX);
-            bytes = self.note.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
-            bytes.truncate(length);
-            fence(Ordering::Acquire);
-            if before.is_multiple_of(2) && self.note_version.load(Ordering::Relaxed) == before {
-                break;
-            }
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
+        self.note.get()
     }
 
     /// Says something about oneself; what is beyond 256 bytes is cut off. One writer at a time.
     pub fn set_note(&self, text: &str) {
-        let end = (0..=text.len().min(NOTE_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        let text = text.get(..end).unwrap_or("").as_bytes();
-        let version = self.note_version.load(Ordering::Relaxed) | 1;
-        self.note_version.store(version, Ordering::Relaxed);
-        fence(Ordering::Release);
-        self.note_length.store(u64::try_from(text.len()).unwrap_or(0), Ordering::Relaxed);
-        for (word, chunk) in self.note.iter().zip(text.chunks(8)) {
-            let mut bytes = [0; 8];
-            bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
-            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
-        }
-        self.note_version.store(version.wrapping_add(1), Ordering::Release);
+        self.note.set(text);
+    }
+
+    /// Where the child last panicked: `FILE:LINE:COLUMN`.
+    #[must_use]
+    pub fn panic_place(&self) -> String {
+        self.panic_place.get()
+    }
+
+    /// Notes a panic, at a time in monotonic nanoseconds. Allocates nothing, as a panic hook must not.
+    pub fn set_panic(&self, place: &str, now: u64) {
+        self.panic_place.set(place);
+        self.set_panic_ns(now);
     }
 }

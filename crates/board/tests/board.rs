@@ -23,7 +23,7 @@ fn claim(epoch: u32) -> Claim {
 }
 
 fn start(seq: u32, client_id: &str) -> InflightStart<'_> {
-    InflightStart { seq, epoch: 5, client_id, route: 3, key: 4, started_ns: 99 }
+    InflightStart { seq, epoch: 5, client_id, route: 3, key: 4, method: 5, started_ns: 99 }
 }
 
 #[test]
@@ -60,13 +60,24 @@ fn in_flight_rows_say_who_is_inside_until_the_ticket_drops() {
     let first = rows.admit(start(1, "client-1")).unwrap();
     let second = rows.admit(start(2, "")).unwrap();
     first.set_phase(InflightPhase::Stream);
-    first.set_model(9);
+    first.set_model(9, &"m".repeat(70));
+    first.set_model(10, "the first name stays");
+    first.set_model(9, "");
+    first.set_backend(6, 2);
     first.set_stream(true);
     let seen: Vec<_> = board.inflight(1).collect();
     assert_eq!(seen.len(), 2);
     assert_eq!(seen[0].client_id, "client-1");
     assert_eq!((seen[0].route, seen[0].key, seen[0].model, seen[0].started_ns), (3, 4, 9, 99));
     assert_eq!((seen[0].phase, seen[0].is_stream), (InflightPhase::Stream, true));
+    assert_eq!((seen[0].method, seen[0].backend, seen[0].attempts), (5, 6, 2));
+    assert_eq!(seen[0].model_name, "m".repeat(64));
+    assert_eq!((seen[0].end, seen[0].is_counted, seen[0].is_over()), (None, false, false));
+    first.set_end(77);
+    first.set_counted();
+    let over = board.inflight(1).next().unwrap();
+    assert_eq!((over.end, over.is_counted, over.is_over()), (Some(77), true, true));
+    assert_eq!((seen[1].backend, seen[1].model_name.as_str(), seen[1].end), (0, "", None));
     assert_eq!(seen[1].request_id(board.run_id()).to_string(), "req_000000000000feed00000500000002");
     drop(first);
     assert_eq!(rows.occupied(), 1);
@@ -159,6 +170,7 @@ fn readers_never_see_a_mix_of_two_requests() {
                     client_id: &texts[usize::from(which)],
                     route: which,
                     key: which,
+                    method: which,
                     started_ns: seq.into(),
                 });
                 drop(ticket.unwrap());

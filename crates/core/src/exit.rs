@@ -33,10 +33,18 @@ impl Kind {
         }
     }
 
+    const ALL: [Self; 5] = [Self::Master, Self::Clerk, Self::Worker, Self::Runner, Self::Host];
+
     /// From the number on the board.
     #[must_use]
     pub fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Master, Self::Clerk, Self::Worker, Self::Runner, Self::Host].into_iter().find(|kind| *kind as u8 == byte)
+        Self::ALL.into_iter().find(|kind| *kind as u8 == byte)
+    }
+
+    /// From its word.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 }
 
@@ -77,8 +85,10 @@ pub enum Initiator {
     Boot,
     /// It ended by itself and should not have.
     Crash,
-    /// The kernel's out-of-memory killer.
+    /// The kernel's out-of-memory killer: its counter rose, and no other process can have been meant.
     OutOfMemory,
+    /// Perhaps the out-of-memory killer: its counter rose, but another process can have been meant as well.
+    OutOfMemorySuspected,
     /// Its master was gone.
     Orphan,
     /// A signal from outside, sender unknown.
@@ -100,6 +110,7 @@ impl Initiator {
             Self::Boot => "boot",
             Self::Crash => "crash",
             Self::OutOfMemory => "out_of_memory",
+            Self::OutOfMemorySuspected => "oom_suspected",
             Self::Orphan => "orphan",
             Self::Unknown => "unknown",
         }
@@ -107,23 +118,36 @@ impl Initiator {
 }
 
 /// A request that was in flight when its process died.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
     /// Our id.
     pub request_id: String,
     /// The client's id, empty if it gave none.
     pub client_id: String,
+    /// Method, such as `POST`.
+    pub method: String,
     /// Path, such as `/v1/chat/completions`.
     pub route: String,
-    /// Model as labelled, empty before routing.
+    /// Model as the client named it, cut to 64 bytes; empty before it was read.
     pub model: String,
+    /// Upstream that was called last; empty before that.
+    pub backend: String,
     /// Phase name, such as `stream`.
     pub phase: String,
     /// Milliseconds since admission.
     pub age_ms: u64,
 }
 
-/// One line of `exits.jsonl`.
+/// The last panic of a process, caught or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Panicked {
+    /// `FILE:LINE:COLUMN`.
+    pub place: String,
+    /// Milliseconds from it to the end: a caught one of long ago is not the cause of an end.
+    pub age_ms: u64,
+}
+
+/// One line of `exits.jsonl`. All of it is fact but `initiator`, which is the conclusion from the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExitRecord {
     /// Wall clock, Unix milliseconds.
@@ -154,6 +178,17 @@ pub struct ExitRecord {
     pub cpu_ms: u64,
     /// What it said about its own end, such as the reason of a failed start.
     pub note: String,
+    /// Signals that the master had sent it, in order, such as `TERM`.
+    pub sent: Vec<&'static str>,
+    /// Our id of the request that its event loop was working on at that instant; none when it was between two.
+    pub running: Option<String>,
+    /// Its last panic.
+    pub panic: Option<Panicked>,
+    /// For an end by a KILL that is not ours: out-of-memory kills in the cgroup that no earlier end accounts for; none
+    /// where nothing counts them.
+    pub oom_kills: Option<u64>,
+    /// In words, what tells such a KILL's sender, or why nothing does; else empty.
+    pub evidence: String,
     /// Client connections that it held beyond those of `lost`: between two requests, or with one that lay unread in its
     /// socket and that nobody can name.
     pub connections_idle: u32,
@@ -162,6 +197,34 @@ pub struct ExitRecord {
 }
 
 impl ExitRecord {
+    /// A record that knows no more than this; the rest is to be filled in.
+    #[must_use]
+    pub const fn new(kind: Kind, pid: i32, status: Status, initiator: Initiator) -> Self {
+        Self {
+            at_ms: 0,
+            kind,
+            pid,
+            slot: 0,
+            epoch: 0,
+            generation: 0,
+            status,
+            initiator,
+            age_ms: 0,
+            last_beat_ms: None,
+            phase: String::new(),
+            rss_max_kib: 0,
+            cpu_ms: 0,
+            note: String::new(),
+            sent: Vec::new(),
+            running: None,
+            panic: None,
+            oom_kills: None,
+            evidence: String::new(),
+            connections_idle: 0,
+            lost: Vec::new(),
+        }
+    }
+
     /// One JSON object without a line end.
     #[must_use]
     pub fn to_json(&self) -> String {
@@ -195,6 +258,37 @@ impl ExitRecord {
             self.rss_max_kib, self.cpu_ms, self.connections_idle
         );
         write_string(&mut out, &self.note);
+        self.write_circumstances(&mut out);
+        self.write_lost(&mut out);
+        out.push('}');
+        out
+    }
+
+    fn write_circumstances(&self, out: &mut String) {
+        out.push_str(",\"sent\":[");
+        for (index, signal) in self.sent.iter().enumerate() {
+            out.push_str(if index > 0 { "," } else { "" });
+            write_string(out, signal);
+        }
+        out.push_str("],\"running\":");
+        match &self.running {
+            Some(request_id) => write_string(out, request_id),
+            None => out.push_str("null"),
+        }
+        match &self.panic {
+            Some(panic) => {
+                out.push_str(",\"panic\":{\"place\":");
+                write_string(out, &panic.place);
+                let _ = write!(out, ",\"age_ms\":{}}}", panic.age_ms);
+            }
+            None => out.push_str(",\"panic\":null"),
+        }
+        let kills = self.oom_kills.map_or_else(|| "null".to_owned(), |kills| kills.to_string());
+        let _ = write!(out, ",\"oom_kills\":{kills},\"evidence\":");
+        write_string(out, &self.evidence);
+    }
+
+    fn write_lost(&self, out: &mut String) {
         out.push_str(",\"lost\":[");
         for (index, lost) in self.lost.iter().enumerate() {
             if index > 0 {
@@ -203,17 +297,18 @@ impl ExitRecord {
             for (key, value) in [
                 ("{\"request_id\":", &lost.request_id),
                 (",\"client_id\":", &lost.client_id),
+                (",\"method\":", &lost.method),
                 (",\"route\":", &lost.route),
                 (",\"model\":", &lost.model),
+                (",\"backend\":", &lost.backend),
                 (",\"phase\":", &lost.phase),
             ] {
                 out.push_str(key);
-                write_string(&mut out, value);
+                write_string(out, value);
             }
             let _ = write!(out, ",\"age_ms\":{}}}", lost.age_ms);
         }
-        out.push_str("]}");
-        out
+        out.push(']');
     }
 }
 
@@ -223,37 +318,40 @@ mod tests {
 
     #[test]
     fn record_is_one_json_object() {
+        let status = Status::Signal { number: 9, core: false };
         let record = ExitRecord {
-            at_ms: 1,
-            kind: Kind::Worker,
-            pid: 42,
-            slot: 1,
-            epoch: 3,
-            generation: 1,
-            status: Status::Signal { number: 9, core: false },
-            initiator: Initiator::Unknown,
-            age_ms: 12,
             last_beat_ms: Some(4),
-            phase: "ready".into(),
-            rss_max_kib: 9000,
-            cpu_ms: 7,
             note: "a \"note\"\n".into(),
             connections_idle: 2,
-            lost: vec![Lost {
-                request_id: "req_1".into(),
-                client_id: String::new(),
-                route: "/v1/chat/completions".into(),
-                model: "echo".into(),
-                phase: "stream".into(),
-                age_ms: 5,
-            }],
+            sent: vec!["TERM", "KILL"],
+            running: Some("req_1".into()),
+            panic: Some(Panicked { place: "src/a.rs:1:2".into(), age_ms: 3 }),
+            oom_kills: Some(1),
+            evidence: "its \"cgroup\"".into(),
+            lost: vec![Lost { request_id: "req_1".into(), method: "POST".into(), ..Lost::default() }],
+            ..ExitRecord::new(Kind::Worker, 42, status, Initiator::Unknown)
         };
         let value: serde_json::Value = serde_json::from_str(&record.to_json()).unwrap();
         assert_eq!(value["signal"], 9);
         assert!(value["code"].is_null());
         assert_eq!(value["note"], "a \"note\"\n");
         assert_eq!(value["connections_idle"], 2);
-        assert_eq!(value["lost"][0]["request_id"], "req_1");
+        assert_eq!((&value["sent"][1], &value["running"]), (&"KILL".into(), &"req_1".into()));
+        assert_eq!((&value["panic"]["place"], &value["panic"]["age_ms"]), (&"src/a.rs:1:2".into(), &3.into()));
+        assert_eq!((&value["oom_kills"], &value["evidence"]), (&1.into(), &"its \"cgroup\"".into()));
+        assert_eq!((&value["lost"][0]["request_id"], &value["lost"][0]["method"]), (&"req_1".into(), &"POST".into()));
         assert!(!record.to_json().contains('\n'));
+        let bare = ExitRecord::new(Kind::Clerk, 1, Status::Code(0), Initiator::Operator);
+        let value: serde_json::Value = serde_json::from_str(&bare.to_json()).unwrap();
+        assert!(value["panic"].is_null() && value["running"].is_null() && value["oom_kills"].is_null());
+    }
+
+    #[test]
+    fn kinds_are_found_by_name_and_number() {
+        for kind in Kind::ALL {
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+            assert_eq!(Kind::from_byte(kind as u8), Some(kind));
+        }
+        assert_eq!(Kind::from_name("nobody"), None);
     }
 }

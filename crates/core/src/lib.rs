@@ -7,6 +7,7 @@
 pub mod cancel;
 pub mod chat;
 pub mod config;
+mod count;
 pub mod deadline;
 pub mod digits;
 pub mod error;
@@ -21,5 +22,6 @@ pub mod sse;
 pub mod traceparent;
 
 pub use cancel::Cause;
+pub use count::count;
 pub use deadline::Deadline;
 pub use error::{Error, Fault};

@@ -44,7 +44,11 @@ impl std::str::FromStr for Address {
 pub struct Plan {
     /// Public listeners, in order.
     pub listen: Vec<Address>,
-    /// Whether the first TCP listener speaks TLS; only for the words at start.
+    /// Whether nobody named these listeners, so that sockets which the service manager passes are taken instead.
+    pub is_listen_default: bool,
+    /// Whether clients need no key: then no listener may be reached from other machines.
+    pub is_unguarded: bool,
+    /// Whether the first TCP listener speaks TLS.
     pub is_tls: bool,
     /// Admin listener of the clerk; none turns it off.
     pub admin: Option<Address>,
@@ -83,6 +87,8 @@ impl Plan {
         for address in &self.listen {
             line("listen", address);
         }
+        line("listen_default", &u8::from(self.is_listen_default));
+        line("unguarded", &u8::from(self.is_unguarded));
         line("tls", &u8::from(self.is_tls));
         if let Some(address) = &self.admin {
             line("admin", address);
@@ -113,6 +119,8 @@ impl Plan {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut plan = Self {
             listen: Vec::new(),
+            is_listen_default: false,
+            is_unguarded: false,
             is_tls: false,
             admin: None,
             workers_min: 0,
@@ -139,6 +147,8 @@ impl Plan {
             };
             match key {
                 "listen" => plan.listen.push(value.parse()?),
+                "listen_default" => plan.is_listen_default = value == "1",
+                "unguarded" => plan.is_unguarded = value == "1",
                 "tls" => plan.is_tls = value == "1",
                 "admin" => plan.admin = Some(value.parse()?),
                 "workers_min" => plan.workers_min = number()?,
@@ -169,6 +179,8 @@ mod tests {
     fn text_form_round_trips() {
         let plan = Plan {
             listen: vec!["127.0.0.1:0".parse().unwrap(), "unix:/run/x.sock".parse().unwrap()],
+            is_listen_default: true,
+            is_unguarded: true,
             is_tls: true,
             admin: Some("[::1]:4701".parse().unwrap()),
             workers_min: 2,

@@ -6,6 +6,9 @@ use crate::json::write_string;
 /// Longest line, `PIPE_BUF`: a write of at most this many bytes to a pipe is never interleaved with another (pipe(7)).
 pub const LINE_BYTES_MAX: usize = 4096;
 
+/// The end of a line that the master wrote; the clerk looks for it.
+const BY_MASTER: &str = ",\"by_master\":true}\n";
+
 /// What one request came to.
 #[derive(Clone, Debug, Default)]
 pub struct Access<'a> {
@@ -49,6 +52,8 @@ pub struct Access<'a> {
     pub detail: &'a str,
     /// Process that served it.
     pub pid: i32,
+    /// Written by the master for a worker that died.
+    pub is_by_master: bool,
 }
 
 impl Access<'_> {
@@ -83,10 +88,10 @@ impl Access<'_> {
         if !self.detail.is_empty() {
             out.push_str(",\"detail\":");
             // One byte of text becomes at most six of JSON; what precedes fits in half the line unless it is hostile.
-            let room = LINE_BYTES_MAX.saturating_sub(out.len() - start + 8) / 6;
+            let room = LINE_BYTES_MAX.saturating_sub(out.len() - start + 8 + BY_MASTER.len()) / 6;
             write_string(out, cut(self.detail, room));
         }
-        out.push_str("}\n");
+        out.push_str(if self.is_by_master { BY_MASTER } else { "}\n" });
         if out.len() - start > LINE_BYTES_MAX {
             // Eight fields of 256 control characters each; keep the fact and drop the words.
             let lean = Access { client_id: "", tenant: "", model: "", backend: "", detail: "", ..self.clone() };

@@ -193,6 +193,7 @@ impl Gate {
             client_id: &arrival.client_id,
             route: self.board.label(arrival.route),
             key: self.board.label(&arrival.tenant),
+            method: self.board.label(arrival.method),
             started_ns: monotonic_ns(),
         })
     }
@@ -251,14 +252,23 @@ impl Gate {
         let mut record = Record { started, ..Record::new(id, arrival) };
         record.end = Some((status, end));
         record.detail = error.and_then(|error| error.detail.clone()).unwrap_or_default();
-        self.write(&record, 0);
+        self.write(&record, None);
     }
 
-    fn write(&self, record: &Record, model_label: u16) {
+    /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
+    /// it counts what is not marked as counted, and the clerk drops its second record of one request.
+    fn write(&self, record: &Record, ticket: Option<&Ticket>) {
         let (status, end) = record.end.unwrap_or((499, End::ClientGone));
         let Some(series) = self.board.series(self.row) else { return };
-        let upstream = self.board.label(&record.backend);
-        series.add(names::key(names::REQUESTS, model_label, upstream, names::status_and_end(status, end)), 1);
+        let model_label = record.model_label;
+        let end_code = names::status_and_end(status, end);
+        if let Some(ticket) = ticket {
+            ticket.set_end(end_code);
+        }
+        series.add(names::key(names::REQUESTS, model_label, record.backend_label, end_code), 1);
+        if let Some(ticket) = ticket {
+            ticket.set_counted();
+        }
         if let Some(ms) = record.first_token_ms {
             series.add(names::key(names::FIRST_TOKEN_BUCKET, model_label, names::first_token_bucket(ms), 0), 1);
             series.add(names::key(names::FIRST_TOKEN_SUM_US, model_label, 0, 0), (ms * 1000.0) as u64);
@@ -289,9 +299,17 @@ impl Gate {
             tokens_out: record.usage.map(|usage| usage.tokens_out),
             detail: &record.detail,
             pid: self.child().map_or(0, ChildRow::pid),
+            is_by_master: false,
         });
         if !is_written {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
+        }
+    }
+
+    /// Shows on the board which request is being polled, 0 for none: a death then names the one that was running.
+    pub fn set_running(&self, seq: u32) {
+        if let Some(child) = self.child() {
+            child.set_running(seq.into());
         }
     }
 }
@@ -333,10 +351,10 @@ pub struct Record {
     started: Instant,
     /// Model as the client named it.
     pub model: String,
-    /// Upstream that was called.
-    pub backend: String,
+    /// Upstream that was called; see [`Pass::set_backend`].
+    backend: String,
     /// Calls made.
-    pub attempts: u32,
+    attempts: u32,
     /// Whether it is a stream.
     pub is_stream: bool,
     /// Request body.
@@ -352,6 +370,7 @@ pub struct Record {
     /// Status of a head that was sent while the end was still open.
     pub sent_status: Option<u16>,
     model_label: u16,
+    backend_label: u16,
     end: Option<(u16, End)>,
     is_complete: bool,
 }
@@ -373,10 +392,20 @@ impl Record {
             detail: String::new(),
             sent_status: None,
             model_label: 0,
+            backend_label: 0,
             end: None,
             is_complete: false,
         }
     }
+}
+
+/// Whether a backend is called over the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IsCall {
+    /// An attempt.
+    Yes,
+    /// Answered within this process.
+    No,
 }
 
 /// A live request. Dropped before its end was set, it counts as left by its client; its record is written and its row
@@ -402,7 +431,25 @@ impl Pass {
     pub fn set_model(&mut self, name: &str, label: &str) {
         self.record.model = name.to_owned();
         self.record.model_label = self.gate.board.label(label);
-        self.ticket.set_model(self.record.model_label);
+        self.ticket.set_model(self.record.model_label, name);
+    }
+
+    /// Says who answers it: an upstream, which is called now, or this process itself (`echo`).
+    pub fn set_backend(&mut self, name: &str, is_call: IsCall) {
+        self.record.backend = name.to_owned();
+        self.record.backend_label = self.gate.board.label(name);
+        self.record.attempts += u32::from(is_call == IsCall::Yes);
+        self.ticket.set_backend(self.record.backend_label, self.record.attempts);
+    }
+
+    /// Shows on the board that this request is being worked on, until [`Pass::rest`].
+    pub fn run(&self) {
+        self.gate.set_running(self.record.id.seq);
+    }
+
+    /// The event loop goes on to something else.
+    pub fn rest(&self) {
+        self.gate.set_running(0);
     }
 
     /// Says that it is a stream, as soon as that is known: it counts as one while it waits for its first event.
@@ -423,6 +470,7 @@ impl Pass {
     pub fn set_end(&mut self, status: u16, end: End) {
         if self.record.end.is_none() {
             self.record.end = Some((status, end));
+            self.ticket.set_end(names::status_and_end(status, end));
         }
     }
 
@@ -475,7 +523,7 @@ impl Drop for Pass {
             child.set_requests(child.requests() + 1);
         }
         // The record first, then the row: a death in between shows the request twice rather than never.
-        self.gate.write(&self.record, self.record.model_label);
+        self.gate.write(&self.record, Some(&self.ticket));
         let mut live = self.gate.lock_live();
         live.remove(&self.record.id.seq);
         if live.is_empty() {

@@ -1,11 +1,12 @@
 //! The only place that starts tasks: each has a kind, and a panic in it is counted, not lost.
 
+use std::fmt::Write as _;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use evergate_board::Board;
+use evergate_board::{Board, TEXT_BYTES_MAX, monotonic_ns};
 use tokio::task::JoinHandle;
 
 use crate::telemetry::names;
@@ -49,6 +50,54 @@ impl Tasks {
 pub fn count_panic(board: &Board, row: u32) {
     if let Some(series) = board.series(row) {
         series.add(names::key(names::PANICS, 0, 0, 0), 1);
+    }
+}
+
+/// From now on every panic of this process leaves its place on the board, where it outlives the process: one in a
+/// destructor, or outside of every boundary, is the last that it does.
+pub fn note_panics(board: &Board, row: u32) {
+    let (board, before) = (board.clone(), std::panic::take_hook());
+    std::panic::set_hook(Box::new(move |panic| {
+        // A panic that must not unwind is followed by another, of the library itself, which says so: the first has the place.
+        let is_echo = panic.location().is_some_and(|place| place.file().ends_with("core/src/panicking.rs"));
+        if let (Some(child), Some(place), false) = (board.child(row), panic.location(), is_echo) {
+            let mut text = Place::default();
+            // Cut off where it does not fit.
+            let _ = write!(text, "{place}");
+            child.set_panic(text.as_str(), monotonic_ns());
+        }
+        before(panic);
+    }));
+}
+
+/// A text on the stack: a panic may have come from the allocator.
+struct Place {
+    bytes: [u8; TEXT_BYTES_MAX],
+    length: usize,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self { bytes: [0; TEXT_BYTES_MAX], length: 0 }
+    }
+}
+
+impl Place {
+    fn as_str(&self) -> &str {
+        let bytes = self.bytes.get(..self.length).unwrap_or_default();
+        std::str::from_utf8(bytes)
+            .or_else(|error| std::str::from_utf8(bytes.get(..error.valid_up_to()).unwrap_or_default()))
+            .unwrap_or_default()
+    }
+}
+
+impl std::fmt::Write for Place {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        for (to, from) in self.bytes.iter_mut().skip(self.length).zip(text.bytes()) {
+            *to = from;
+            self.length += 1;
+        }
+        Ok(())
     }
 }
 

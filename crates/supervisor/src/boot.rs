@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, kill_process, pidfd_open, setrlimit};
 
+use crate::activation::Activation;
 use crate::children::Estate;
 use crate::control::{self, Control};
 use crate::exits::Exits;
@@ -25,7 +26,7 @@ use crate::master::Master;
 use crate::orphans::Orphans;
 use crate::runfile::Run;
 use crate::step::{Rules, State};
-use crate::{Failure, Options, talk};
+use crate::{Failure, Options, notify, talk};
 
 /// How long the configuration may take to be validated.
 const COMPILE_TIME: Duration = Duration::from_secs(30);
@@ -55,6 +56,7 @@ fn attempt<T>(what: &str, outcome: Result<T, impl Into<io::Error>>) -> Result<T,
 
 /// Everything up to the point where children can be started.
 pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
+    let activation = Activation::take()?;
     let signals = attempt("take signals", Signals::block(&SIGNALS))?;
     let exe = attempt("open our own program", evergate_sys::own_executable())?;
     let folder = attempt("find the state folder", std::path::absolute(&options.state_dir))?;
@@ -63,7 +65,7 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
     let mut exits = attempt("open the exit records", Exits::open(&folder))?;
     let mut orphans = Orphans::find(&folder, &mut exits);
     orphans.signal(Signal::TERM);
-    let (listeners, admin) = bind_all(&plan, &mut orphans, &signals)?;
+    let (listeners, admin) = bind_all(&plan, activation, &mut orphans, &signals)?;
     raise_descriptor_limit();
     attempt("become the parent of orphans", evergate_sys::become_subreaper())?;
     let board = Board::create(Shape::for_plan(&plan), run_id())
@@ -118,7 +120,8 @@ fn lock(folder: &Path) -> Result<File, Failure> {
 fn compile(options: &Options, exe: &OwnedFd, signals: &Signals) -> Result<(Plan, OwnedFd), Failure> {
     let plan = attempt("make a memfd", evergate_sys::memfd(c"evergate-plan"))?;
     let config = attempt("make a memfd", evergate_sys::memfd(c"evergate-config"))?;
-    let env: Vec<(OsString, OsString)> = std::env::vars_os().collect();
+    let is_for_children = |name: &OsString| !notify::VARIABLES.iter().any(|ours| name == ours);
+    let env: Vec<(OsString, OsString)> = std::env::vars_os().filter(|(name, _)| is_for_children(name)).collect();
     let pid = evergate_sys::spawn(&Spawn {
         exe: exe.as_fd(),
         argv0: OsStr::new("evergate: compile"),
@@ -186,14 +189,23 @@ fn has_stop(signals: &Signals) -> bool {
 
 fn bind_all(
     plan: &Plan,
+    mut activation: Activation,
     orphans: &mut Orphans,
     signals: &Signals,
 ) -> Result<(Vec<Listener>, Option<Listener>), Failure> {
-    let mut listeners = Vec::new();
-    for address in &plan.listen {
-        listeners.push(bind(address, orphans, signals)?);
+    let admin = plan.admin.as_ref().and_then(|address| activation.find(address)).or_else(|| activation.admin());
+    let mut listeners = if plan.is_listen_default { activation.all(plan)? } else { Vec::new() };
+    if listeners.is_empty() {
+        for address in &plan.listen {
+            let passed = activation.find(address);
+            listeners.push(passed.map_or_else(|| bind(address, orphans, signals), Ok)?);
+        }
     }
-    let admin = plan.admin.as_ref().map(|address| bind(address, orphans, signals)).transpose()?;
+    activation.finish(plan)?;
+    let admin = match (admin, &plan.admin) {
+        (None, Some(address)) => Some(bind(address, orphans, signals)?),
+        (admin, _) => admin,
+    };
     Ok((listeners, admin))
 }
 

@@ -1,8 +1,10 @@
 //! What is done at a child's death, in this order and without waiting for anything: its row is read, its end recorded,
 //! its requests accounted for, its row emptied.
 
-use evergate_board::{Board, Inflight, InflightPhase, monotonic_ns};
-use evergate_core::exit::{ExitRecord, Initiator, Lost, Status};
+use evergate_board::{Board, ChildRow, Inflight, monotonic_ns};
+use evergate_core::count;
+use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
+use evergate_core::ids::RequestId;
 use evergate_core::record::Access;
 use evergate_sys::{Exit, unix_ms};
 
@@ -15,20 +17,18 @@ use crate::talk;
 /// Buries one child.
 pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: &Running, initiator: Initiator) {
     let board = &estate.board;
-    // In phase `Write` the last byte of the answer is the kernel's already: the client has it, only the record is missing.
-    let (answered, lost): (Vec<_>, Vec<_>) =
-        board.inflight(dead.birth.row).partition(|inflight| inflight.phase == InflightPhase::Write);
+    // What is over was answered: the client has it, only the record may be missing.
+    let (over, lost): (Vec<_>, Vec<_>) = board.inflight(dead.birth.row).partition(Inflight::is_over);
     let record = record(board, dead, initiator, &lost);
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
-    (options.on_exit)(board, record.kind, initiator);
-    for inflight in &lost {
-        write_access(estate, inflight, record.pid, ("worker_lost", ""));
-        (options.on_lost)(board, dead.birth.row, inflight);
-    }
-    for inflight in &answered {
-        write_access(estate, inflight, record.pid, ("ok", "answered; the worker died before its record was written"));
+    (options.on_exit)(board, record.kind, record.initiator);
+    for (inflights, detail) in [(&lost, ""), (&over, "answered; the worker died before its record was written")] {
+        for inflight in inflights {
+            let (status, cause) = (options.on_left)(board, dead.birth.row, inflight);
+            write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
+        }
     }
     board.bury(dead.birth.row);
     announce(&record);
@@ -47,40 +47,70 @@ fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]
     let now = monotonic_ns();
     let row = board.child(dead.birth.row);
     let ms_since = |then: u64| now.saturating_sub(then) / 1_000_000;
-    let beat = row.map_or(0, |row| row.beat_ns());
+    let beat = row.map_or(0, ChildRow::beat_ns);
+    let panicked = row.map_or(0, ChildRow::panic_ns);
+    let finding = dead.finding.as_ref();
+    // What tells who sent a KILL is stronger than what the rules conclude from our own doings.
+    let initiator = finding.and_then(|finding| finding.initiator).unwrap_or(initiator);
+    let pid = dead.pid.as_raw_nonzero().get();
     ExitRecord {
         at_ms: unix_ms(),
-        kind: dead.birth.kind,
-        pid: dead.pid.as_raw_nonzero().get(),
         slot: dead.birth.slot,
         epoch: dead.birth.epoch,
         generation: dead.birth.generation,
-        status: status(dead.exit),
-        initiator,
         age_ms: ms_since(dead.spawned_ns),
         last_beat_ms: (beat > 0).then(|| ms_since(beat)),
         phase: row.map_or("empty", |row| row.phase().name()).to_owned(),
         rss_max_kib: dead.exit.map_or(0, |exit| exit.rss_max_kib),
         cpu_ms: dead.exit.map_or(0, |exit| exit.cpu_ms),
-        note: row.map(|row| row.note()).unwrap_or_default(),
-        connections_idle: row.map_or(0, |row| row.connections()).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),
+        note: row.map(ChildRow::note).unwrap_or_default(),
+        sent: dead.sent.clone(),
+        running: row.and_then(|row| running(board, dead, row)),
+        panic: row
+            .filter(|_| panicked > 0)
+            .map(|row| Panicked { place: row.panic_place(), age_ms: ms_since(panicked) }),
+        oom_kills: finding.and_then(|finding| finding.kills),
+        evidence: finding.map(|finding| finding.evidence.clone()).unwrap_or_default(),
+        connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),
         lost: lost.iter().map(|inflight| lost_line(board, inflight, now)).collect(),
+        ..ExitRecord::new(dead.birth.kind, pid, status(dead.exit), initiator)
     }
+}
+
+/// Our id of the request that was being polled.
+fn running(board: &Board, dead: &Running, row: &ChildRow) -> Option<String> {
+    let seq = u32::try_from(row.running()).ok().filter(|seq| *seq > 0)?;
+    Some(RequestId { run: board.run_id(), epoch: dead.birth.epoch, seq }.to_string())
+}
+
+/// Model as the client named it, or as labelled where that did not come to the board.
+fn model(board: &Board, inflight: &Inflight) -> String {
+    if inflight.model_name.is_empty() { board.label_text(inflight.model) } else { inflight.model_name.clone() }
 }
 
 fn lost_line(board: &Board, inflight: &Inflight, now: u64) -> Lost {
     Lost {
         request_id: inflight.request_id(board.run_id()).to_string(),
         client_id: inflight.client_id.clone(),
+        method: board.label_text(inflight.method),
         route: board.label_text(inflight.route),
-        model: board.label_text(inflight.model),
+        model: model(board, inflight),
+        backend: board.label_text(inflight.backend),
         phase: inflight.phase.name().to_owned(),
         age_ms: now.saturating_sub(inflight.started_ns) / 1_000_000,
     }
 }
 
+/// What is said of a request that its process left behind.
+struct Left<'a> {
+    pid: i32,
+    status: u16,
+    cause: &'a str,
+    detail: &'a str,
+}
+
 /// The access record that the dead worker cannot write any more.
-fn write_access(estate: &Estate, inflight: &Inflight, pid: i32, (cause, detail): (&str, &str)) {
+fn write_access(estate: &Estate, inflight: &Inflight, left: &Left<'_>) {
     let board = &estate.board;
     let request_id = inflight.request_id(board.run_id()).to_string();
     let nanos = monotonic_ns().saturating_sub(inflight.started_ns);
@@ -89,14 +119,18 @@ fn write_access(estate: &Estate, inflight: &Inflight, pid: i32, (cause, detail):
         request_id: &request_id,
         client_id: &inflight.client_id,
         tenant: &board.label_text(inflight.key),
+        method: &board.label_text(inflight.method),
         route: &board.label_text(inflight.route),
-        model: &board.label_text(inflight.model),
-        status: 0,
-        cause,
-        detail,
+        model: &model(board, inflight),
+        backend: &board.label_text(inflight.backend),
+        attempts: inflight.attempts,
+        status: left.status,
+        cause: left.cause,
+        detail: left.detail,
         is_stream: inflight.is_stream,
         duration_ms: std::time::Duration::from_nanos(nanos).as_secs_f64() * 1000.0,
-        pid,
+        pid: left.pid,
+        is_by_master: true,
         ..Access::default()
     };
     let mut line = String::new();
@@ -124,11 +158,14 @@ fn announce(record: &ExitRecord) {
         record.initiator.name()
     );
     if !record.lost.is_empty() {
-        text.push_str(&format!(", {} requests lost", record.lost.len()));
+        text.push_str(&format!(", {} lost", count(record.lost.len(), "request")));
     }
-    if !record.note.is_empty() {
+    if let Some(panic) = &record.panic {
+        text.push_str(&format!(", last panic at {} ({} ms before)", panic.place, panic.age_ms));
+    }
+    for words in [&record.note, &record.evidence].into_iter().filter(|words| !words.is_empty()) {
         text.push_str(": ");
-        text.push_str(&record.note);
+        text.push_str(words);
     }
     talk::say(&text);
 }

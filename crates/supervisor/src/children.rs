@@ -8,9 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use evergate_board::{Board, Claim, monotonic_ns};
 use evergate_core::exit::Kind;
 use evergate_core::inherit;
-use evergate_sys::{Exit, Pid, Signal, Spawn, start_ticks};
+use evergate_sys::{Exit, Pid, Signal, Spawn, Status, start_ticks};
 
 use crate::listen::Listener;
+use crate::oom::Finding;
 use crate::step::{Birth, name};
 
 /// Everything that is open for children to inherit; all of it close-on-exec.
@@ -41,6 +42,23 @@ pub(crate) struct Running {
     pub(crate) spawned_ns: u64,
     /// Once it was reaped: its number is not its own any more.
     pub(crate) exit: Option<Exit>,
+    /// The signals that we sent it, each once.
+    pub(crate) sent: Vec<&'static str>,
+    /// What tells who sent the KILL that ended it.
+    pub(crate) finding: Option<Finding>,
+}
+
+impl Running {
+    /// Whether it was ended by a KILL that we did not send.
+    pub(crate) fn was_killed_by_others(&self) -> bool {
+        let is_killed = |exit: Exit| matches!(exit.status, Status::Signal { number: 9, .. });
+        self.exit.is_some_and(is_killed) && !self.sent.contains(&"KILL")
+    }
+
+    /// Whether it is about to be that: it has not been reaped, and a KILL that is not ours has reached it.
+    pub(crate) fn is_being_killed(&self) -> bool {
+        self.exit.is_none() && !self.sent.contains(&"KILL") && evergate_sys::is_being_killed(self.pid)
+    }
 }
 
 /// By epoch.
@@ -62,7 +80,7 @@ impl Estate {
         let ticks = start_ticks(pid).unwrap_or(0);
         row.set_pid(pid.as_raw_nonzero().get());
         row.set_start_ticks(ticks);
-        Ok(Running { birth, pid, ticks, spawned_ns, exit: None })
+        Ok(Running { birth, pid, ticks, spawned_ns, exit: None, sent: Vec::new(), finding: None })
     }
 
     fn exec(&self, birth: Birth) -> io::Result<Pid> {

@@ -65,24 +65,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut exits = Exits::with_limit(folder.path(), 1000).unwrap();
         for pid in 0..100 {
-            let record = ExitRecord {
-                at_ms: 1,
-                kind: Kind::Worker,
-                pid,
-                slot: 0,
-                epoch: 1,
-                generation: 1,
-                status: Status::Code(3),
-                initiator: Initiator::Crash,
-                age_ms: 1,
-                last_beat_ms: None,
-                phase: "ready".into(),
-                rss_max_kib: 1,
-                cpu_ms: 1,
-                note: String::new(),
-                connections_idle: 0,
-                lost: Vec::new(),
-            };
+            let record = ExitRecord::new(Kind::Worker, pid, Status::Code(3), Initiator::Crash);
             exits.append(&record).unwrap();
         }
         let text = |name| std::fs::read_to_string(folder.path().join(name)).unwrap();

@@ -5,6 +5,7 @@
 //! tells who does what in which order.
 #![forbid(unsafe_code)]
 
+mod activation;
 mod boot;
 mod burial;
 mod children;
@@ -13,10 +14,13 @@ mod control;
 mod exits;
 mod listen;
 mod master;
+mod notify;
+mod oom;
 mod orphans;
 mod runfile;
 mod step;
 mod talk;
+mod turned_away;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -36,9 +40,10 @@ pub struct Options {
     pub compile_args: Vec<OsString>,
     /// The whole environment of all other children.
     pub child_env: Vec<(OsString, OsString)>,
-    /// Called for each request that was in flight in a child that died, before the child's row is emptied: adds to the
-    /// row's counters what the child cannot add any more.
-    pub on_lost: fn(&Board, row: u32, &Inflight),
+    /// Called for each request that a dead child has left, before the child's row is emptied: adds to the row's counters
+    /// what the child has not added ([`Inflight::is_counted`]), and gives status and cause for the access record.
+    /// [`Inflight::is_over`] tells a request that was answered from one that is lost.
+    pub on_left: fn(&Board, row: u32, &Inflight) -> (u16, &'static str),
     /// Called for each child's end: counts it.
     pub on_exit: fn(&Board, Kind, Initiator),
 }

@@ -19,9 +19,16 @@ pub(crate) struct Listener {
     /// Where it really listens: with the port that the system chose.
     pub(crate) address: Address,
     is_open: bool,
+    /// Whether the service manager bound it: then it is not ours to close.
+    pub(crate) is_passed: bool,
 }
 
 impl Listener {
+    /// One that listens already, by the service manager's doing.
+    pub(crate) fn passed(fd: OwnedFd, address: Address) -> Self {
+        Self { fd, address, is_open: true, is_passed: true }
+    }
+
     /// Binds and listens, not blocking.
     pub(crate) fn bind(address: &Address) -> io::Result<Self> {
         match address {
@@ -49,7 +56,7 @@ impl Listener {
     /// Refuses connects from now on, although children still have the socket: shutdown(2) on a listening TCP socket
     /// closes it for all. A Unix socket goes on until the last owner is gone, so its name goes.
     pub(crate) fn close(&mut self) {
-        if !self.is_open {
+        if !self.is_open || self.is_passed {
             return;
         }
         self.is_open = false;
@@ -90,7 +97,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     bind(&fd, &address)?;
     listen(&fd, BACKLOG)?;
     let real = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
-    Ok(Listener { fd, address: Address::Tcp(real), is_open: true })
+    Ok(Listener { fd, address: Address::Tcp(real), is_open: true, is_passed: false })
 }
 
 /// A path that is taken is freed only if nobody answers there (I7).
@@ -105,7 +112,7 @@ fn bind_unix(path: &str) -> io::Result<Listener> {
         outcome => outcome?,
     }
     listen(&fd, BACKLOG)?;
-    Ok(Listener { fd, address: Address::Unix(path.to_owned()), is_open: true })
+    Ok(Listener { fd, address: Address::Unix(path.to_owned()), is_open: true, is_passed: false })
 }
 
 fn is_stale(path: &str) -> bool {

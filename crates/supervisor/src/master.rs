@@ -4,19 +4,24 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 
-use evergate_board::{MasterPhase, Phase, monotonic_ns};
+use evergate_board::{ChildRow, MasterPhase, Phase, monotonic_ns};
+use evergate_core::count;
+use evergate_core::exit::Kind;
 use evergate_core::plan::{Address, Plan};
-use evergate_sys::{Pid, Signal, Signals, peek_exit, reap};
+use evergate_sys::{Exit, Pid, Signal, Signals, peek_exit, reap};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::kill_process;
 
 use crate::burial::{bury, status};
-use crate::children::{Children, Estate};
+use crate::children::{Children, Estate, Running};
 use crate::control::Control;
 use crate::exits::Exits;
+use crate::notify::Notify;
+use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
 use crate::step::{Action, Event, Ns, Order, SECOND, Seen, Sig, State, step};
+use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
 
 /// The shell around the rules.
@@ -35,6 +40,9 @@ pub(crate) struct Master {
     banner: Vec<String>,
     is_tls: bool,
     children: Children,
+    oom: Oom,
+    notify: Notify,
+    turned_away: TurnedAway,
     touched: Ns,
     exit: Option<u8>,
 }
@@ -53,6 +61,7 @@ impl Master {
         state: State,
         plan: Plan,
     ) -> Self {
+        let turned_away = TurnedAway::new(estate.board.run_id(), plan.is_tls);
         Self {
             options,
             folder,
@@ -66,6 +75,9 @@ impl Master {
             banner: plan.banner,
             is_tls: plan.is_tls,
             children: Children::new(),
+            oom: Oom::open(),
+            notify: Notify::from_env(),
+            turned_away,
             touched: 0,
             exit: None,
         }
@@ -76,6 +88,7 @@ impl Master {
         self.apply(Event::Start);
         loop {
             if let Some(code) = self.exit {
+                self.orphans.finish(&mut self.exits);
                 Run::remove(&self.folder);
                 return Ok(code);
             }
@@ -87,11 +100,13 @@ impl Master {
     /// Until a signal, a kick, a client or the next time at which the rules have something to do.
     fn wait(&self) {
         let now = monotonic_ns();
-        let due = self.control.due().map_or_else(|| self.state.due(), |due| due.min(self.state.due()));
+        let others = [self.control.due(), self.notify.due(), self.turned_away.due()];
+        let due = others.into_iter().flatten().fold(self.state.due(), Ns::min);
         let left = std::time::Duration::from_nanos(due.saturating_sub(now));
         let limit = Timespec::try_from(left).ok();
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.estate.kick, PollFlags::IN)];
-        fds.extend(self.control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let more = self.control.fds().chain(self.turned_away.fds(&self.estate.listeners));
+        fds.extend(more.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         // Whatever it says, everything is looked at afterwards; nothing here can fail for longer than a tick.
         let _ = poll(&mut fds, limit.as_ref());
     }
@@ -107,6 +122,9 @@ impl Master {
         }
         // The count is of no interest, and empty is as good.
         let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
+        self.oom.sample(now);
+        self.orphans.collect(&mut self.exits, now);
+        self.turned_away.turn(&self.estate.listeners, now);
         // The board before the burials: a child that became ready and died at once did become ready.
         self.look();
         self.reap_all();
@@ -118,10 +136,20 @@ impl Master {
         for order in self.control.turn(&self.estate.board, now) {
             self.apply(Event::Order(order));
         }
+        self.tell_manager(now);
+    }
+
+    /// The service manager's sign of life and line of status.
+    fn tell_manager(&mut self, now: Ns) {
+        let is_worker = |row: &&ChildRow| row.kind() == Some(Kind::Worker) && row.phase() == Phase::Ready;
+        let ready = self.estate.board.children().filter(|(_, row)| is_worker(row)).count();
+        self.notify.watchdog(u32::try_from(ready).unwrap_or(u32::MAX), now);
+        let phase = self.estate.board.master().phase().name();
+        self.notify.status(format!("{phase}; {} ready", count(ready, "worker")));
     }
 
     fn look(&mut self) {
-        let seen = |(epoch, running): (&u32, &crate::children::Running)| {
+        let seen = |(epoch, running): (&u32, &Running)| {
             let row = self.estate.board.child(running.birth.row)?;
             let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting);
             Some(Seen { epoch: *epoch, is_ready, beat: row.beat_ns(), took_queue: row.took_queue() })
@@ -136,16 +164,46 @@ impl Master {
 
     /// Everybody who has ended: ours are an event, strangers (we are a subreaper, or process 1) have no effect.
     fn reap_all(&mut self) {
+        let (mut ours, mut killed) = (Vec::new(), 0_u64);
         while let Ok(Some(pid)) = peek_exit() {
             let Ok(exit) = reap(pid) else { break };
-            let ours = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
-            if let Some((epoch, running)) = ours {
-                let epoch = *epoch;
+            let found = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
+            if let Some((epoch, running)) = found {
                 running.exit = Some(exit);
-                self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+                ours.push((*epoch, exit));
             } else {
+                killed += u64::from(matches!(exit.status, evergate_sys::Status::Signal { number: 9, .. }));
                 let master = self.estate.board.master();
                 master.set_strangers(master.strangers().saturating_add(1));
+            }
+        }
+        if !ours.is_empty() {
+            // A child can have become ready and died since the last look; now its row says its last word.
+            self.look();
+        }
+        self.find_killers(&ours, killed);
+        for (epoch, exit) in ours {
+            self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+        }
+    }
+
+    /// Asks the out-of-memory counter about every KILL that is not ours; `killed` strangers ended by one as well.
+    fn find_killers(&mut self, ended: &[(u32, Exit)], killed: u64) {
+        let is_victim = |epoch: &u32| self.children.get(epoch).is_some_and(Running::was_killed_by_others);
+        let victims: Vec<u32> = ended.iter().map(|(epoch, _)| *epoch).filter(is_victim).collect();
+        if victims.is_empty() {
+            return;
+        }
+        let dying = self.children.values().filter(|running| running.is_being_killed()).count();
+        let mut suspects =
+            u64::try_from(victims.len().saturating_add(dying)).unwrap_or(u64::MAX).saturating_add(killed);
+        let own = self.estate.board.master().pid();
+        let ours: Vec<i32> = self.children.values().map(|running| pid_number(running.pid)).chain([own]).collect();
+        for epoch in victims {
+            let finding = self.oom.judge(suspects, |pid| ours.contains(&pid), monotonic_ns());
+            suspects = suspects.saturating_sub(1);
+            if let Some(running) = self.children.get_mut(&epoch) {
+                running.finding = Some(finding);
             }
         }
     }
@@ -177,13 +235,21 @@ impl Master {
             }
             Action::SetPhase(phase) => {
                 board.master().set_phase(phase);
+                self.notify.enter(phase);
                 self.save();
             }
             Action::SetTarget(target) => board.master().set_workers_target(target),
             Action::SetDegraded(count) => board.master().set_degraded(count),
-            Action::Announce => self.announce(),
+            Action::Announce => {
+                self.announce();
+                self.notify.ready();
+            }
             Action::SaveRun => self.save(),
-            Action::CloseListeners => self.estate.listeners.iter_mut().for_each(crate::listen::Listener::close),
+            Action::CloseListeners => {
+                self.estate.listeners.iter_mut().for_each(crate::listen::Listener::close);
+                board.master().set_is_closed(true);
+                self.turned_away.begin();
+            }
             Action::KillOrphans => self.orphans.signal(Signal::KILL),
             Action::Say(text) => talk::say(&text),
             Action::Exit(code) => self.exit = Some(code),
@@ -192,15 +258,18 @@ impl Master {
     }
 
     /// Only to a child that was not reaped: until then its number is its own.
-    fn send(&self, epoch: u32, signal: Sig) {
-        let Some(running) = self.children.get(&epoch).filter(|running| running.exit.is_none()) else { return };
-        let signal = match signal {
-            Sig::Term => Signal::TERM,
-            Sig::Quit => Signal::QUIT,
-            Sig::Abort => Signal::ABORT,
-            Sig::Kill => Signal::KILL,
-            Sig::Usr1 => Signal::USR1,
+    fn send(&mut self, epoch: u32, signal: Sig) {
+        let Some(running) = self.children.get_mut(&epoch).filter(|running| running.exit.is_none()) else { return };
+        let (signal, name) = match signal {
+            Sig::Term => (Signal::TERM, "TERM"),
+            Sig::Quit => (Signal::QUIT, "QUIT"),
+            Sig::Abort => (Signal::ABORT, "ABRT"),
+            Sig::Kill => (Signal::KILL, "KILL"),
+            Sig::Usr1 => (Signal::USR1, "USR1"),
         };
+        if !running.sent.contains(&name) {
+            running.sent.push(name);
+        }
         // It may have ended a moment ago; then its end is on the way.
         let _ = kill_process(running.pid, signal);
     }

@@ -16,10 +16,10 @@ mod time;
 
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
 pub use overflow::tcp_overflows;
-pub use reap::{Exit, Status, peek_exit, reap};
-pub use signal::{Signals, Taken, is_alive, kill_if_same, start_ticks};
+pub use reap::{Exit, Status, exit_of, peek_exit, reap};
+pub use signal::{Signals, Taken, is_alive, is_being_killed, kill_if_same, start_ticks};
 pub use spawn::{Spawn, become_subreaper, own_executable, spawn};
 pub use tcp::{tcp_queue, unsent_bytes};
-pub use time::{monotonic_ns, unix_ms};
+pub use time::{age_ms, monotonic_ns, unix_ms};
 
 pub use rustix::process::{Pid, Signal};

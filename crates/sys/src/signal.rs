@@ -89,6 +89,18 @@ pub fn is_alive(pid: Pid, ticks: u64) -> bool {
     stat(pid).is_some_and(|(state, start)| start == ticks && !matches!(state, 'Z' | 'X'))
 }
 
+/// Whether a KILL is on its way through this process: it is pending, or the process has given back its memory already.
+#[must_use]
+pub fn is_being_killed(pid: Pid) -> bool {
+    let Ok(text) = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())) else { return false };
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let is_pending = |name: &str| {
+        let mask = field(name).and_then(|mask| u64::from_str_radix(mask, 16).ok());
+        mask.is_some_and(|mask| mask & 1 << (libc::SIGKILL - 1) != 0)
+    };
+    is_pending("SigPnd:") || is_pending("ShdPnd:") || field("VmRSS:").is_none()
+}
+
 /// State and start time.
 fn stat(pid: Pid) -> Option<(char, u64)> {
     let stat = std::fs::read(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
@@ -130,6 +142,7 @@ mod tests {
         let own = rustix::process::getpid();
         let ticks = start_ticks(own).unwrap();
         assert!(ticks > 0 && is_alive(own, ticks) && !is_alive(own, ticks + 1));
+        assert!(!is_being_killed(own));
         // Signal 0 does not exist as a `Signal`; CONT does nothing to a running process.
         assert!(kill_if_same(own, ticks, Signal::CONT).unwrap());
         assert!(!kill_if_same(own, ticks + 1, Signal::KILL).unwrap());

@@ -14,6 +14,15 @@ pub fn unix_ms() -> u64 {
     nanos(clock_gettime(ClockId::Realtime)) / 1_000_000
 }
 
+/// Milliseconds since a process started, from its start time in clock ticks since boot (proc_pid_stat(5)).
+#[must_use]
+pub fn age_ms(start_ticks: u64) -> u64 {
+    // `USER_HZ`: 100 on every architecture that Rust's standard library runs on under Linux but Alpha and IA-64.
+    const MS_PER_TICK: u64 = 10;
+    let now = clock_gettime(ClockId::Boottime);
+    (nanos(now) / 1_000_000).saturating_sub(start_ticks.saturating_mul(MS_PER_TICK))
+}
+
 fn nanos(time: Timespec) -> u64 {
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let nanos = u64::try_from(time.tv_nsec).unwrap_or(0);

@@ -80,10 +80,10 @@ pub fn load(source: Option<&Source<'_>>, overrides: &Overrides, facts: &Facts<'_
     };
     let vault = Vault::new(&report, facts, dir);
     let root = Section::new(&report, &ROOT, Place::Byte(0), Some(&tree));
-    let (config, listen, admin) = read(&root, &vault, overrides, facts, source.is_some());
+    let (config, mut plan) = read(&root, &vault, overrides, facts, source.is_some());
     let (secrets, files) = vault.into_parts();
     let warnings = report.finish()?;
-    let plan = plan(&config, listen, admin);
+    plan.banner = banner::lines(&config, &plan.listen);
     Ok(Loaded { sealed: Sealed { config, secrets, files }, plan, warnings })
 }
 
@@ -108,9 +108,10 @@ fn read<'a>(
     overrides: &Overrides,
     facts: &Facts<'_>,
     has_file: bool,
-) -> (Config, Vec<Address>, Option<Address>) {
+) -> (Config, Plan) {
     let server = sections::server(root, vault);
     let (keys, auth) = keys(root, vault, server.auth, facts);
+    let is_listen_default = server.listen.is_none() && overrides.listen.is_none();
     let listen = listen(root.report, server.listen, overrides.listen.as_deref());
     check_listen(root.report, &listen, auth, server.tls.as_ref().map(|(_, place)| *place));
     let admin = admin(root, &listen);
@@ -134,12 +135,16 @@ fn read<'a>(
         models,
         echo: wants_echo || !has_file,
     };
-    (config, listen, admin)
+    let plan = Plan { is_listen_default, ..plan(&config, listen, admin) };
+    (config, plan)
 }
 
+/// The master's part; the banner, which only a configuration without mistakes needs, is left out.
 fn plan(config: &Config, listen: Vec<Address>, admin: Option<Address>) -> Plan {
     Plan {
-        banner: banner::lines(config, &listen),
+        banner: Vec::new(),
+        is_listen_default: false,
+        is_unguarded: config.server.auth == Auth::None,
         is_tls: config.server.tls.is_some(),
         listen,
         admin,

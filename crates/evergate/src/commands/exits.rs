@@ -54,7 +54,8 @@ fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
     Ok(records)
 }
 
-const HEAD: [&str; 10] = ["TIME", "CHILD", "PID", "ENDED", "INITIATOR", "AGE", "LOST", "IDLE", "IDS", "NOTE"];
+const HEAD: [&str; 14] =
+    ["TIME", "CHILD", "PID", "GEN", "ENDED", "INITIATOR", "AGE", "BEAT", "RSS", "CPU", "LOST", "IDLE", "IDS", "NOTE"];
 
 fn cells(record: &Value) -> Vec<String> {
     let text = |key: &str| printable(record.get(key).and_then(Value::as_str).unwrap_or_default());
@@ -65,16 +66,36 @@ fn cells(record: &Value) -> Vec<String> {
         number("at_ms").map_or_else(|| "-".to_owned(), utc),
         format!("{} {}", text("kind"), shown("slot")),
         shown("pid"),
+        shown("generation"),
         how(record),
         text("initiator"),
         number("age_ms").map_or_else(|| "-".to_owned(), age_text),
+        number("last_beat_ms").map_or_else(|| "-".to_owned(), |ms| format!("{ms}ms")),
+        number("rss_max_kib").filter(|kib| *kib > 0).map_or_else(|| "-".to_owned(), |kib| format!("{}MiB", kib / 1024)),
+        number("cpu_ms").map_or_else(|| "-".to_owned(), |ms| format!("{ms}ms")),
         lost.len().to_string(),
         shown("connections_idle"),
         ids(lost),
-        text("note"),
+        remarks(record),
     ];
     // An empty cell would move the ones after it for whoever splits at spaces.
     cells.into_iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { cell }).collect()
+}
+
+/// What explains the end, most telling first: the request that was running, the last panic, what the process said, what
+/// tells who sent a KILL.
+fn remarks(record: &Value) -> String {
+    let text = |path: &str| {
+        let text = record.pointer(path).and_then(Value::as_str).map(printable);
+        text.filter(|text| !text.is_empty())
+    };
+    let running = text("/running").map(|id| format!("running {id}"));
+    let panic = text("/panic/place").map(|place| {
+        let age = record.pointer("/panic/age_ms").and_then(Value::as_u64);
+        format!("panic at {place}{}", age.map_or_else(String::new, |ms| format!(" ({ms} ms before)")))
+    });
+    let remarks = [running, panic, text("/note"), text("/evidence")];
+    remarks.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 fn ids(lost: &[Value]) -> String {
@@ -145,31 +166,17 @@ mod tests {
     use evergate_core::exit::{ExitRecord, Initiator, Kind, Lost, Status};
 
     fn record(status: Status, lost: u32) -> String {
-        let lost_one = |number: u32| Lost {
-            request_id: format!("req_{number}"),
-            client_id: String::new(),
-            route: "/v1/x".into(),
-            model: String::new(),
-            phase: "wait".into(),
-            age_ms: 1,
-        };
+        let lost_one = |number: u32| Lost { request_id: format!("req_{number}"), ..Lost::default() };
         let record = ExitRecord {
             at_ms: 1_795_241_145_123,
-            kind: Kind::Worker,
-            pid: 77,
             slot: 1,
-            epoch: 2,
-            generation: 1,
-            status,
-            initiator: Initiator::Unknown,
+            generation: 3,
             age_ms: 61_000,
-            last_beat_ms: None,
-            phase: "ready".into(),
-            rss_max_kib: 1,
-            cpu_ms: 1,
-            note: String::new(),
+            rss_max_kib: 20_480,
             connections_idle: 4,
+            running: (lost > 0).then(|| "req_1".into()),
             lost: (0..lost).map(lost_one).collect(),
+            ..ExitRecord::new(Kind::Worker, 77, status, Initiator::Unknown)
         };
         record.to_json()
     }
@@ -191,16 +198,20 @@ mod tests {
                 "2026-11-21T06:05:45.123Z",
                 "worker 1",
                 "77",
+                "3",
                 "signal 9 (SIGKILL)",
                 "unknown",
                 "1m01s",
+                "-",
+                "20MiB",
+                "0ms",
                 "5",
                 "4",
                 "req_0,req_1,req_2,+2",
-                "-"
+                "running req_1"
             ]
         );
-        assert_eq!(cells(&records[1])[3], "code 0");
+        assert_eq!(cells(&records[1])[4], "code 0");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use evergate_core::{Error, Fault};
 use evergate_upstream::clock::{Clock, Sleep};
 use http_body::{Frame, SizeHint};
 
-use super::fault::{Planted, strike};
+use super::fault::{Moment, Planted, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::Pass;
@@ -127,8 +127,14 @@ impl Body {
     fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let Content::Stream(stream) = &mut self.content else { return Poll::Ready(None) };
         let pass = &mut self.pass;
+        if let Some(pass) = pass {
+            pass.run();
+        }
         // Unwind safety: after a panic the stream is dropped, never polled again.
         let polled = std::panic::catch_unwind(AssertUnwindSafe(|| stream.poll(cx, pass.as_mut())));
+        if let Some(pass) = pass {
+            pass.rest();
+        }
         let piece = match polled {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(piece)) => piece,
@@ -206,7 +212,7 @@ impl Stream {
             }
             return Poll::Ready(Some(Ok(first)));
         }
-        strike(self.planted, Planted::Stream);
+        strike(self.planted, Moment::Stream);
         if let Poll::Ready(piece) = self.relay.poll_next(cx) {
             self.written_at = Instant::now();
             if let Some(pass) = pass {

@@ -18,11 +18,11 @@ use hyper::body::Incoming;
 
 use super::app::App;
 use super::body::{Body, Stream};
-use super::fault::{Planted, planted, strike};
+use super::fault::{Moment, planted, strike};
 use super::relay::{Calling, Limits, Relay};
 use super::{intake, refusal, respond};
 use crate::context::{Token, cancelled};
-use crate::gate::{Arrival, Pass, Stage};
+use crate::gate::{Arrival, IsCall, Pass, Stage};
 use crate::telemetry::names::End;
 
 /// Which endpoint.
@@ -109,7 +109,7 @@ impl ModelCall {
             Err(error) => return (Err(error), None),
         };
         pass.record.bytes_in = body.len() as u64;
-        strike(planted(&self.headers), Planted::Handler);
+        strike(planted(&self.headers), Moment::Handler);
         let served = self.serve(body, deadline, &mut pass).await;
         (served, Some(pass))
     }
@@ -152,8 +152,7 @@ impl ModelCall {
                     json::splice(&body, asked.model_span.clone(), model).into()
                 };
                 let client = self.client(&route, name)?;
-                pass.record.backend = (*name).to_owned();
-                pass.record.attempts += 1;
+                pass.set_backend(name, IsCall::Yes);
                 pass.enter(InflightPhase::Wait);
                 if pass.record.is_stream {
                     Box::pin(self.stream(client, name, body, deadline, pass)).await
@@ -172,7 +171,7 @@ impl ModelCall {
     }
 
     async fn echo(&self, body: &[u8], asked: &json::Request, pass: &mut Pass) -> Result<Response<Body>, Error> {
-        pass.record.backend = "echo".to_owned();
+        pass.set_backend("echo", IsCall::No);
         if self.endpoint == Endpoint::Embeddings {
             let answer = chat::embeddings(body, &asked.model)?;
             pass.note_first_token();

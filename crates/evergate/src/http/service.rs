@@ -241,6 +241,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), ground);
         Bounded {
             serving: Caught(Box::pin(serving)),
+            seq: id.seq,
             token,
             is_h1,
             echoed,
@@ -254,6 +255,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 /// wherever the handler waits.
 pub struct Bounded {
     serving: Caught<dyn Future<Output = Response<Body>> + Send>,
+    seq: u32,
     token: Arc<Token>,
     is_h1: bool,
     /// Goes on every answer: the client's own id, or ours.
@@ -291,7 +293,10 @@ impl Future for Bounded {
         let mut response = if let Some(cause) = self.token.check(cx) {
             self.answer(&cancelled(cause))
         } else {
-            match std::task::ready!(Pin::new(&mut self.serving).poll(cx)) {
+            self.app.gate.set_running(self.seq);
+            let polled = Pin::new(&mut self.serving).poll(cx);
+            self.app.gate.set_running(0);
+            match std::task::ready!(polled) {
                 Ok(response) => response,
                 Err(_) => {
                     count_panic(self.app.gate.board(), self.app.gate.row());

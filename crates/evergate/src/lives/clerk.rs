@@ -18,14 +18,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, timeout, timeout_at};
 
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
-use crate::tasks::Tasks;
+use crate::tasks::{Tasks, note_panics};
 
 mod access_log;
 mod admin;
 mod pipe;
+mod repeats;
 
 use access_log::AccessLog;
 use pipe::Pipe;
+use repeats::Repeats;
 
 /// Between two beats; the master gets nervous after `hang_timeout`, a second at least.
 const BEAT: Duration = Duration::from_millis(250);
@@ -43,6 +45,7 @@ pub fn run(args: &ChildArgs) -> u8 {
         }
     };
     let board = inherited.board.clone();
+    note_panics(&board, args.row);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build();
     let outcome = runtime.and_then(|runtime| runtime.block_on(live(inherited, args.row)));
     match outcome {
@@ -77,19 +80,20 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     drop(sealed);
     let log = AccessLog::start(&folder, board.clone(), row)?;
     let mut pipe = Pipe::new(access)?;
+    let mut repeats = Repeats::default();
     let tasks = Tasks::new(board.clone(), row);
     let doors = Doors::open(listeners, &board, &tasks)?;
     let beat = tasks.spawn("beat", beat(board.clone(), row));
     ready(&board, row);
     kick(&kick_fd);
 
-    let end = serve(&mut pipe, &log, &mut signals, life).await?;
+    let end = serve(&mut pipe, &mut repeats, &log, &mut signals, life).await?;
     if let Some(child) = board.child(row) {
         child.set_phase(Phase::Draining);
     }
     // First, because a successor waits for the port.
     doors.close();
-    let is_whole = finish(pipe, log, &shutdown, end).await;
+    let is_whole = finish(pipe, repeats, log, &shutdown, end).await;
     beat.abort();
     Ok(if is_whole { code::OK } else { code::FORCED })
 }
@@ -112,7 +116,13 @@ impl Signals {
 }
 
 /// Takes records until the end.
-async fn serve(pipe: &mut Pipe, log: &AccessLog, signals: &mut Signals, life: OwnedFd) -> io::Result<End> {
+async fn serve(
+    pipe: &mut Pipe,
+    repeats: &mut Repeats,
+    log: &AccessLog,
+    signals: &mut Signals,
+    life: OwnedFd,
+) -> io::Result<End> {
     let mut gone = std::pin::pin!(master_gone(life));
     loop {
         // All of these may be dropped at their await: signals stay pending, the life pipe stays closed, and the pipe
@@ -123,7 +133,7 @@ async fn serve(pipe: &mut Pipe, log: &AccessLog, signals: &mut Signals, life: Ow
             outcome = &mut gone => return outcome.map(|()| End::Orphaned),
             _ = signals.reopen.recv() => log.reopen(),
             batch = pipe.next() => match batch {
-                Some(batch) => log.write(batch),
+                Some(batch) => log.write(repeats.without(batch)),
                 // No writer, so no master.
                 None => return Ok(End::Orphaned),
             },
@@ -132,14 +142,14 @@ async fn serve(pipe: &mut Pipe, log: &AccessLog, signals: &mut Signals, life: Ow
 }
 
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
-async fn finish(mut pipe: Pipe, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
+async fn finish(mut pipe: Pipe, mut repeats: Repeats, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
     match end {
-        End::Told => log.write(pipe.rest()),
+        End::Told => log.write(repeats.without(pipe.rest())),
         End::Orphaned => {
             // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
             let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
             while let Ok(Some(batch)) = timeout_at(last, pipe.next()).await {
-                log.write(batch);
+                log.write(repeats.without(batch));
             }
         }
     }

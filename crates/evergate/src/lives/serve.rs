@@ -31,7 +31,7 @@ pub fn run(config: &ConfigArgs, state_dir: &Path) -> u8 {
         state_dir: state_dir.to_owned(),
         compile_args: compile_args(config),
         child_env: child_env(std::env::vars_os(), state_dir),
-        on_lost: names::count_lost,
+        on_left: names::count_left,
         on_exit: names::count_exit,
     })
 }

@@ -16,7 +16,7 @@ use crate::http::app::App;
 use crate::lifespan::{Lifespan, nothing};
 use crate::server::accept::{Acceptor, Listener};
 use crate::server::tls;
-use crate::tasks::Tasks;
+use crate::tasks::{Tasks, note_panics};
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names;
 
@@ -48,6 +48,7 @@ pub fn run(args: &ChildArgs) -> u8 {
         }
     };
     let board = inherited.board.clone();
+    note_panics(&board, args.row);
     let failed = |reason: &str, code: u8| {
         eprintln!("evergate worker: {reason}");
         if let Some(child) = board.child(args.row) {

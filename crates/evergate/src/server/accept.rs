@@ -121,6 +121,9 @@ impl Acceptor {
     async fn next(&self, listener: &Listener, turn: &mut Turn) -> Option<io::Result<Accepted>> {
         let gate = &self.app.gate;
         loop {
+            if is_closed(gate) {
+                return None;
+            }
             if gate.is_draining() {
                 if !is_last_stop(gate) && gate.load().has_peers() {
                     return None;
@@ -139,6 +142,9 @@ impl Acceptor {
                 Ok(ready) => ready,
                 Err(error) => return Some(Err(error)),
             };
+            if is_closed(gate) {
+                return None;
+            }
             if !gate.is_draining() && turn.is_another(gate.load()) {
                 if listener.has_waiting() {
                     turn.wait(gate.load()).await;
@@ -267,6 +273,12 @@ fn empty() -> io::Error {
 fn is_last_stop(gate: &Gate) -> bool {
     use evergate_board::MasterPhase;
     *gate.stage().borrow() == Stage::Draining && gate.board().master().phase() == MasterPhase::Draining
+}
+
+/// Whether the master has closed the listeners for good: one that came from the service manager is not shut by that, and
+/// what comes to it now is for the master to turn away.
+fn is_closed(gate: &Gate) -> bool {
+    gate.is_draining() && gate.board().master().is_closed()
 }
 
 fn is_shut(error: &io::Error) -> bool {

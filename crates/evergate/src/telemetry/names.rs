@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use evergate_board::{Board, Series, SeriesKey};
+use evergate_board::{Board, Inflight, Series, SeriesKey};
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::{Cause, Fault};
 
@@ -42,7 +42,7 @@ pub const FIRST_TOKEN_BUCKETS_MS: [u64; 14] =
     [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000];
 
 /// Initiators by their label index.
-pub const INITIATORS: [Initiator; 12] = [
+pub const INITIATORS: [Initiator; 13] = [
     Initiator::Operator,
     Initiator::Reload,
     Initiator::ScaleDown,
@@ -53,6 +53,7 @@ pub const INITIATORS: [Initiator; 12] = [
     Initiator::Boot,
     Initiator::Crash,
     Initiator::OutOfMemory,
+    Initiator::OutOfMemorySuspected,
     Initiator::Orphan,
     Initiator::Unknown,
 ];
@@ -139,11 +140,19 @@ pub fn key(metric: u8, a: u16, b: u16, c: u16) -> SeriesKey {
     SeriesKey { metric, a, b, c }
 }
 
-/// Counts a request that died with its worker; the master calls this at the burial.
-pub fn count_lost(board: &Board, row: u32, request: &evergate_board::Inflight) {
-    if let Some(series) = board.series(row) {
-        series.add(key(REQUESTS, request.model, 0, status_and_end(0, End::WorkerLost)), 1);
+/// Counts a request that a dead worker has left, unless the worker has, and says how it ended: status and cause. The
+/// master calls this at the burial.
+pub fn count_left(board: &Board, row: u32, request: &Inflight) -> (u16, &'static str) {
+    let known = request.end.and_then(split_status_and_end);
+    let (status, end) = match (request.is_over(), known) {
+        (true, Some(known)) => known,
+        (true, None) => (0, End::Ok),
+        (false, _) => (0, End::WorkerLost),
+    };
+    if let Some(series) = board.series(row).filter(|_| !request.is_counted) {
+        series.add(key(REQUESTS, request.model, request.backend, status_and_end(status, end)), 1);
     }
+    (status, end.name())
 }
 
 /// Counts a process's end; the master calls this at the burial.

@@ -328,7 +328,7 @@ mod tests {
         child.set_waiting(2);
         child.set_waiting_since_ns(monotonic_ns() - 1_500_000_000);
         let rows = board.inflight_rows(1);
-        let start = InflightStart { seq: 1, epoch: 1, client_id: "", route: 0, key: 0, started_ns: 1 };
+        let start = InflightStart { seq: 1, epoch: 1, client_id: "", route: 0, key: 0, method: 0, started_ns: 1 };
         let ticket = rows.admit(start).unwrap();
         ticket.set_stream(true);
         let text = prometheus(&board);

@@ -345,7 +345,7 @@ mod tests {
     }
 
     fn start(seq: u32, client_id: &str, route: u16) -> InflightStart<'_> {
-        InflightStart { seq, epoch: 9, client_id, route, key: 0, started_ns: monotonic_ns() }
+        InflightStart { seq, epoch: 9, client_id, route, key: 0, method: 0, started_ns: monotonic_ns() }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! More workers and fewer, by hand; within the configuration's bounds.
 
+use evergate_core::count;
 use evergate_core::exit::{Initiator, Kind};
 
 use super::{Action, Ns, Phase, Sig, Slot, State};
@@ -11,7 +12,7 @@ impl State {
             return;
         }
         if self.target >= self.rules.workers_max {
-            out.push(Action::Say(format!("there are {} workers already, the most that is configured", self.target)));
+            out.push(Action::Say(format!("{} already, the most that is configured", count(self.target, "worker"))));
             return;
         }
         let is_worker = |slot: &&Slot| slot.kind == Kind::Worker;
@@ -34,7 +35,7 @@ impl State {
             return;
         }
         if self.target <= self.rules.workers_min {
-            out.push(Action::Say(format!("there are {} workers, the fewest that is configured", self.target)));
+            out.push(Action::Say(format!("only {}, the fewest that is configured", count(self.target, "worker"))));
             return;
         }
         let rank = |slot: &Slot| slot.child.as_ref().map(|child| (child.ready_at.is_some(), child.born, child.epoch));

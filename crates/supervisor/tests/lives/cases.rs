@@ -10,6 +10,7 @@ use evergate_supervisor::{Run, client};
 use evergate_sys::{Pid, Signal};
 use rustix::process::kill_process;
 
+use crate::causes;
 use crate::drive::{Gateway, Setup, all_gone, ask, closed, hold, until};
 use crate::life::{EXITS, LOST};
 
@@ -20,6 +21,9 @@ const CASES: &[Case] = &[
     ("killed_worker_is_replaced_and_its_requests_are_named", killed_worker_is_replaced_and_its_requests_are_named),
     ("what_was_answered_is_not_lost", what_was_answered_is_not_lost),
     ("exit_causes_are_exact", exit_causes_are_exact),
+    ("s09_every_code_and_signal_is_recorded_exactly", causes::s09_every_code_and_signal_is_recorded_exactly),
+    ("s09_a_core_is_a_fact", causes::s09_a_core_is_a_fact),
+    ("s11_strangers_of_any_code_have_no_effect", causes::s11_strangers_of_any_code_have_no_effect),
     ("failed_start_says_why", failed_start_says_why),
     ("bad_configuration_ends_the_start", bad_configuration_ends_the_start),
     ("i6_second_start_names_the_first", i6_second_start_names_the_first),
@@ -150,13 +154,13 @@ fn what_was_answered_is_not_lost(folder: &Path) {
     let line = |id: &str| lines.lines().find(|line| line.contains(id)).unwrap();
     assert!(line("unanswered.").contains("\"cause\":\"worker_lost\""), "{lines}");
     let answered = line("done.");
-    assert!(answered.contains("\"cause\":\"ok\"") && answered.contains("\"status\":0"), "{answered}");
+    assert!(answered.contains("\"cause\":\"ok\"") && answered.contains("\"status\":204"), "{answered}");
     assert!(answered.contains("answered; the worker died before its record was written"), "{answered}");
     assert_eq!(gateway.board().series(row).unwrap().get(LOST), 1);
 }
 
 /// Children of the master that have ended and were not reaped.
-fn no_zombies(gateway: &Gateway) {
+pub fn no_zombies(gateway: &Gateway) {
     let master = gateway.pid().as_raw_nonzero().to_string();
     until("no zombies", || {
         let is_zombie = |stat: &str| {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio, exit};
 
 use evergate_board::{
@@ -21,8 +22,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub const LOST: SeriesKey = SeriesKey { metric: 1, a: 0, b: 0, c: 0 };
 pub const EXITS: SeriesKey = SeriesKey { metric: 2, a: 0, b: 0, c: 0 };
 
-fn on_lost(board: &Board, row: u32, _: &Inflight) {
+fn on_left(board: &Board, row: u32, inflight: &Inflight) -> (u16, &'static str) {
+    if inflight.is_over() {
+        return (204, "ok");
+    }
     board.series(row).unwrap().add(LOST, 1);
+    (0, "worker_lost")
 }
 
 fn on_exit(board: &Board, _: Kind, _: Initiator) {
@@ -35,7 +40,7 @@ pub fn serve(args: &[String]) -> u8 {
         state_dir: folder.into(),
         compile_args: ["compile", plan, config].iter().map(OsString::from).collect(),
         child_env: vec![("EVERGATE_TEST_CHILD".into(), "1".into())],
-        on_lost,
+        on_left,
         on_exit,
     })
 }
@@ -74,20 +79,24 @@ struct Found {
 
 impl Found {
     fn new(args: &[String]) -> Self {
-        let signals = Signals::block(&[Signal::TERM, Signal::QUIT]).unwrap();
         let value = |flag: &str| -> i32 {
             let at = args.iter().position(|arg| arg == flag).unwrap();
             args[at + 1].parse().unwrap()
         };
         let mut config = String::new();
         File::from(adopt(inherit::CONFIG).unwrap()).read_to_string(&mut config).unwrap();
+        let settings = settings(&config);
+        // What is blocked stays so in whatever a child becomes.
+        let blocked: &[Signal] =
+            if settings.contains_key("nothing_blocked") { &[] } else { &[Signal::TERM, Signal::QUIT] };
+        let signals = Signals::block(blocked).unwrap();
         assert_eq!(value("--generation"), 1);
         assert_eq!(std::env::vars().collect::<Vec<_>>(), [("EVERGATE_TEST_CHILD".into(), "1".into())]);
         let found = Self {
             board: Board::attach(adopt(inherit::BOARD).unwrap()).unwrap(),
             row: u32::try_from(value("--row")).unwrap(),
             epoch: u32::try_from(value("--epoch")).unwrap(),
-            settings: settings(&config),
+            settings,
             life: adopt(inherit::LIFE).unwrap(),
             kick: adopt(inherit::KICK).unwrap(),
             access: adopt(inherit::ACCESS).unwrap(),
@@ -226,6 +235,7 @@ fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, h
                     client_id: rest,
                     route: found.board.label("/hold"),
                     key: 0,
+                    method: found.board.label("GET"),
                     started_ns: monotonic_ns(),
                 })
                 .unwrap();
@@ -246,11 +256,16 @@ fn answer(found: &Found, rows: &InflightRows, seq: u32, mut socket: TcpStream, h
                 std::hint::spin_loop();
             }
         }
+        // Becomes a shell, with every signal at its default: whatever that does is this child's end.
+        "become" => {
+            let error = Command::new("env").args(["--default-signal", "/bin/sh", "-c", rest]).exec();
+            panic!("{error}");
+        }
         "exit" => exit(rest.parse().unwrap()),
         "abort" => std::process::abort(),
         // Leaves a grandchild behind, which the master inherits as subreaper when this helper has ended.
         "stranger" => {
-            let script = "sleep 0.05 & exit 4";
+            let script = if rest.is_empty() { "sleep 0.05 & exit 4" } else { rest };
             let status = Command::new("/bin/sh").args(["-c", script]).stdin(Stdio::null()).status().unwrap();
             assert_eq!(status.code(), Some(4));
             socket.write_all(b"left\n").unwrap();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
 
 mod cases;
+mod causes;
 mod drive;
 mod life;
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -44,6 +45,8 @@ pub struct Builder {
     state_dir: Option<PathBuf>,
     files: Vec<(String, String)>,
     tls: Option<Arc<ClientConfig>>,
+    wrapper: Vec<String>,
+    listeners: Vec<OwnedFd>,
 }
 
 /// A start that ended by itself.
@@ -73,6 +76,8 @@ impl Builder {
             state_dir: None,
             files: Vec::new(),
             tls: None,
+            wrapper: Vec::new(),
+            listeners: Vec::new(),
         }
     }
 
@@ -123,6 +128,21 @@ impl Builder {
     #[must_use]
     pub fn tls(mut self, config: &Arc<ClientConfig>) -> Self {
         self.tls = Some(config.clone());
+        self
+    }
+
+    /// A program and its first arguments, which is started instead and is given the binary and its arguments after those,
+    /// to execute it in its own place: a cgroup or a namespace is entered like this.
+    #[must_use]
+    pub fn wrapper(mut self, words: &[&str]) -> Self {
+        self.wrapper = words.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
+    /// Listening sockets, at most two, as systemd would pass them: descriptors 3 and 4 with `LISTEN_FDS` and `LISTEN_PID`.
+    #[must_use]
+    pub fn listeners(mut self, listeners: impl IntoIterator<Item = impl Into<OwnedFd>>) -> Self {
+        self.listeners = listeners.into_iter().map(Into::into).collect();
         self
     }
 
@@ -184,7 +204,27 @@ impl Builder {
     pub fn spawn(self) -> Evergate {
         let folder = tempfile::tempdir().expect("a folder");
         let state_dir = self.state_dir.clone().unwrap_or_else(|| folder.path().join("state"));
-        let mut command = Command::new(&self.exe);
+        let mut words = self.wrapper.clone();
+        let mut stdio = [Stdio::null(), Stdio::piped()];
+        if !self.listeners.is_empty() {
+            // A shell knows its pid before it becomes the binary, which is what systemd does, and it moves descriptors,
+            // which a `Command` cannot: the sockets travel as its standard input and output.
+            let moves = ["3<&0", "4>&1"].get(..self.listeners.len()).expect("two listeners at most").join(" ");
+            let script =
+                format!("LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\" {moves} </dev/null >/dev/null", self.listeners.len());
+            words.extend(["/bin/sh".into(), "-c".into(), script, "sh".into()]);
+            for (place, listener) in stdio.iter_mut().zip(self.listeners) {
+                *place = listener.into();
+            }
+        }
+        let mut command = match words.split_first() {
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(&self.exe);
+                command
+            }
+            None => Command::new(&self.exe),
+        };
         environment(&mut command, &self.env);
         command.current_dir(folder.path()).arg("serve").arg("--state-dir").arg(&state_dir);
         for (name, text) in &self.files {
@@ -200,10 +240,11 @@ impl Builder {
                 command.args(["--listen", "127.0.0.1:0"]);
             }
         }
-        command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let [stdin, stdout] = stdio;
+        command.args(&self.args).stdin(stdin).stdout(stdout).stderr(Stdio::piped());
         let mut master = command.spawn().unwrap_or_else(|error| panic!("start {}: {error}", self.exe.display()));
         let stderr = collect(master.stderr.take().expect("stderr"));
-        let stdout = collect(master.stdout.take().expect("stdout"));
+        let stdout = master.stdout.take().map_or_else(Default::default, collect);
         Evergate {
             master,
             exe: self.exe,

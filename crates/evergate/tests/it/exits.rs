@@ -1,0 +1,232 @@
+//! The truth about every end: what an exit record says, and that the counts agree (SUPERVISION.md 7, lines 2, 9, 12).
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use evergate_testkit::raw::{chat_body, post_request};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::processes::{lost_ids, wait_no_zombies};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, echo_with, open_as, open_stream, via};
+
+fn faulty(fake: &FakeUpstream, more: &str) -> Evergate {
+    Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], more)).env("EVERGATE_FAULT", "1").start()
+}
+
+/// Asks for a fault and reads nothing.
+fn plant(gateway: &Evergate, fault: &str, stream: bool) -> Raw {
+    let mut raw = Raw::connect(&gateway.addr());
+    let fields = format!("x-evergate-fault: {fault}\r\nx-request-id: {fault}\r\n");
+    raw.send(&post_request(CHAT, &fields, &chat_body(&via("stream-100-20"), stream, &Value::Null)));
+    raw
+}
+
+fn ended(gateway: &Evergate, pid: i32) -> Value {
+    gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0)
+}
+
+/// The only worker, once it is another than the last.
+fn fresh(gateway: &Evergate, last: i32) -> i32 {
+    wait_until("the next worker", 3 * LIMIT, || gateway.workers().first().is_some_and(|pid| *pid != last));
+    gateway.workers()[0]
+}
+
+/// Line 9: code and signal are exact, and a request that ends its own process is named as the one that was running.
+#[test]
+fn s09_a_request_that_ends_its_process_is_named_with_its_place() {
+    let fake = FakeUpstream::start();
+    let gateway = faulty(&fake, ONE_WORKER);
+    let mut last = 0;
+    for (fault, code, signal) in [
+        ("exit-3", json!(3), Value::Null),
+        ("double-panic", Value::Null, json!(6)),
+        ("exit-255", json!(255), Value::Null),
+    ] {
+        last = fresh(&gateway, last);
+        let mut neighbours: Vec<Raw> = (0..3).map(|_| open_stream(&gateway, "hold-mid")).collect();
+        drop(plant(&gateway, fault, false).try_read_response(LIMIT));
+        let record = ended(&gateway, last);
+        assert_eq!((&record["code"], &record["signal"]), (&code, &signal), "{record}");
+        assert_eq!(record["initiator"], "crash", "{record}");
+        let lost = record["lost"].as_array().unwrap();
+        assert_eq!(lost.len(), 4, "{record}");
+        let culprit = lost.iter().find(|lost| lost["client_id"] == fault).unwrap();
+        assert_eq!(record["running"], culprit["request_id"], "{record}");
+        assert!(record["rss_max_kib"].as_u64().unwrap() > 1000 && record["cpu_ms"].is_u64(), "{record}");
+        assert!(record["last_beat_ms"].as_u64().unwrap() < 5_000 && record["sent"] == json!([]), "{record}");
+        if fault == "double-panic" {
+            let place = record["panic"]["place"].as_str().unwrap();
+            assert!(place.contains("http/fault.rs:") && place.split(':').count() == 3, "{record}");
+            assert!(record["panic"]["age_ms"].as_u64().unwrap() < 2_000, "{record}");
+        } else {
+            assert_eq!(record["panic"], Value::Null, "{record}");
+        }
+        neighbours.iter_mut().for_each(|raw| drop(raw.next_event(LIMIT)));
+    }
+    let output = gateway.cli(&["exits"]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("signal 6 (SIGABRT)") && table.contains("code 255"), "{table}");
+    assert!(table.contains("panic at ") && table.contains("running req_"), "{table}");
+}
+
+/// Line 9: the one that was running when somebody else ended the process, in the handler and in the body.
+#[test]
+fn s09_the_request_that_was_running_is_named() {
+    let fake = FakeUpstream::start();
+    let gateway = faulty(&fake, ONE_WORKER);
+    let mut last = 0;
+    for (fault, stream) in [("spin", false), ("spin-stream", true)] {
+        last = fresh(&gateway, last);
+        let _others: Vec<Raw> = (0..4).map(|_| open_stream(&gateway, "hold-mid")).collect();
+        let _culprit = plant(&gateway, fault, stream);
+        wait_until("it spins", LIMIT, || cpu_ticks_grow(last));
+        gateway.kill_worker(0);
+        let record = ended(&gateway, last);
+        let lost = record["lost"].as_array().unwrap();
+        let culprit = lost.iter().find(|lost| lost["client_id"] == fault).unwrap();
+        assert_eq!((lost.len(), &record["running"]), (5, &culprit["request_id"]), "{record}");
+        assert_eq!((&record["signal"], &record["initiator"]), (&json!(9), &json!("unknown")), "{record}");
+        assert!(!record["evidence"].as_str().unwrap().is_empty(), "what tells a KILL's sender, or why nothing does");
+    }
+    // Between two requests nobody runs.
+    last = fresh(&gateway, last);
+    let _idle = open_stream(&gateway, "hold-mid");
+    gateway.kill_worker(0);
+    assert_eq!(ended(&gateway, last)["running"], Value::Null);
+}
+
+/// Whether the process uses the processor for a tick or more while we look.
+fn cpu_ticks_grow(pid: i32) -> bool {
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).to_owned();
+        fields.split_whitespace().nth(11).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let (before, now) = (ticks(), std::time::Instant::now());
+    wait_until("a while", LIMIT, || now.elapsed() > Duration::from_millis(100));
+    ticks() > before + 4
+}
+
+/// A caught panic of earlier is told with its age, and blamed for nothing.
+#[test]
+fn s09_a_caught_panic_is_a_fact_and_not_the_cause() {
+    let fake = FakeUpstream::start();
+    let gateway = faulty(&fake, ONE_WORKER);
+    assert_eq!(plant(&gateway, "panic-handler", false).read_response(LIMIT).status, 500);
+    let pid = gateway.kill_worker(0);
+    let record = ended(&gateway, pid);
+    assert!(record["panic"]["place"].as_str().unwrap().contains("http/fault.rs:"), "{record}");
+    assert_eq!((&record["signal"], &record["initiator"]), (&json!(9), &json!("unknown")), "{record}");
+}
+
+/// What a lost request was, in the exit record and in its access record.
+#[test]
+fn s09_a_lost_request_has_method_model_and_backend() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    let mut raw = open_as(&gateway, "hold-mid", true, "x-request-id: mine\r\n");
+    assert_eq!(raw.read_head(LIMIT).status, 200);
+    assert!(raw.next_event(LIMIT).is_some());
+    let pid = gateway.kill_worker(0);
+    let record = ended(&gateway, pid);
+    let access = gateway.wait_access("mine", LIMIT);
+    for (key, value) in
+        [("method", "POST"), ("route", "/v1/chat/completions"), ("model", &via("hold-mid")), ("backend", "fake")]
+    {
+        assert_eq!((&record["lost"][0][key], &access[key]), (&json!(value), &json!(value)), "{record} {access}");
+    }
+    assert_eq!((&access["attempts"], &access["by_master"]), (&json!(1), &json!(true)), "{access}");
+    let said = gateway.wait_stderr("1 request lost", LIMIT);
+    assert!(!said.contains("1 requests"), "{said}");
+}
+
+fn requests_total(gateway: &Evergate) -> u64 {
+    let text = gateway.metrics();
+    let lines = text.lines().filter(|line| line.starts_with("evergate_requests_total{"));
+    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+fn dropped(gateway: &Evergate) -> u64 {
+    let text = gateway.metrics();
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("evergate_access_records_dropped_total "));
+    lines.next().unwrap().parse().unwrap()
+}
+
+/// Line 2: whatever is killed when, every request has one record and one count: records + dropped == requests.
+#[test]
+fn s02_records_and_counts_agree_whatever_is_killed() {
+    const KILLS: usize = 12;
+    let gateway = echo_with("[workers]\nmin = 3\nmax = 3\n");
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    let Ok(mut raw) = Raw::try_connect(&gateway.addr()) else { continue };
+                    // Answers of this process itself: as many ends of requests as can be, to be hit by a kill.
+                    let _ = raw.try_send(&post_request(CHAT, "", &chat_body("echo", false, &Value::Null)));
+                    let _ = raw.try_read_response(LIMIT);
+                }
+            });
+        }
+        for round in 0..KILLS {
+            let pid = gateway.workers()[round % 3];
+            gateway.kill_worker(round % 3);
+            let _ = ended(&gateway, pid);
+            wait_until("the replacement", 3 * LIMIT, || {
+                let workers = gateway.wait_workers(3);
+                !workers.contains(&pid)
+            });
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    let mut last = (0, 0);
+    wait_until("as many records as requests", LIMIT, || {
+        last = (gateway.access().len() as u64 + dropped(&gateway), requests_total(&gateway));
+        last.0 == last.1
+    });
+    let records = gateway.access();
+    let ids: BTreeSet<&str> = records.iter().map(|record| record["request_id"].as_str().unwrap()).collect();
+    assert_eq!(ids.len(), records.len(), "one record for each request");
+    assert!(records.iter().all(|record| record["status"] == 200 || record["cause"] == "worker_lost"));
+    let lost: usize = gateway.exits().iter().map(|record| lost_ids(record).len()).sum();
+    let recorded = records.iter().filter(|record| record["cause"] == "worker_lost").count();
+    assert_eq!(lost, recorded, "what exit records and access records call lost");
+    wait_no_zombies(gateway.pid());
+}
+
+/// Line 12, and what H12 leaves: the master's end and that of each of its children are recorded by the successor.
+#[test]
+fn s12_a_killed_masters_children_are_recorded_too() {
+    let fake = FakeUpstream::start();
+    let state = tempfile::tempdir().unwrap();
+    let text =
+        gateway_config(fake.base_url(), &[], "[shutdown]\ndrain = \"1s\"\ncancel = \"500ms\"\ncleanup = \"500ms\"\n");
+    let mut first = Evergate::builder(EXE).config(text.clone()).state_dir(state.path()).start();
+    // One that is not ready yet has no handler for the successor's TERM, and would rightly be recorded as ended by it.
+    wait_until("two ready workers", LIMIT, || first.metrics().contains("evergate_workers{phase=\"ready\"} 2"));
+    let _held = open_stream(&first, "hold-mid");
+    let (master, children) = (first.pid(), first.children());
+    assert_eq!(children.len(), 3);
+    first.signal(Signal::KILL);
+    let _ = first.wait_exit(LIMIT);
+    let second = Evergate::builder(EXE).config(text).state_dir(state.path()).start();
+    let records = second.wait_exits(4, LIMIT, |record| record["epoch"] == 0 || record["initiator"] == "orphan");
+    let of_master = records.iter().find(|record| record["kind"] == "master").unwrap();
+    assert_eq!(
+        (&of_master["pid"], &of_master["code"], &of_master["signal"]),
+        (&json!(master), &Value::Null, &Value::Null)
+    );
+    for child in &children {
+        let record = records.iter().find(|record| record["pid"] == child.pid).unwrap();
+        assert_eq!((&record["kind"], &record["slot"]), (&json!(child.kind), &json!(child.slot)), "{record}");
+        // Whoever saw its end knows the status, and an orphan that drained ended with 0; nobody guesses.
+        assert!(record["code"].is_null() || record["code"] == 0, "{record}");
+        assert!(record["signal"].is_null() && record["age_ms"].as_u64().unwrap() > 0, "{record}");
+    }
+    let of_second = second.pid();
+    assert!(second.exits().iter().all(|record| record["pid"] != of_second));
+}

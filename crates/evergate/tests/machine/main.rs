@@ -1,0 +1,60 @@
+//! What needs a machine that allows it: a memory cgroup, namespaces, systemd's own checker. Each case says by itself whether
+//! it can run here; one that cannot is reported as ignored, which `./test` holds against tests/skips.txt.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
+
+mod memory;
+mod packaging;
+mod pid_one;
+
+/// A case is run, or says why it cannot be.
+type Case = (&'static str, fn() -> Result<(), String>);
+
+const CASES: [Case; 5] = [
+    ("s10_a_memory_kill_is_told_from_an_operators_twenty_of_twenty", memory::twenty_of_twenty),
+    ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),
+    ("s10_without_a_counter_nothing_is_guessed", memory::nothing_is_guessed),
+    ("s11_process_one_needs_no_init", pid_one::needs_no_init),
+    ("s30_unit_files_are_valid", packaging::unit_files_are_valid),
+];
+
+fn main() {
+    let filter = std::env::args().nth(1).filter(|text| !text.starts_with('-'));
+    if std::env::args().any(|arg| arg == "--list") {
+        return;
+    }
+    let chosen = CASES.iter().filter(|(name, _)| filter.as_ref().is_none_or(|text| name.contains(text.as_str())));
+    let (mut passed, mut failed, mut ignored) = (0, 0, 0);
+    for (name, case) in chosen {
+        match std::panic::catch_unwind(case) {
+            Ok(Ok(())) => {
+                println!("test {name} ... ok");
+                passed += 1;
+            }
+            Ok(Err(why)) => {
+                println!("test {name} ... ignored, {why}");
+                ignored += 1;
+            }
+            Err(_) => {
+                println!("test {name} ... FAILED");
+                failed += 1;
+            }
+        }
+    }
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("test result: {word}. {passed} passed; {failed} failed; {ignored} ignored");
+    if failed > 0 {
+        std::process::exit(101);
+    }
+}
+
+/// The binary under test.
+const EXE: &str = env!("CARGO_BIN_EXE_evergate");
+
+/// Nothing here takes so long unless it is broken.
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Whether this command succeeds.
+fn can(program: &str, args: &[&str]) -> bool {
+    let mut command = std::process::Command::new(program);
+    command.args(args).stdin(std::process::Stdio::null()).output().is_ok_and(|output| output.status.success())
+}
