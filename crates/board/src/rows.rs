@@ -128,6 +128,18 @@ row! {
         queue set_queue u32;
         /// Connects that the listeners' full queues turned away since the start.
         queue_overflows set_queue_overflows u64;
+        /// Connections in the accept queues, and requests that wait in a worker for a slot.
+        backlog set_backlog u64;
+        /// Whether a reload is under way.
+        reloading set_reloading bool;
+        /// Reloads that came into force.
+        reloads set_reloads u64;
+        /// Reloads that left everything as it was.
+        reloads_failed set_reloads_failed u64;
+        /// Workers added after the start.
+        scale_ups set_scale_ups u64;
+        /// Workers taken away.
+        scale_downs set_scale_downs u64;
         /// Access records of lost requests that the full pipe did not take.
         access_dropped set_access_dropped u64;
         /// Lines for standard error that it could not take.

@@ -58,6 +58,18 @@ pub struct Plan {
     pub workers_max: u32,
     /// In-flight rows per worker on the board.
     pub slots: u32,
+    /// Requests and connections waiting that call one worker more at once.
+    pub backlog_high: u32,
+    /// How long below a quarter of capacity before one worker goes.
+    pub idle_after: Duration,
+    /// Requests after which a worker is replaced; 0 is never.
+    pub requests_max: u32,
+    /// Age at which a worker is replaced; 0 is never.
+    pub lifetime_max: Duration,
+    /// Resident set at which a worker is replaced, KiB; 0 is never.
+    pub rss_max_kib: u64,
+    /// Resident set of all workers from which on none is added, KiB; 0 is none.
+    pub rss_total_max_kib: u64,
     /// Time a worker has from its start to ready.
     pub boot_timeout: Duration,
     /// Age of the last beat at which a worker counts as hung.
@@ -96,7 +108,13 @@ impl Plan {
         line("workers_min", &self.workers_min);
         line("workers_max", &self.workers_max);
         line("slots", &self.slots);
+        line("backlog_high", &self.backlog_high);
+        line("requests_max", &self.requests_max);
+        line("rss_max_kib", &self.rss_max_kib);
+        line("rss_total_max_kib", &self.rss_total_max_kib);
         for (key, value) in [
+            ("idle_after_ms", self.idle_after),
+            ("lifetime_max_ms", self.lifetime_max),
             ("boot_timeout_ms", self.boot_timeout),
             ("hang_timeout_ms", self.hang_timeout),
             ("settle_ms", self.settle),
@@ -126,6 +144,12 @@ impl Plan {
             workers_min: 0,
             workers_max: 0,
             slots: 0,
+            backlog_high: 10,
+            idle_after: Duration::from_secs(30),
+            requests_max: 0,
+            lifetime_max: Duration::ZERO,
+            rss_max_kib: 0,
+            rss_total_max_kib: 0,
             boot_timeout: Duration::ZERO,
             hang_timeout: Duration::ZERO,
             settle: Duration::ZERO,
@@ -140,6 +164,7 @@ impl Plan {
         }
         for line in lines {
             let (key, value) = line.split_once('=').ok_or_else(|| format!("plan line without '=': {line}"))?;
+            let wide = || value.parse::<u64>().map_err(|_| format!("plan line with a bad number: {line}"));
             let number = || value.parse::<u32>().map_err(|_| format!("plan line with a bad number: {line}"));
             let time = || {
                 let ms = value.parse::<u64>().map_err(|_| format!("plan line with a bad time: {line}"))?;
@@ -154,6 +179,12 @@ impl Plan {
                 "workers_min" => plan.workers_min = number()?,
                 "workers_max" => plan.workers_max = number()?,
                 "slots" => plan.slots = number()?,
+                "backlog_high" => plan.backlog_high = number()?,
+                "idle_after_ms" => plan.idle_after = time()?,
+                "requests_max" => plan.requests_max = number()?,
+                "lifetime_max_ms" => plan.lifetime_max = time()?,
+                "rss_max_kib" => plan.rss_max_kib = wide()?,
+                "rss_total_max_kib" => plan.rss_total_max_kib = wide()?,
                 "boot_timeout_ms" => plan.boot_timeout = time()?,
                 "hang_timeout_ms" => plan.hang_timeout = time()?,
                 "settle_ms" => plan.settle = time()?,
@@ -186,6 +217,12 @@ mod tests {
             workers_min: 2,
             workers_max: 4,
             slots: 256,
+            backlog_high: 7,
+            idle_after: Duration::from_secs(31),
+            requests_max: 1000,
+            lifetime_max: Duration::from_secs(3600),
+            rss_max_kib: 1 << 40,
+            rss_total_max_kib: 1 << 41,
             boot_timeout: Duration::from_secs(30),
             hang_timeout: Duration::from_secs(10),
             settle: Duration::ZERO,

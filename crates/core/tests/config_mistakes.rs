@@ -57,8 +57,9 @@ const TABLE: &[(&str, &str)] = &[
     ("[cache]\nttl = 1", "1:2: \"cache\" is not in this version"),
     ("[budgets]\n", "1:2: \"budgets\" is not in this version"),
     ("[hosts.a]\n", "1:2: \"hosts\" is not in this version"),
-    ("[workers]\nbacklog_high = 10", "2:1: \"backlog_high\" is not in this version"),
-    ("[workers]\nrss_max = \"1GiB\"", "2:1: \"rss_max\" is not in this version"),
+    ("[workers]\nrss_max = \"1MiB\"", "2:11: \"rss_max\" must be 0B (off) or at least 64MiB"),
+    ("[workers]\nlifetime_max = \"9s\"", "2:16: \"lifetime_max\" must be 0s (off) or at least 10s"),
+    ("[workers]\nbacklog_high = 0", "2:16: \"backlog_high\" must be from 1 to 65536, not 0"),
     ("[upstreams.x]\nprocess = { mode = \"stdio\" }", "2:1: \"process\" is not in this version"),
     (
         "[upstreams.x]\nbase_url = \"https://x/v1\"\ndialect = \"anthropic\"",

@@ -8,7 +8,7 @@ use evergate_core::config::{Overrides, parse_workers};
 use evergate_core::inherit::code;
 use evergate_core::plan::Address;
 
-use crate::commands::{check, exits, state_dir, status, stop};
+use crate::commands::{check, exits, reload, scale, state_dir, status, stop};
 use crate::lives::{ChildArgs, clerk, compile, serve, worker};
 
 #[derive(Debug, Parser)]
@@ -29,6 +29,11 @@ enum Command {
     Status(AskArgs),
     /// Show how its processes ended, and which requests died with them
     Exits(AskArgs),
+    /// Have the running gateway read its configuration again, and wait until the new one serves; exit code 78 if it has
+    /// mistakes, 1 if it cannot be brought into force: then everything stays as it was
+    Reload(AskArgs),
+    /// Set the number of workers, within workers.min and max; the load may add to it and take away what it added
+    Scale(ScaleArgs),
     /// Stop the running gateway and wait until it is gone
     Stop(StopArgs),
     /// Validate a configuration for the master
@@ -76,8 +81,20 @@ pub struct StateArgs {
 struct ServeArgs {
     #[command(flatten)]
     config: ConfigArgs,
+    /// End the start at the first worker that fails to boot, even if others serve; without it only when every worker has
+    #[arg(long)]
+    halt_on_boot_error: bool,
     #[command(flatten)]
     state: StateArgs,
+}
+
+#[derive(Args, Debug)]
+struct ScaleArgs {
+    /// Workers wanted
+    #[arg(value_name = "N")]
+    workers: u32,
+    #[command(flatten)]
+    ask: AskArgs,
 }
 
 #[derive(Args, Debug)]
@@ -124,13 +141,19 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> u8 {
     match command {
-        Command::Serve(args) => with_state(&args.state, |state| serve::run(&args.config, state)),
+        Command::Serve(args) => {
+            with_state(&args.state, |state| serve::run(&args.config, args.halt_on_boot_error, state))
+        }
         Command::Check(args) => {
             let config = ConfigArgs { config: args.config, ..ConfigArgs::default() };
             check::run(&config, form(args.json))
         }
         Command::Status(args) => with_state(&args.state, |state| status::run(state, form(args.json))),
         Command::Exits(args) => with_state(&args.state, |state| exits::run(state, form(args.json))),
+        Command::Reload(args) => with_state(&args.state, |state| reload::run(state, form(args.json))),
+        Command::Scale(args) => {
+            with_state(&args.ask.state, |state| scale::run(state, args.workers, form(args.ask.json)))
+        }
         Command::Stop(args) => {
             let how = if args.now { stop::How::Now } else { stop::How::Graceful };
             with_state(&args.ask.state, |state| stop::run(state, how, form(args.ask.json)))
@@ -204,13 +227,15 @@ mod tests {
 
     #[test]
     fn wrong_words_are_usage_errors() {
-        let wrong: [&[&str]; 8] = [
+        let wrong: [&[&str]; 10] = [
             &[],
             &["dance"],
             &["serve", "--wrong"],
             &["serve", "--workers", "many"],
             &["serve", "--listen", "nowhere"],
-            &["reload"],
+            &["reload", "now"],
+            &["scale"],
+            &["scale", "many"],
             &["worker", "--row", "1"],
             &["clerk", "--row", "1", "--epoch", "2", "--generation", "3", "--listeners", "4000"],
         ];

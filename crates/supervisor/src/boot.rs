@@ -1,6 +1,6 @@
 //! From nothing to a master that can start children.
 
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,9 +9,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use evergate_board::{Board, MasterPhase, Shape, monotonic_ns};
-use evergate_core::inherit::{self, code};
+use evergate_core::inherit::code;
 use evergate_core::plan::{Address, Plan};
-use evergate_sys::{Pid, Signal, Signals, Spawn, Status, unix_ms};
+use evergate_sys::{Pid, Signal, Signals, Status, unix_ms};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -19,14 +19,15 @@ use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, kill_process, pid
 
 use crate::activation::Activation;
 use crate::children::Estate;
+use crate::compile::{Compile, Words};
 use crate::control::{self, Control};
 use crate::exits::Exits;
 use crate::listen::Listener;
 use crate::master::Master;
 use crate::orphans::Orphans;
 use crate::runfile::Run;
-use crate::step::{Rules, State};
-use crate::{Failure, Options, notify, talk};
+use crate::step::{Circumstances, Refusal, Rules, State};
+use crate::{Failure, Options, talk};
 
 /// How long the configuration may take to be validated.
 const COMPILE_TIME: Duration = Duration::from_secs(30);
@@ -75,11 +76,16 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
     let what = format!("open the control socket {}", control.display());
     let control = attempt(&what, Control::open(control))?;
     let rules = Rules::of_plan(&plan);
-    let now = monotonic_ns();
-    let state = State::new(rules, board.shape().children, !orphans.is_empty(), board.run_id(), now);
+    let given = Circumstances {
+        rows: board.shape().children,
+        has_orphans: !orphans.is_empty(),
+        halts_on_boot_error: options.halt_on_boot_error,
+        seed: board.run_id(),
+    };
+    let state = State::new(rules, given, monotonic_ns());
     let estate = Estate {
         exe,
-        config,
+        configs: BTreeMap::from([(1, config)]),
         life: attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC))?,
         kick: attempt("make an eventfd", eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?,
         access: access_pipe()?,
@@ -116,35 +122,16 @@ fn lock(folder: &Path) -> Result<File, Failure> {
     }
 }
 
-/// Has a child validate the configuration: the plan for us, and the sealed configuration for the children.
+/// Has a child validate the configuration: the plan for us, and the sealed configuration for the children. It says on
+/// standard error what is wrong; its exit code becomes ours.
 fn compile(options: &Options, exe: &OwnedFd, signals: &Signals) -> Result<(Plan, OwnedFd), Failure> {
-    let plan = attempt("make a memfd", evergate_sys::memfd(c"evergate-plan"))?;
-    let config = attempt("make a memfd", evergate_sys::memfd(c"evergate-config"))?;
-    let is_for_children = |name: &OsString| !notify::VARIABLES.iter().any(|ours| name == ours);
-    let env: Vec<(OsString, OsString)> = std::env::vars_os().filter(|(name, _)| is_for_children(name)).collect();
-    let pid = evergate_sys::spawn(&Spawn {
-        exe: exe.as_fd(),
-        argv0: OsStr::new("evergate: compile"),
-        args: &options.compile_args,
-        env: &env,
-        fds: &[(plan.as_fd(), inherit::COMPILE_PLAN), (config.as_fd(), inherit::COMPILE_CONFIG)],
-        ignored: &[],
-        own_group: false,
-    });
-    let pid = attempt("start the validation of the configuration", pid)?;
-    await_compile(pid, signals)?;
-    for file in [&plan, &config] {
-        attempt("seal the configuration", evergate_sys::seal(file))?;
-    }
-    let mut text = String::new();
-    let read = evergate_sys::reopen_read_only(&plan).and_then(|file| File::from(file).read_to_string(&mut text));
-    attempt("read the plan", read)?;
-    let plan = Plan::parse(&text).map_err(Failure::internal)?;
-    Ok((plan, config))
+    let compile = Compile::start(exe.as_fd(), &options.compile_args, Words::Inherited);
+    let compile = attempt("start the validation of the configuration", compile)?;
+    let status = await_compile(compile.pid, signals)?;
+    compile.finish(status).map_err(|Refusal { code, why }| Failure { code, text: why })
 }
 
-/// The validating child has said on standard error what is wrong; its exit code becomes ours.
-fn await_compile(pid: Pid, signals: &Signals) -> Result<(), Failure> {
+fn await_compile(pid: Pid, signals: &Signals) -> Result<Status, Failure> {
     let process = attempt("watch the validation", pidfd_open(pid, PidfdFlags::empty()))?;
     let end = Instant::now() + COMPILE_TIME;
     let mut failure = None;
@@ -168,14 +155,7 @@ fn await_compile(pid: Pid, signals: &Signals) -> Result<(), Failure> {
         }
     }
     let exit = attempt("take the validation's end", evergate_sys::reap(pid))?;
-    match (failure, exit.status) {
-        (Some(failure), _) => Err(failure),
-        (None, Status::Code(0)) => Ok(()),
-        (None, Status::Code(code)) => Err(Failure { code, text: String::new() }),
-        (None, Status::Signal { number, .. }) => {
-            Err(Failure::internal(format!("the validation of the configuration was ended by signal {number}")))
-        }
-    }
+    failure.map_or(Ok(exit.status), Err)
 }
 
 /// Whether somebody wants us to stop; takes every pending signal.

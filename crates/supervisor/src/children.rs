@@ -20,8 +20,8 @@ pub(crate) struct Estate {
     /// Our own program, of the build that this master is.
     pub(crate) exe: OwnedFd,
     pub(crate) board: Board,
-    /// The sealed configuration.
-    pub(crate) config: OwnedFd,
+    /// The sealed configuration of each generation of which children may still be born.
+    pub(crate) configs: BTreeMap<u32, OwnedFd>,
     /// Both ends, so that the pipe breaks when this process ends and not before.
     pub(crate) life: (OwnedFd, OwnedFd),
     pub(crate) kick: OwnedFd,
@@ -85,7 +85,9 @@ impl Estate {
 
     fn exec(&self, birth: Birth) -> io::Result<Pid> {
         // A description of its own, because children read the file and must not share a position.
-        let config = evergate_sys::reopen_read_only(&self.config)?;
+        let config = self.configs.get(&birth.generation);
+        let config = config.ok_or_else(|| io::Error::other("its generation's configuration is gone"))?;
+        let config = evergate_sys::reopen_read_only(config)?;
         let (access, listeners): (_, Vec<BorrowedFd<'_>>) = match birth.kind {
             Kind::Clerk => (&self.access.0, self.admin.iter().map(AsFd::as_fd).collect()),
             Kind::Master | Kind::Worker | Kind::Runner | Kind::Host => {

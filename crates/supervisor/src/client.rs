@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use evergate_core::inherit::code;
 use evergate_sys::{Pid, start_ticks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt::socket_peercred};
@@ -35,6 +36,13 @@ pub enum ClientError {
     NotRunning,
     /// The master refused, in its own words.
     Refused(String),
+    /// What was ordered did not come off.
+    Failed {
+        /// The exit code that says so.
+        code: u8,
+        /// Why, in several lines if there are several mistakes.
+        why: String,
+    },
     /// The system did.
     Io(io::Error),
 }
@@ -44,6 +52,7 @@ impl fmt::Display for ClientError {
         match self {
             Self::NotRunning => write!(f, "no gateway runs with this state folder"),
             Self::Refused(words) => write!(f, "the gateway refused: {words}"),
+            Self::Failed { why, .. } => f.write_str(why),
             Self::Io(_) => write!(f, "cannot talk to the gateway"),
         }
     }
@@ -53,7 +62,7 @@ impl std::error::Error for ClientError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Io(error) => Some(error),
-            Self::NotRunning | Self::Refused(_) => None,
+            Self::NotRunning | Self::Refused(_) | Self::Failed { .. } => None,
         }
     }
 }
@@ -64,17 +73,33 @@ impl From<io::Error> for ClientError {
     }
 }
 
-/// Sends one command (`ping`, `status`, `stop`, `stop now`) to the master of a state folder.
+/// Sends one command (`ping`, `status`, `stop`, `stop now`, `scale N`) to the master of a state folder.
 ///
 /// # Errors
 /// See [`ClientError`].
 pub fn request(state_dir: &Path, command: &str) -> Result<Reply, ClientError> {
+    ask(state_dir, command, PATIENCE)
+}
+
+/// Has the master read its configuration again and waits for what comes of it; the reply's text ends with the number of
+/// the generation. A reload that is under way is waited for first.
+///
+/// # Errors
+/// See [`ClientError`]; [`ClientError::Failed`] if everything stays as it was.
+pub fn reload(state_dir: &Path, patience: Duration) -> Result<Reply, ClientError> {
+    ask(state_dir, "reload", patience)
+}
+
+fn ask(state_dir: &Path, command: &str, patience: Duration) -> Result<Reply, ClientError> {
     let socket = connect(state_dir)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     socket.set_write_timeout(Some(PATIENCE))?;
     io::Write::write_all(&mut &socket, format!("{command}\n").as_bytes())?;
     let (bytes, fd) = receive(&socket)?;
     let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+    if let Some((code, why)) = text.strip_prefix("failed ").and_then(|rest| rest.split_once(": ")) {
+        return Err(ClientError::Failed { code: code.parse().unwrap_or(code::FAILED), why: why.to_owned() });
+    }
     match text.strip_prefix("error: ") {
         Some(words) => Err(ClientError::Refused(words.to_owned())),
         // A master that dies before it answers.

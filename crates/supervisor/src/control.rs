@@ -1,4 +1,4 @@
-//! The control socket: one line in, one line out, and nobody can make the master wait.
+//! The control socket: one line in, one answer out, and nobody can make the master wait.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -6,18 +6,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use evergate_board::Board;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
     accept_with, bind, listen, sendmsg, socket_with, sockopt::socket_peercred,
 };
 
-use crate::step::{Ns, Order, SECOND};
+use crate::step::{Caller, Ns, Order, Refusal, SECOND};
 
 /// Longest request, bytes.
 const REQUEST_MAX: usize = 512;
-/// Most connections at a time.
+/// Most connections at a time whose request is still to come.
 const CLIENTS_MAX: usize = 16;
+/// Most that wait for the outcome of their order.
+const CALLERS_MAX: usize = 64;
 /// How long a client may take over its request.
 const PATIENCE: Ns = SECOND;
 
@@ -42,6 +45,9 @@ pub(crate) struct Control {
     listener: OwnedFd,
     path: PathBuf,
     clients: Vec<Client>,
+    /// Whose order was given and who waits for what comes of it.
+    callers: Vec<(Caller, OwnedFd)>,
+    last_caller: Caller,
 }
 
 #[derive(Debug)]
@@ -66,7 +72,7 @@ impl Control {
         rustix::process::umask(mask);
         bound?;
         listen(&listener, 64)?;
-        Ok(Self { listener, path, clients: Vec::new() })
+        Ok(Self { listener, path, clients: Vec::new(), callers: Vec::new(), last_caller: 0 })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -79,12 +85,17 @@ impl Control {
         listener.into_iter().chain(self.clients.iter().map(|client| client.fd.as_fd()))
     }
 
+    /// Whose hanging up is to be waited for, and nothing else: one that has closed its writing side is still there.
+    pub(crate) fn callers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.callers.iter().map(|(_, fd)| fd.as_fd())
+    }
+
     /// When the first client's patience ends.
     pub(crate) fn due(&self) -> Option<Ns> {
         self.clients.iter().map(|client| client.since.saturating_add(PATIENCE)).min()
     }
 
-    /// Takes whatever is there, answers it, and gives the orders that were in it.
+    /// Takes whatever is there, answers what can be answered from the board, and gives the orders that were in it.
     pub(crate) fn turn(&mut self, board: &Board, now: Ns) -> Vec<Order> {
         while self.clients.len() < CLIENTS_MAX {
             let Ok(fd) = accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) else { break };
@@ -92,19 +103,60 @@ impl Control {
                 self.clients.push(Client { fd, request: Vec::new(), since: now });
             }
         }
+        self.callers.retain(|(_, fd)| !has_hung_up(fd));
         let mut orders = Vec::new();
-        self.clients.retain_mut(|client| {
-            let is_waiting = match client.read() {
-                Heard::Nothing => true,
-                Heard::Line => {
-                    orders.extend(client.answer(board));
-                    false
-                }
-                Heard::End => false,
-            };
-            is_waiting && now.saturating_sub(client.since) < PATIENCE
-        });
+        for mut client in std::mem::take(&mut self.clients) {
+            match client.read() {
+                Heard::Nothing if now.saturating_sub(client.since) < PATIENCE => self.clients.push(client),
+                Heard::Nothing | Heard::End => {}
+                Heard::Line => orders.extend(self.obey(client, board)),
+            }
+        }
         orders
+    }
+
+    /// Says what came of an order. Whoever has gone meanwhile is not told.
+    pub(crate) fn answer(&mut self, caller: Caller, outcome: &Result<u32, Refusal>) {
+        let Some(at) = self.callers.iter().position(|(number, _)| *number == caller) else { return };
+        let (_, fd) = self.callers.remove(at);
+        let text = match outcome {
+            Ok(value) => format!("ok {value}\n"),
+            Err(refusal) => format!("failed {}: {}\n", refusal.code, refusal.why),
+        };
+        // Not more than a socket's buffer holds, and the client is read to its end: nobody waits here.
+        let _ = send(&fd, &text, None);
+    }
+
+    fn obey(&mut self, client: Client, board: &Board) -> Option<Order> {
+        let line = client.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let line = std::str::from_utf8(line).unwrap_or_default();
+        let workers = line.strip_prefix("scale ").and_then(|number| number.parse().ok());
+        let (text, fd, order) = match line {
+            _ if client.request.len() > REQUEST_MAX => ("error: the request is too long\n", None, None),
+            "ping" => ("ok\n", None, None),
+            "status" => ("ok\n", Some(board.fd()), None),
+            "stop" => ("ok\n", None, Some(Order::Stop)),
+            "stop now" => ("ok\n", None, Some(Order::StopNow)),
+            "reload" => return self.wait(client, |caller| Order::Reload(Some(caller))),
+            _ => match workers {
+                Some(workers) => return self.wait(client, |caller| Order::Scale { workers, caller }),
+                None => ("error: no such command\n", None, None),
+            },
+        };
+        // Whoever asks and does not take the answer gets none: a new socket's buffer has room for a line.
+        let _ = send(&client.fd, text, fd);
+        order
+    }
+
+    /// Keeps a client until its order has an outcome.
+    fn wait(&mut self, client: Client, order: impl FnOnce(Caller) -> Order) -> Option<Order> {
+        if self.callers.len() >= CALLERS_MAX {
+            let _ = send(&client.fd, "error: too many wait for an answer\n", None);
+            return None;
+        }
+        self.last_caller = self.last_caller.wrapping_add(1);
+        self.callers.push((self.last_caller, client.fd));
+        Some(order(self.last_caller))
     }
 }
 
@@ -127,30 +179,26 @@ enum Heard {
 
 impl Client {
     fn read(&mut self) -> Heard {
-        let mut bytes = [0_u8; 1024];
-        match rustix::io::read(&self.fd, &mut bytes) {
-            Ok(0) => return Heard::End,
-            Ok(count) => self.request.extend_from_slice(bytes.get(..count).unwrap_or_default()),
+        match read(&self.fd) {
+            Ok(bytes) if bytes.is_empty() => return Heard::End,
+            Ok(bytes) => self.request.extend_from_slice(&bytes),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Heard::Nothing,
             Err(_) => return Heard::End,
         }
         if self.request.contains(&b'\n') || self.request.len() > REQUEST_MAX { Heard::Line } else { Heard::Nothing }
     }
+}
 
-    fn answer(&self, board: &Board) -> Option<Order> {
-        let line = self.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let (text, fd, order) = match line {
-            _ if line.len() > REQUEST_MAX => ("error: the request is too long\n", None, None),
-            b"ping" => ("ok\n", None, None),
-            b"status" => ("ok\n", Some(board.fd()), None),
-            b"stop" => ("ok\n", None, Some(Order::Stop)),
-            b"stop now" => ("ok\n", None, Some(Order::StopNow)),
-            _ => ("error: no such command\n", None, None),
-        };
-        // Whoever asks and does not take the answer gets none: a new socket's buffer has room for a line.
-        let _ = send(&self.fd, text, fd);
-        order
-    }
+fn has_hung_up(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+}
+
+fn read(fd: &OwnedFd) -> rustix::io::Result<Vec<u8>> {
+    let mut bytes = [0_u8; 1024];
+    let count = rustix::io::read(fd, &mut bytes)?;
+    Ok(bytes.get(..count).unwrap_or_default().to_vec())
 }
 
 fn send(to: &OwnedFd, text: &str, fd: Option<BorrowedFd<'_>>) -> rustix::io::Result<usize> {
@@ -184,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn strange_clients_cost_nothing() {
+    fn s31_strange_clients_cost_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("c.sock");
         let board = board();
@@ -215,6 +263,57 @@ mod tests {
         assert_eq!(ask(b"stop\n"), ("ok\n".into(), vec![Order::Stop]));
         assert_eq!(ask(b"stop now\n"), ("ok\n".into(), vec![Order::StopNow]));
         assert_eq!(ask(b"dance\n").0, "error: no such command\n");
+        assert_eq!(ask(b"scale many\n").0, "error: no such command\n");
+        assert_eq!(ask(b"scale -1\n").0, "error: no such command\n");
+        assert_eq!(ask(&[0xff, b'\n']).0, "error: no such command\n");
         assert_eq!(ask(&[b'x'; 600]).0, "error: the request is too long\n");
+    }
+
+    #[test]
+    fn s31_callers_wait_for_their_outcome_and_take_nobodys_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("c.sock");
+        let board = board();
+        let mut control = Control::open(socket.clone()).unwrap();
+        let call = |control: &mut Control, text: &str| {
+            let mut client = UnixStream::connect(&socket).unwrap();
+            client.write_all(text.as_bytes()).unwrap();
+            (client, control.turn(&board, 0))
+        };
+        let (mut first, orders) = call(&mut control, "reload\n");
+        // As `nc` does: nothing more to say, but still listening.
+        first.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(orders, [Order::Reload(Some(1))]);
+        let (mut second, orders) = call(&mut control, "scale 3\n");
+        assert_eq!(orders, [Order::Scale { workers: 3, caller: 2 }]);
+        // One that goes before the answer, and one that never reads it.
+        let (gone, _) = call(&mut control, "reload\n");
+        drop(gone);
+        let (_deaf, _) = call(&mut control, "reload\n");
+        control.turn(&board, 100 * PATIENCE);
+        assert_eq!(control.callers.len(), 3, "who waits for an outcome is not dropped, who has gone is");
+        let said = |control: &mut Control, caller, outcome, from: &mut UnixStream| {
+            control.answer(caller, &outcome);
+            let mut answer = String::new();
+            from.read_to_string(&mut answer).unwrap();
+            answer
+        };
+        let refusal = Refusal { code: 78, why: "one\ntwo".into() };
+        assert_eq!(said(&mut control, 1, Err(refusal.clone()), &mut first), "failed 78: one\ntwo\n");
+        assert_eq!(said(&mut control, 2, Ok(3), &mut second), "ok 3\n");
+        control.answer(3, &Ok(1));
+        control.answer(4, &Err(Refusal { why: "x".repeat(100_000), ..refusal }));
+        assert_eq!(control.callers.len(), 0);
+        let mut many: Vec<_> = (0..64).map(|_| call(&mut control, "reload\n").0).collect();
+        let (mut refused, orders) = call(&mut control, "reload\n");
+        assert_eq!(orders, []);
+        let mut answer = String::new();
+        refused.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "error: too many wait for an answer\n");
+        // The others still have their commands.
+        assert_eq!(call(&mut control, "stop\n").1, [Order::Stop]);
+        many.clear();
+        control.turn(&board, 0);
+        assert_eq!(control.callers.len(), 0);
     }
 }

@@ -10,7 +10,9 @@ mod boot;
 mod burial;
 mod children;
 pub mod client;
+mod compile;
 mod control;
+mod diagnosis;
 mod exits;
 mod listen;
 mod master;
@@ -38,6 +40,9 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// Arguments after `argv[0]` for the child that validates the configuration: `["compile", ...]`.
     pub compile_args: Vec<OsString>,
+    /// The first child that fails to boot ends the start, even if other workers are ready. Otherwise the start fails only
+    /// when every worker has.
+    pub halt_on_boot_error: bool,
     /// The whole environment of all other children.
     pub child_env: Vec<(OsString, OsString)>,
     /// Called for each request that a dead child has left, before the child's row is emptied: adds to the row's counters
@@ -46,6 +51,8 @@ pub struct Options {
     pub on_left: fn(&Board, row: u32, &Inflight) -> (u16, &'static str),
     /// Called for each child's end: counts it.
     pub on_exit: fn(&Board, Kind, Initiator),
+    /// Called for each child that is started in place of another, with what made the other one go: counts it.
+    pub on_respawn: fn(&Board, Kind, Initiator),
 }
 
 /// The start did not come off, or came to its end early.

@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use evergate_board::{ChildRow, MasterPhase, Phase, monotonic_ns};
+use evergate_board::{Board, ChildRow, MasterPhase, Phase, monotonic_ns};
 use evergate_core::count;
 use evergate_core::exit::Kind;
+use evergate_core::inherit::code;
 use evergate_core::plan::{Address, Plan};
 use evergate_sys::{Exit, Pid, Signal, Signals, peek_exit, reap};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,13 +16,15 @@ use rustix::process::kill_process;
 
 use crate::burial::{bury, status};
 use crate::children::{Children, Estate, Running};
+use crate::compile::{Compile, Words};
 use crate::control::Control;
+use crate::diagnosis::diagnose;
 use crate::exits::Exits;
 use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
-use crate::step::{Action, Event, Ns, Order, SECOND, Seen, Sig, State, step};
+use crate::step::{Action, Event, Ns, Order, Refusal, SECOND, Seen, Sig, State, Tally, step, succeed};
 use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
 
@@ -37,12 +41,18 @@ pub(crate) struct Master {
     orphans: Orphans,
     control: Control,
     state: State,
-    banner: Vec<String>,
-    is_tls: bool,
+    /// Of the start: what the listeners and the board were made for.
+    plan: Plan,
     children: Children,
     oom: Oom,
     notify: Notify,
     turned_away: TurnedAway,
+    /// A validation under way.
+    compile: Option<Compile>,
+    /// What it has made, until the rules say which generation that is.
+    compiled: Option<OwnedFd>,
+    /// Validations that were given up and have not ended yet.
+    given_up: Vec<Pid>,
     touched: Ns,
     exit: Option<u8>,
 }
@@ -72,12 +82,14 @@ impl Master {
             orphans,
             control,
             state,
-            banner: plan.banner,
-            is_tls: plan.is_tls,
+            plan,
             children: Children::new(),
             oom: Oom::open(),
             notify: Notify::from_env(),
             turned_away,
+            compile: None,
+            compiled: None,
+            given_up: Vec::new(),
             touched: 0,
             exit: None,
         }
@@ -92,13 +104,16 @@ impl Master {
                 Run::remove(&self.folder);
                 return Ok(code);
             }
-            self.wait();
+            if self.wait() {
+                self.apply(Event::Knock);
+            }
             self.turn();
         }
     }
 
-    /// Until a signal, a kick, a client or the next time at which the rules have something to do.
-    fn wait(&self) {
+    /// Until a signal, a kick, a client or the next time at which the rules have something to do. While it is quiet a
+    /// connection wakes us as well, so that a queue is noticed at once; says whether one did.
+    fn wait(&self) -> bool {
         let now = monotonic_ns();
         let others = [self.control.due(), self.notify.due(), self.turned_away.due()];
         let due = others.into_iter().flatten().fold(self.state.due(), Ns::min);
@@ -107,8 +122,14 @@ impl Master {
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.estate.kick, PollFlags::IN)];
         let more = self.control.fds().chain(self.turned_away.fds(&self.estate.listeners));
         fds.extend(more.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.control.callers().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::empty())));
+        let listeners = fds.len();
+        if self.state.is_quiet() {
+            fds.extend(self.estate.listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
+        }
         // Whatever it says, everything is looked at afterwards; nothing here can fail for longer than a tick.
         let _ = poll(&mut fds, limit.as_ref());
+        fds.iter().skip(listeners).any(|listener| !listener.revents().is_empty())
     }
 
     fn turn(&mut self) {
@@ -152,13 +173,25 @@ impl Master {
         let seen = |(epoch, running): (&u32, &Running)| {
             let row = self.estate.board.child(running.birth.row)?;
             let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting);
-            Some(Seen { epoch: *epoch, is_ready, beat: row.beat_ns(), took_queue: row.took_queue() })
+            Some(Seen {
+                epoch: *epoch,
+                is_ready,
+                beat: row.beat_ns(),
+                took_queue: row.took_queue(),
+                load: row.load(),
+                waiting: row.waiting(),
+                lag: u64::from(row.loop_lag_us()).saturating_mul(1_000),
+                requests: row.requests(),
+                rss_kib: row.rss_kib(),
+            })
         };
-        let children = self.children.iter().filter_map(seen).collect();
+        let children: Vec<Seen> = self.children.iter().filter_map(seen).collect();
         let queue = self.estate.listeners.iter().fold(0_u32, |sum, listener| sum.saturating_add(listener.queue()));
         let overflows = self.estate.listeners.iter().map(|listener| u64::from(listener.overflows())).sum();
         self.estate.board.master().set_queue(queue);
         self.estate.board.master().set_queue_overflows(overflows);
+        let waiting = children.iter().fold(0_u64, |sum, seen| sum.saturating_add(seen.waiting.into()));
+        self.estate.board.master().set_backlog(waiting.saturating_add(queue.into()));
         self.apply(Event::Seen { children, queue });
     }
 
@@ -167,6 +200,14 @@ impl Master {
         let (mut ours, mut killed) = (Vec::new(), 0_u64);
         while let Ok(Some(pid)) = peek_exit() {
             let Ok(exit) = reap(pid) else { break };
+            if self.compile.as_ref().is_some_and(|compile| compile.pid == pid) {
+                self.take_compiled(exit.status);
+                continue;
+            }
+            if let Some(at) = self.given_up.iter().position(|given_up| *given_up == pid) {
+                self.given_up.remove(at);
+                continue;
+            }
             let found = self.children.iter_mut().find(|(_, running)| running.pid == pid && running.exit.is_none());
             if let Some((epoch, running)) = found {
                 running.exit = Some(exit);
@@ -183,7 +224,9 @@ impl Master {
         }
         self.find_killers(&ours, killed);
         for (epoch, exit) in ours {
-            self.apply(Event::Exited { epoch, status: status(Some(exit)) });
+            let row = self.children.get(&epoch).and_then(|running| self.estate.board.child(running.birth.row));
+            let note = row.map(ChildRow::note).unwrap_or_default();
+            self.apply(Event::Exited { epoch, status: status(Some(exit)), note });
         }
     }
 
@@ -233,6 +276,34 @@ impl Master {
                     bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
                 }
             }
+            Action::Compile => return self.start_compile(),
+            Action::StopCompile => self.stop_compile(),
+            Action::Keep { generation } => {
+                if let Some(config) = self.compiled.take() {
+                    self.estate.configs.insert(generation, config);
+                }
+            }
+            Action::Adopt { generation, rules } => {
+                self.estate.configs.retain(|kept, _| *kept >= generation);
+                board.master().set_generation(generation);
+                board.master().set_workers_min(rules.workers_min);
+                board.master().set_workers_max(rules.workers_max);
+            }
+            Action::Forget { generation } => {
+                self.estate.configs.remove(&generation);
+            }
+            Action::Answer { caller, outcome } => self.control.answer(caller, &outcome),
+            Action::Diagnose { epoch } => {
+                if let Some(running) = self.children.get(&epoch) {
+                    talk::say(&diagnose(&board, running));
+                }
+            }
+            Action::Count(Tally::Respawn { kind, cause }) => (self.options.on_respawn)(&board, kind, cause),
+            Action::Count(tally) => tally_up(&board, tally),
+            Action::SetReloading(is_reloading) => {
+                board.master().set_reloading(is_reloading);
+                if is_reloading { self.notify.reloading(monotonic_ns()) } else { self.notify.ready() }
+            }
             Action::SetPhase(phase) => {
                 board.master().set_phase(phase);
                 self.notify.enter(phase);
@@ -257,6 +328,37 @@ impl Master {
         None
     }
 
+    fn start_compile(&mut self) -> Option<Event> {
+        match Compile::start(self.estate.exe.as_fd(), &self.options.compile_args, Words::Kept) {
+            Ok(compile) => self.compile = Some(compile),
+            Err(error) => {
+                let why = format!("cannot start the validation of the configuration: {error}");
+                return Some(Event::Compiled(Err(Refusal { code: code::SYSTEM, why })));
+            }
+        }
+        None
+    }
+
+    fn stop_compile(&mut self) {
+        if let Some(compile) = self.compile.take() {
+            // It is reaped when it has ended.
+            let _ = kill_process(compile.pid, Signal::KILL);
+            self.given_up.push(compile.pid);
+        }
+    }
+
+    /// The validation has ended: what it said is the operator's to read, what it made is judged.
+    fn take_compiled(&mut self, status: evergate_sys::Status) {
+        let Some(compile) = self.compile.take() else { return };
+        compile.words().lines().for_each(talk::print);
+        let outcome = compile.finish(status).and_then(|(plan, config)| {
+            let rules = succeed(&self.plan, &plan, self.estate.board.shape().children)?;
+            self.compiled = Some(config);
+            Ok(rules)
+        });
+        self.apply(Event::Compiled(outcome));
+    }
+
     /// Only to a child that was not reaped: until then its number is its own.
     fn send(&mut self, epoch: u32, signal: Sig) {
         let Some(running) = self.children.get_mut(&epoch).filter(|running| running.exit.is_none()) else { return };
@@ -279,10 +381,10 @@ impl Master {
             Address::Tcp(address) => format!("{scheme}://{address}"),
             Address::Unix(path) => format!("unix:{path}"),
         };
-        let scheme = if self.is_tls { "https" } else { "http" };
+        let scheme = if self.plan.is_tls { "https" } else { "http" };
         let listen = self.estate.listeners.first().map(|listener| url(&listener.address, scheme)).unwrap_or_default();
         let admin = self.estate.admin.as_ref().map(|listener| url(&listener.address, "http"));
-        for line in &self.banner {
+        for line in &self.plan.banner {
             // Without an admin listener there is nothing to say about it.
             if admin.is_none() && line.contains("{admin}") {
                 continue;
@@ -326,6 +428,18 @@ impl Master {
     }
 }
 
+fn tally_up(board: &Board, tally: Tally) {
+    let master = board.master();
+    match tally {
+        Tally::ScaleUp => master.set_scale_ups(master.scale_ups().saturating_add(1)),
+        Tally::ScaleDown => master.set_scale_downs(master.scale_downs().saturating_add(1)),
+        Tally::Reload => master.set_reloads(master.reloads().saturating_add(1)),
+        Tally::ReloadFailed => master.set_reloads_failed(master.reloads_failed().saturating_add(1)),
+        // Counted by whoever knows the labels.
+        Tally::Respawn { .. } => {}
+    }
+}
+
 fn pid_number(pid: Pid) -> i32 {
     pid.as_raw_nonzero().get()
 }
@@ -336,7 +450,7 @@ fn order_of(number: i32) -> Option<Order> {
         (Signal::TERM, Order::Term),
         (Signal::INT, Order::Interrupt),
         (Signal::QUIT, Order::Interrupt),
-        (Signal::HUP, Order::Reload),
+        (Signal::HUP, Order::Reload(None)),
         (Signal::TTIN, Order::More),
         (Signal::TTOU, Order::Fewer),
         (Signal::USR1, Order::ReopenLogs),

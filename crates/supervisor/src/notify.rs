@@ -42,7 +42,6 @@ impl Notify {
     }
 
     /// A reload has begun; the manager waits for [`Notify::ready`] (`Type=notify-reload`).
-    #[allow(dead_code, reason = "the reload calls it")]
     pub(crate) fn reloading(&mut self, now: Ns) {
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", now / 1000));
     }

@@ -39,8 +39,14 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
 fn numbers(out: &mut String, config: &Config) -> fmt::Result {
     let (workers, limits) = (&config.workers, &config.limits);
     writeln!(out, "\n[workers]\nmin = {}\nmax = {}\nslots = {}", workers.min, workers.max, workers.slots)?;
+    writeln!(out, "backlog_high = {}", workers.backlog_high)?;
+    duration(out, "idle_after", workers.idle_after)?;
     duration(out, "boot_timeout", workers.boot_timeout)?;
     duration(out, "hang_timeout", workers.hang_timeout)?;
+    writeln!(out, "requests_max = {}", workers.requests_max)?;
+    duration(out, "lifetime_max", workers.lifetime_max)?;
+    writeln!(out, "rss_max = \"{}\"", size_text(workers.rss_max))?;
+    writeln!(out, "rss_total_max = \"{}\"", size_text(workers.rss_total_max))?;
     writeln!(out, "\n[limits]\nbody = \"{}\"", size_text(limits.body_bytes))?;
     writeln!(out, "header = \"{}\"\nheaders = {}", size_text(limits.header_bytes), limits.headers)?;
     writeln!(out, "uri = \"{}\"\njson_depth = {}", size_text(limits.uri_bytes), limits.json_depth)?;

@@ -28,8 +28,20 @@ pub(super) static KEY: Shape = Shape {
 };
 pub(super) static WORKERS: Shape = Shape {
     section: "workers",
-    keys: &["min", "max", "slots", "boot_timeout", "hang_timeout"],
-    later: &["backlog_high", "idle_after", "requests_max", "lifetime_max", "rss_max"],
+    keys: &[
+        "min",
+        "max",
+        "slots",
+        "backlog_high",
+        "idle_after",
+        "boot_timeout",
+        "hang_timeout",
+        "requests_max",
+        "lifetime_max",
+        "rss_max",
+        "rss_total_max",
+    ],
+    later: &[],
 };
 pub(super) static LIMITS: Shape = Shape {
     section: "limits",

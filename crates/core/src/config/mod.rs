@@ -115,6 +115,18 @@ pub struct Workers {
     pub max: u32,
     /// Requests admitted at once per worker; default 256, at most 65,536.
     pub slots: u32,
+    /// Requests and connections waiting, over all workers, that call one worker more at once; default 10.
+    pub backlog_high: u32,
+    /// How long below a quarter of capacity before one worker goes; default 30 s.
+    pub idle_after: Duration,
+    /// Requests after which a worker is replaced; 0, the default, is never.
+    pub requests_max: u32,
+    /// Age at which a worker is replaced; 0, the default, is never.
+    pub lifetime_max: Duration,
+    /// Resident set at which a worker is replaced, bytes; 0, the default, is never.
+    pub rss_max: u64,
+    /// Resident set of all workers from which on none is added, bytes; 0, the default, is none.
+    pub rss_total_max: u64,
     /// Default 30 s.
     pub boot_timeout: Duration,
     /// Default 10 s.

@@ -161,9 +161,37 @@ pub(super) fn workers(root: &Section<'_>, flag: Option<(u32, Option<u32>)>, cpus
         min,
         max: max.unwrap_or_else(|| cpus.clamp(1, WORKERS_MAX).max(min)),
         slots: section.u32("slots", 256, 1..=65_536),
+        backlog_high: section.u32("backlog_high", 10, 1..=65_536),
+        idle_after: section.duration("idle_after", 30 * SECOND, SECOND),
+        requests_max: section.u32("requests_max", 0, 0..=u32::MAX),
+        lifetime_max: lifetime(&section),
+        rss_max: rss(&section, "rss_max"),
+        rss_total_max: rss(&section, "rss_total_max"),
         boot_timeout: section.duration("boot_timeout", 30 * SECOND, SECOND),
         hang_timeout: section.duration("hang_timeout", 10 * SECOND, SECOND),
     }
+}
+
+/// A lifetime, or none. No worker is replaced before it has been ready for ten seconds, so that less would be a lie.
+fn lifetime(section: &Section<'_>) -> Duration {
+    let least = 10 * SECOND;
+    let lifetime = section.duration("lifetime_max", Duration::ZERO, Duration::ZERO);
+    if !lifetime.is_zero() && lifetime < least {
+        let place = section.get("lifetime_max").map_or(section.place, |value| value.place);
+        section.report.mistake(place, "\"lifetime_max\" must be 0s (off) or at least 10s");
+    }
+    lifetime
+}
+
+/// A resident set, or none. A worker that has done nothing yet has some 16 MiB: below the least it would be replaced
+/// for nothing.
+fn rss(section: &Section<'_>, key: &'static str) -> u64 {
+    let size = section.size(key, 0, 0..=1024 * GIB);
+    if (1..64 * MIB).contains(&size) {
+        let place = section.get(key).map_or(section.place, |value| value.place);
+        section.report.mistake(place, format!("\"{key}\" must be 0B (off) or at least 64MiB"));
+    }
+    size
 }
 
 fn check_flag(report: &Report<'_>, min: u32, max: Option<u32>) {

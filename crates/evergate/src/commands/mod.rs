@@ -7,6 +7,8 @@ use evergate_supervisor::client::ClientError;
 
 pub mod check;
 pub mod exits;
+pub mod reload;
+pub mod scale;
 pub mod state_dir;
 pub mod status;
 pub mod stop;
@@ -38,6 +40,10 @@ fn print_json(value: &impl serde::Serialize) -> u8 {
 fn refuse(error: &ClientError, state_dir: &std::path::Path) -> u8 {
     let folder = state_dir.display();
     match error {
+        ClientError::Failed { code, .. } => {
+            eprintln!("evergate: {error}");
+            return *code;
+        }
         ClientError::NotRunning => eprintln!("evergate: no gateway runs with the state folder {folder}"),
         ClientError::Io(source) => eprintln!("evergate: {error} with the state folder {folder}: {source}"),
         ClientError::Refused(_) => eprintln!("evergate: {error}"),

@@ -14,6 +14,7 @@ use evergate_core::config::Sealed;
 use evergate_core::inherit;
 use tokio::net::unix::pipe::Receiver;
 
+mod boot_fault;
 pub mod clerk;
 pub mod compile;
 pub mod serve;

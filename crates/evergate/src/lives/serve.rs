@@ -20,7 +20,7 @@ const FAULT_PREFIX: &str = "EVERGATE_FAULT";
 
 /// Runs the gateway until it is stopped; returns the exit code.
 #[must_use]
-pub fn run(config: &ConfigArgs, state_dir: &Path) -> u8 {
+pub fn run(config: &ConfigArgs, halt_on_boot_error: bool, state_dir: &Path) -> u8 {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     if kernel(&release).is_none_or(|kernel| kernel < KERNEL_MIN) {
         let (major, minor) = KERNEL_MIN;
@@ -30,9 +30,11 @@ pub fn run(config: &ConfigArgs, state_dir: &Path) -> u8 {
     evergate_supervisor::serve(&Options {
         state_dir: state_dir.to_owned(),
         compile_args: compile_args(config),
+        halt_on_boot_error,
         child_env: child_env(std::env::vars_os(), state_dir),
         on_left: names::count_left,
         on_exit: names::count_exit,
+        on_respawn: names::count_respawn,
     })
 }
 

@@ -91,6 +91,8 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     };
     let mut signals = lifespan.start("signal handling", boot, signals).await.map_err(failed)?;
 
+    super::boot_fault::meet().await?;
+
     let places = (sealed.config.workers.slots, sealed.config.limits.queue);
     let connections = sealed.config.limits.connections;
     let gate = Gate::new(board.clone(), args.row, args.epoch, places, AccessLog::new(access));

@@ -27,6 +27,9 @@ pub const ACCESS_DROPPED: u8 = 7;
 pub const PANICS: u8 = 8;
 /// Client connections accepted.
 pub const CONNECTIONS: u8 = 9;
+/// Children started in place of another: kind (a), what made the other one go (b, index in `INITIATORS`). On the master's
+/// series.
+pub const RESPAWNS: u8 = 30;
 
 /// Lateness of event loops: bucket index (a).
 pub const LOOP_LAG_BUCKET: u8 = 10;
@@ -157,9 +160,18 @@ pub fn count_left(board: &Board, row: u32, request: &Inflight) -> (u16, &'static
 
 /// Counts a process's end; the master calls this at the burial.
 pub fn count_exit(board: &Board, kind: Kind, initiator: Initiator) {
+    count_process(board, EXITS, kind, initiator);
+}
+
+/// Counts a process that takes another's place; the master calls this when it is started.
+pub fn count_respawn(board: &Board, kind: Kind, cause: Initiator) {
+    count_process(board, RESPAWNS, kind, cause);
+}
+
+fn count_process(board: &Board, metric: u8, kind: Kind, initiator: Initiator) {
     let index = INITIATORS.iter().position(|known| *known == initiator).unwrap_or(INITIATORS.len() - 1);
     if let Some(series) = board.master_series() {
-        series.add(key(EXITS, kind as u16, index as u16, 0), 1);
+        series.add(key(metric, kind as u16, index as u16, 0), 1);
     }
 }
 

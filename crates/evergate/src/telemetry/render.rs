@@ -23,6 +23,7 @@ pub fn prometheus(board: &Board) -> String {
     page.loop_lag(&sums);
     page.exits(&sums);
     page.plain_counters(&sums);
+    page.supervision();
     page.gauges();
     page.out
 }
@@ -150,12 +151,16 @@ impl Page<'_> {
     }
 
     fn exits(&mut self, sums: &Sums) {
-        const NAME: &str = "evergate_exits_total";
-        self.head(NAME, "counter", "Ends of processes by kind and initiator.");
-        for (key, value) in sums.of(names::EXITS) {
-            let kind = u8::try_from(key.a).ok().and_then(Kind::from_byte).map_or("unknown", Kind::name);
-            let initiator = names::INITIATORS.get(usize::from(key.b)).map_or("unknown", |initiator| initiator.name());
-            self.sample(NAME, &[("kind", kind), ("initiator", initiator)], value);
+        for (metric, name, label, help) in [
+            (names::EXITS, "evergate_exits_total", "initiator", "Ends of processes by kind and initiator."),
+            (names::RESPAWNS, "evergate_respawns_total", "cause", "Processes that took another's place, by its end."),
+        ] {
+            self.head(name, "counter", help);
+            for (key, value) in sums.of(metric) {
+                let kind = u8::try_from(key.a).ok().and_then(Kind::from_byte).map_or("unknown", Kind::name);
+                let word = names::INITIATORS.get(usize::from(key.b)).map_or("unknown", |initiator| initiator.name());
+                self.sample(name, &[("kind", kind), (label, word)], value);
+            }
         }
     }
 
@@ -173,6 +178,23 @@ impl Page<'_> {
         self.single("evergate_listen_overflows_total", "counter", help, overflows);
         let help = "Counts that found no place on the board, so that other counters are too low.";
         self.single("evergate_series_dropped_total", "counter", help, sums.dropped);
+    }
+
+    /// What the master counts.
+    fn supervision(&mut self) {
+        let master = self.board.master();
+        let (ups, downs) = (master.scale_ups(), master.scale_downs());
+        self.head("evergate_scale_events_total", "counter", "Workers added and taken away after the start.");
+        self.sample("evergate_scale_events_total", &[("direction", "up")], ups);
+        self.sample("evergate_scale_events_total", &[("direction", "down")], downs);
+        let (done, failed) = (master.reloads(), master.reloads_failed());
+        self.head("evergate_reloads_total", "counter", "Reloads by their outcome.");
+        self.sample("evergate_reloads_total", &[("outcome", "ok")], done);
+        self.sample("evergate_reloads_total", &[("outcome", "failed")], failed);
+        let help = "Workers wanted at this moment.";
+        self.single("evergate_workers_wanted", "gauge", help, master.workers_target().into());
+        let help = "Requests that wait for a slot, and connections that wait to be accepted.";
+        self.single("evergate_backlog", "gauge", help, master.backlog());
     }
 
     fn gauges(&mut self) {

@@ -42,6 +42,10 @@ pub struct Master {
     pub degraded: u32,
     /// Connections that wait to be accepted.
     pub queue: u32,
+    /// Those, and requests that wait for a slot.
+    pub backlog: u64,
+    /// Whether a reload is under way.
+    pub reloading: bool,
 }
 
 /// A child's row.
@@ -163,6 +167,8 @@ fn read_master(board: &Board, now: u64) -> Master {
         workers_target: row.workers_target(),
         degraded: row.degraded(),
         queue: row.queue(),
+        backlog: row.backlog(),
+        reloading: row.reloading(),
     }
 }
 
@@ -235,6 +241,9 @@ impl Status {
         // Writing to a String cannot fail. What is well is not mentioned.
         if master.queue > 0 {
             let _ = write!(out, ", {} connections wait to be accepted", master.queue);
+        }
+        if master.reloading {
+            out.push_str(", a reload is under way");
         }
         if master.degraded > 0 {
             let _ = write!(out, ", {} slots degraded: see \"evergate exits\"", master.degraded);

@@ -21,6 +21,20 @@ pub struct Rules {
     pub workers_min: u32,
     /// Most workers.
     pub workers_max: u32,
+    /// Requests that a worker admits at once.
+    pub slots: u32,
+    /// Requests and connections waiting that call one worker more at once.
+    pub backlog_high: u32,
+    /// How long below a quarter of capacity before one worker goes.
+    pub idle_after: Ns,
+    /// Requests after which a worker is replaced; 0 is never.
+    pub requests_max: u64,
+    /// Age at which a worker is replaced; 0 is never.
+    pub lifetime_max: Ns,
+    /// Resident set at which a worker is replaced, KiB; 0 is never.
+    pub rss_max_kib: u64,
+    /// Resident set of all workers from which on none is added for load, KiB; 0 is none.
+    pub rss_total_max_kib: u64,
     /// From start to ready.
     pub boot_timeout: Ns,
     /// Age of the last beat at which a child counts as hung.
@@ -43,6 +57,13 @@ impl Rules {
         Self {
             workers_min: plan.workers_min,
             workers_max: plan.workers_max,
+            slots: plan.slots,
+            backlog_high: plan.backlog_high,
+            idle_after: ns(plan.idle_after),
+            requests_max: plan.requests_max.into(),
+            lifetime_max: ns(plan.lifetime_max),
+            rss_max_kib: plan.rss_max_kib,
+            rss_total_max_kib: plan.rss_total_max_kib,
             boot_timeout: ns(plan.boot_timeout),
             hang_timeout: ns(plan.hang_timeout),
             settle: ns(plan.settle),
@@ -71,6 +92,9 @@ impl Rules {
     }
 }
 
+/// Whoever waits for an answer at the control socket.
+pub type Caller = u64;
+
 /// What an operator wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -86,14 +110,21 @@ pub enum Order {
     More,
     /// `TTOU`: one worker less.
     Fewer,
-    /// `HUP`.
-    Reload,
+    /// A number of workers wanted; whoever asked is answered.
+    Scale {
+        /// How many.
+        workers: u32,
+        /// Who asked.
+        caller: Caller,
+    },
+    /// `HUP`, or somebody who waits for the outcome.
+    Reload(Option<Caller>),
     /// `USR1`.
     ReopenLogs,
 }
 
 /// A child as the board shows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Which child.
     pub epoch: u32,
@@ -103,6 +134,32 @@ pub struct Seen {
     pub beat: Ns,
     /// Whether it found the accept queue empty after it was told to stop.
     pub took_queue: bool,
+    /// Weighted requests it has.
+    pub load: u32,
+    /// Requests that wait in it for a slot.
+    pub waiting: u32,
+    /// How late its event loop was lately.
+    pub lag: Ns,
+    /// Requests it has taken since its start.
+    pub requests: u64,
+    /// Resident set, KiB.
+    pub rss_kib: u64,
+}
+
+/// Why a reload did not come off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The exit code that says so.
+    pub code: u8,
+    /// In words; several lines if there are several mistakes.
+    pub why: String,
+}
+
+impl Refusal {
+    /// Something went wrong.
+    pub fn failed(why: impl Into<String>) -> Self {
+        Self { code: evergate_core::inherit::code::FAILED, why: why.into() }
+    }
 }
 
 /// Something happened.
@@ -117,6 +174,8 @@ pub enum Event {
         /// Connections in the TCP listeners' accept queues.
         queue: u32,
     },
+    /// Somebody connects to a gateway that was quiet, see [`super::State::is_quiet`].
+    Knock,
     /// A child could not be started.
     SpawnFailed {
         /// Which.
@@ -130,7 +189,12 @@ pub enum Event {
         epoch: u32,
         /// How.
         status: Status,
+        /// What it said about itself.
+        note: String,
     },
+    /// The validation that [`Action::Compile`] began has ended: the rules of the configuration, which the shell holds
+    /// until it is told what to do with it, or why there are none.
+    Compiled(Result<Rules, Refusal>),
     /// An operator wants something.
     Order(Order),
 }
@@ -165,6 +229,26 @@ pub enum Sig {
     Usr1,
 }
 
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tally {
+    /// Workers added, for load or by an operator.
+    ScaleUp,
+    /// Workers taken away.
+    ScaleDown,
+    /// Generations that came into force after the first.
+    Reload,
+    /// Reloads that left everything as it was.
+    ReloadFailed,
+    /// A child started in place of one that had ended or was to be replaced.
+    Respawn {
+        /// What it is.
+        kind: Kind,
+        /// Why the other one went.
+        cause: Initiator,
+    },
+}
+
 /// Something is to be done, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -188,6 +272,43 @@ pub enum Action {
     SetPhase(MasterPhase),
     /// Show how many workers are wanted.
     SetTarget(u32),
+    /// Show whether a reload is under way.
+    SetReloading(bool),
+    /// Validate the configuration. One [`Event::Compiled`] follows, unless it is given up before.
+    Compile,
+    /// Give up the validation; no event follows.
+    StopCompile,
+    /// The configuration just validated is that generation's.
+    Keep {
+        /// Its number.
+        generation: u32,
+    },
+    /// Children are born with this generation from now on; older configurations are not needed any more.
+    Adopt {
+        /// Its number.
+        generation: u32,
+        /// Its rules.
+        rules: Rules,
+    },
+    /// No child of that generation will be born.
+    Forget {
+        /// Its number.
+        generation: u32,
+    },
+    /// Answer somebody: the generation or the number of workers now, or why not.
+    Answer {
+        /// Who asked.
+        caller: Caller,
+        /// What came of it.
+        outcome: Result<u32, Refusal>,
+    },
+    /// Find out what a child is doing that does not beat, and tell the operator. It must not be held up by that.
+    Diagnose {
+        /// Which.
+        epoch: u32,
+    },
+    /// Count something.
+    Count(Tally),
     /// Show how many slots keep dying.
     SetDegraded(u32),
     /// Tell the operator that the gateway serves.

@@ -5,6 +5,15 @@
 
 mod event;
 mod life;
+mod load;
+#[cfg(test)]
+mod load_tests;
+#[cfg(test)]
+mod mutants;
+mod recycle;
+mod reload;
+#[cfg(test)]
+mod reload_tests;
 mod scale;
 #[cfg(test)]
 mod sim;
@@ -16,7 +25,11 @@ mod watch;
 use evergate_board::MasterPhase;
 use evergate_core::exit::{Initiator, Kind};
 
-pub(crate) use event::{Action, Birth, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig};
+pub(crate) use event::{Action, Birth, Caller, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, Tally};
+use load::Load;
+use recycle::Succession;
+pub(crate) use reload::succeed;
+use reload::{HandOver, Reload, Stage};
 use stop::Stop;
 
 /// The shell turns at least this often. A turn that comes later than twice this means that the machine stood still, or
@@ -26,21 +39,65 @@ pub(crate) const TICK: Ns = 500 * MS;
 /// The clerk's row; workers have the rows after it.
 const CLERK_ROW: u32 = 0;
 
+/// Whether a planted mistake is switched on (`mutants`); never in the real program.
+macro_rules! planted {
+    ($name:ident) => {{
+        #[cfg(test)]
+        {
+            crate::step::mutants::is_on(crate::step::mutants::Mutant::$name)
+        }
+        #[cfg(not(test))]
+        {
+            false
+        }
+    }};
+}
+pub(crate) use planted;
+
+/// What the rules are given at the start.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Circumstances {
+    /// Rows on the board.
+    pub(crate) rows: u32,
+    /// A predecessor's children are still there.
+    pub(crate) has_orphans: bool,
+    /// The first boot that fails ends the start, even if other workers are ready.
+    pub(crate) halts_on_boot_error: bool,
+    /// Makes the jitter.
+    pub(crate) seed: u64,
+}
+
 /// Everything the rules remember.
 #[derive(Debug)]
 pub(crate) struct State {
+    /// Of the generation in force.
     rules: Rules,
-    /// Rows on the board.
-    rows: u32,
+    given: Circumstances,
     phase: Phase,
     slots: Vec<Slot>,
     /// Children that were told to go: they keep their rows until they are buried, and nobody replaces them.
     leaving: Vec<Child>,
+    /// A worker that is to take the place of another.
+    succession: Option<Succession>,
+    /// Until then none is begun again, because the last one failed.
+    succession_at: Ns,
+    reload: Option<Reload>,
+    /// Who waits for a reload that begins when the present one is over; one is enough for all of them.
+    queued: Option<Vec<Caller>>,
+    hand_overs: Vec<HandOver>,
     next_epoch: u32,
     generation: u32,
+    /// The highest number that was ever given to a generation: one that failed is not used again.
+    last_generation: u32,
     /// Workers wanted.
     target: u32,
+    /// Below this many the load does not take the workers: what the operator asked for, the configuration's least
+    /// while nobody did.
+    base: Option<u32>,
+    load: Load,
     degraded: u32,
+    /// Whether every first child was ready.
+    is_whole: bool,
     /// Connections in the accept queues, as last seen.
     queue: u32,
     /// When the last step was.
@@ -53,7 +110,7 @@ pub(crate) struct State {
 
 #[derive(Debug)]
 enum Phase {
-    /// No worker was ever ready: an end of any child is the end of the start.
+    /// No worker was ever ready.
     Starting,
     Serving,
     Stopping(Stop),
@@ -72,6 +129,8 @@ struct Slot {
     /// Deaths in a row, each within 30 s of the one before.
     deaths: u32,
     last_death: Option<Ns>,
+    /// Whose doing the last end of a child was.
+    cause: Option<Initiator>,
 }
 
 #[derive(Debug)]
@@ -80,37 +139,54 @@ struct Child {
     slot: u32,
     row: u32,
     epoch: u32,
+    generation: u32,
+    /// Its own generation's: what it was promised at its birth.
+    rules: Rules,
+    /// 90 to 110: its share of the limits at which it is replaced, so that workers of one age do not go together.
+    percent: u64,
     born: Ns,
     ready_at: Option<Ns>,
-    beat: Ns,
-    took_queue: bool,
+    /// What the board last showed of it.
+    seen: Seen,
+    /// How far it was warned about for not beating.
+    rung: watch::Rung,
     /// Why we are ending it, once we are.
     ending: Option<Initiator>,
+    /// Whether it was told to be quick.
+    is_hastened: bool,
     /// When it is killed if it has not ended.
     kill_at: Option<Ns>,
     is_killed: bool,
 }
 
 impl State {
-    /// The state before [`Event::Start`]. `rows` are the board's; `orphans` says that a predecessor's children are
-    /// still there, `seed` makes the jitter.
-    pub(crate) fn new(rules: Rules, rows: u32, orphans: bool, seed: u64, now: Ns) -> Self {
+    /// The state before [`Event::Start`].
+    pub(crate) fn new(rules: Rules, given: Circumstances, now: Ns) -> Self {
+        let orphans_last = rules.drain.saturating_add(rules.cancel).saturating_add(rules.cleanup);
         Self {
             rules,
-            rows,
+            given,
             phase: Phase::Starting,
             slots: Vec::new(),
             leaving: Vec::new(),
+            succession: None,
+            succession_at: 0,
+            reload: None,
+            queued: None,
+            hand_overs: Vec::new(),
             next_epoch: 1,
             generation: 1,
+            last_generation: 1,
             target: rules.workers_min,
+            base: None,
+            load: Load::default(),
             degraded: 0,
+            is_whole: false,
             queue: 0,
             last: now,
             floor: now,
-            orphans_kill_at: orphans
-                .then(|| now.saturating_add(rules.drain).saturating_add(rules.cancel).saturating_add(rules.cleanup)),
-            random: seed | 1,
+            orphans_kill_at: given.has_orphans.then(|| now.saturating_add(orphans_last)),
+            random: given.seed | 1,
         }
     }
 
@@ -124,7 +200,11 @@ impl State {
             Phase::Stopping(stop) => stop.due(self.last),
             Phase::Starting | Phase::Serving | Phase::Ended => None,
         };
-        spawns.chain(kills).chain(stop).chain(self.orphans_kill_at).fold(tick, Ns::min)
+        let reload = self.reload.as_ref().and_then(Reload::due);
+        let hand_overs = self.hand_overs.iter().map(|hand_over| hand_over.until);
+        let others =
+            stop.into_iter().chain(reload).chain(hand_overs).chain(self.orphans_kill_at).chain(self.sample_due());
+        spawns.chain(kills).chain(others).fold(tick, Ns::min).max(self.last)
     }
 
     /// The configuration's generation.
@@ -133,11 +213,19 @@ impl State {
     }
 
     fn children(&self) -> impl Iterator<Item = &Child> {
-        self.slots.iter().filter_map(|slot| slot.child.as_ref()).chain(&self.leaving)
+        let slots = self.slots.iter().filter_map(|slot| slot.child.as_ref());
+        let coming = self.reload.iter().flat_map(|reload| reload.children());
+        slots.chain(coming).chain(self.succession.iter().map(|succession| &succession.child)).chain(&self.leaving)
     }
 
     fn children_mut(&mut self) -> impl Iterator<Item = &mut Child> {
-        self.slots.iter_mut().filter_map(|slot| slot.child.as_mut()).chain(&mut self.leaving)
+        let slots = self.slots.iter_mut().filter_map(|slot| slot.child.as_mut());
+        let coming = self.reload.iter_mut().flat_map(|reload| match &mut reload.stage {
+            Stage::Booting { children, .. } => children.as_mut_slice(),
+            Stage::Compiling { .. } => &mut [],
+        });
+        let successor = self.succession.iter_mut().map(|succession| &mut succession.child);
+        slots.chain(coming).chain(successor).chain(&mut self.leaving)
     }
 
     /// Whether an empty slot of this kind is filled again.
@@ -147,6 +235,15 @@ impl State {
             Phase::Stopping(stop) => stop.fills(kind),
             Phase::Ended => false,
         }
+    }
+
+    /// A worker's row that nobody has.
+    fn free_row(&self) -> Option<u32> {
+        let is_taken = |row: u32| {
+            let has_child = self.children().any(|child| child.row == row) && !planted!(TakesRows);
+            has_child || self.slots.iter().any(|slot| slot.row == row)
+        };
+        (CLERK_ROW.saturating_add(1)..self.given.rows).find(|row| !is_taken(*row))
     }
 
     /// The next pseudo-random number (xorshift64).
@@ -162,24 +259,55 @@ impl State {
 pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
     let mut out = Vec::new();
     let now = now.max(state.last);
-    if now - state.last > 2 * TICK {
-        state.floor = now;
+    if now - state.last > 2 * TICK && !planted!(StallIsBlamed) {
+        state.stood_still(now);
     }
     state.last = now;
     match event {
         Event::Start => state.start(now, &mut out),
-        Event::Seen { children, queue } => state.seen(&children, queue, now, &mut out),
+        Event::Seen { children, queue } => {
+            state.seen(&children, queue, now, &mut out);
+            state.follow_load(now, &mut out);
+        }
+        Event::Knock => state.knocked(now),
         Event::SpawnFailed { epoch, why } => state.spawn_failed(epoch, &why, now, &mut out),
-        Event::Exited { epoch, status } => state.exited(epoch, status, now, &mut out),
+        Event::Exited { epoch, status, note } => state.exited(epoch, status, &note, now, &mut out),
+        Event::Compiled(outcome) => state.compiled(outcome, now, &mut out),
         Event::Order(order) => state.order(order, now, &mut out),
     }
     state.watch(now, &mut out);
+    state.go_on_reloading(now, &mut out);
+    state.keep_floor(now, &mut out);
+    state.recycle(now, &mut out);
     state.go_on_stopping(now, &mut out);
     state.fill(now, &mut out);
+    save_once(&mut out);
     out
 }
 
+/// One write of the run file is enough for everything that happens in a step. Nothing comes after the exit.
+fn save_once(out: &mut Vec<Action>) {
+    let before = out.len();
+    out.retain(|action| *action != Action::SaveRun);
+    if out.len() < before {
+        let is_end = matches!(out.last(), Some(Action::Exit(_)));
+        let at = if is_end { out.len().saturating_sub(1) } else { out.len() };
+        out.insert(at, Action::SaveRun);
+    }
+}
+
 impl State {
+    /// The machine, or this process, stood still up to now. What was late meanwhile is nobody's fault, and whoever was
+    /// given a time has it still.
+    fn stood_still(&mut self, now: Ns) {
+        let gap = now.saturating_sub(self.last).saturating_sub(TICK);
+        self.floor = now;
+        self.load.forget();
+        for child in self.children_mut().filter(|child| !child.is_killed) {
+            child.kill_at = child.kill_at.map(|at| at.saturating_add(gap));
+        }
+    }
+
     fn start(&mut self, now: Ns, out: &mut Vec<Action>) {
         out.push(Action::SetPhase(MasterPhase::Starting));
         out.push(Action::SetTarget(self.target));
@@ -194,9 +322,8 @@ impl State {
             Order::Term | Order::Interrupt | Order::Stop | Order::StopNow => self.stop(order, now, out),
             Order::More => self.more(now, out),
             Order::Fewer => self.fewer(now, out),
-            Order::Reload => out.push(Action::Say(
-                "reload is not in this version: the configuration stays as it is; to change it, stop and start".into(),
-            )),
+            Order::Scale { workers, caller } => self.scale_to(workers, caller, now, out),
+            Order::Reload(caller) => self.reload(caller, now, out),
             Order::ReopenLogs => {
                 for clerk in self.children().filter(|child| child.kind == Kind::Clerk) {
                     out.push(Action::Send { epoch: clerk.epoch, signal: Sig::Usr1 });
@@ -208,12 +335,18 @@ impl State {
 
 impl Slot {
     fn new(kind: Kind, index: u32, row: u32, now: Ns) -> Self {
-        Self { kind, index, row, child: None, spawn_at: now, deaths: 0, last_death: None }
+        Self { kind, index, row, child: None, spawn_at: now, deaths: 0, last_death: None, cause: None }
     }
 
     /// What it is called in words for the operator.
     fn name(&self) -> String {
         name(self.kind, self.index)
+    }
+
+    /// Its child, if it is one that works and is meant to go on.
+    fn worker(&self) -> Option<&Child> {
+        let is_well = |child: &&Child| child.kind == Kind::Worker && child.ready_at.is_some() && child.ending.is_none();
+        self.child.as_ref().filter(is_well)
     }
 }
 

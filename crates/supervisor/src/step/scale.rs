@@ -1,63 +1,103 @@
-//! More workers and fewer, by hand; within the configuration's bounds.
+//! More workers and fewer, by hand; within the configuration's bounds. What is asked for by hand is also the floor below
+//! which the load does not take the number, and it outlives a reload.
 
-use evergate_core::count;
 use evergate_core::exit::{Initiator, Kind};
 
-use super::{Action, Ns, Phase, Sig, Slot, State};
+use super::{Action, Caller, Ns, Phase, Slot, State, Tally};
 
 impl State {
-    /// One worker more.
+    /// `TTIN`: one worker more.
     pub(super) fn more(&mut self, now: Ns, out: &mut Vec<Action>) {
-        if !self.may_scale(out) {
-            return;
+        let wanted = self.target.saturating_add(1);
+        if let Err(why) = self.may_scale(wanted) {
+            return out.push(Action::Say(why));
         }
-        if self.target >= self.rules.workers_max {
-            out.push(Action::Say(format!("{} already, the most that is configured", count(self.target, "worker"))));
-            return;
+        self.base = Some(self.floor_workers().saturating_add(1).min(wanted));
+        if self.add_worker(now, out).is_none() {
+            let text = "no place is left on the board: it is started when a worker that leaves has ended";
+            self.base = Some(wanted);
+            out.push(Action::Say(text.into()));
         }
-        let is_worker = |slot: &&Slot| slot.kind == Kind::Worker;
-        let index = (0..).find(|index| !self.slots.iter().filter(is_worker).any(|slot| slot.index == *index));
-        let row = (1..self.rows).find(|row| {
-            !self.slots.iter().any(|slot| slot.row == *row) && !self.leaving.iter().any(|child| child.row == *row)
-        });
-        let (Some(index), Some(row)) = (index, row) else {
-            out.push(Action::Say("no place is left on the board until a leaving worker has ended".into()));
-            return;
-        };
-        self.target = self.target.saturating_add(1);
-        self.slots.push(Slot::new(Kind::Worker, index, row, now));
-        out.push(Action::SetTarget(self.target));
     }
 
-    /// One worker less: one that does not serve anyway if there is one, else the oldest.
+    /// `TTOU`: one worker less.
     pub(super) fn fewer(&mut self, now: Ns, out: &mut Vec<Action>) {
-        if !self.may_scale(out) {
-            return;
+        let wanted = self.target.saturating_sub(1);
+        if let Err(why) = self.may_scale(wanted) {
+            return out.push(Action::Say(why));
         }
-        if self.target <= self.rules.workers_min {
-            out.push(Action::Say(format!("only {}, the fewest that is configured", count(self.target, "worker"))));
-            return;
+        self.base = Some(self.floor_workers().min(wanted));
+        self.remove_worker(Initiator::ScaleDown, now, out);
+    }
+
+    /// So many workers; the load may add to them and take away what it added.
+    pub(super) fn scale_to(&mut self, workers: u32, caller: Caller, now: Ns, out: &mut Vec<Action>) {
+        if let Err(why) = self.may_scale(workers) {
+            return Self::refuse(Some(caller), why, out);
         }
-        let rank = |slot: &Slot| slot.child.as_ref().map(|child| (child.ready_at.is_some(), child.born, child.epoch));
+        self.base = Some(workers);
+        while self.target > workers {
+            self.remove_worker(Initiator::ScaleDown, now, out);
+        }
+        out.push(Action::Answer { caller, outcome: Ok(workers) });
+    }
+
+    /// Adds what is missing to the floor: what was asked for by hand, as soon as the board has rows for it.
+    pub(super) fn keep_floor(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let floor = self.floor_workers();
+        while matches!(self.phase, Phase::Starting | Phase::Serving)
+            && self.target < floor
+            && self.add_worker(now, out).is_some()
+        {}
+    }
+
+    /// Fewest workers whatever the load.
+    pub(super) fn floor_workers(&self) -> u32 {
+        self.base.unwrap_or(self.rules.workers_min)
+    }
+
+    fn may_scale(&self, wanted: u32) -> Result<(), String> {
+        let (min, max) = (self.rules.workers_min, self.rules.workers_max);
+        if !matches!(self.phase, Phase::Starting | Phase::Serving) {
+            Err("stopping: the number of workers is not changed any more".into())
+        } else if wanted > max {
+            Err(format!("{wanted} workers are more than workers.max, {max}, the most that is configured"))
+        } else if wanted < min {
+            Err(format!("{wanted} workers are fewer than workers.min, {min}, the fewest that is configured"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Adds a slot, which is filled in this very step; none if the board has no row.
+    pub(super) fn add_worker(&mut self, now: Ns, out: &mut Vec<Action>) -> Option<()> {
+        let is_worker = |slot: &&Slot| slot.kind == Kind::Worker;
+        let is_free = |index: &u32| !self.slots.iter().filter(is_worker).any(|slot| slot.index == *index);
+        let index = (0..).find(is_free)?;
+        let row = self.free_row()?;
+        self.target = self.target.saturating_add(1);
+        self.slots.push(Slot::new(Kind::Worker, index, row, now));
+        out.extend([Action::SetTarget(self.target), Action::Count(Tally::ScaleUp)]);
+        Some(())
+    }
+
+    /// Takes one worker away: one that does not serve anyway if there is one, else the one with the least to do, of those
+    /// the oldest.
+    pub(super) fn remove_worker(&mut self, why: Initiator, now: Ns, out: &mut Vec<Action>) {
+        let rank = |slot: &Slot| {
+            let child = slot.child.as_ref()?;
+            Some((child.ready_at.is_some(), child.seen.load, child.born, child.epoch))
+        };
         let workers = self.slots.iter().enumerate().filter(|(_, slot)| slot.kind == Kind::Worker);
         let Some((at, _)) = workers.min_by_key(|(_, slot)| rank(slot)) else { return };
         let slot = self.slots.remove(at);
         self.target = self.target.saturating_sub(1);
-        out.push(Action::SetTarget(self.target));
-        let Some(mut child) = slot.child else { return };
-        if child.ending.is_none() {
-            child.ending = Some(Initiator::ScaleDown);
-            child.kill_at = Some(now.saturating_add(self.rules.graceful()));
-            out.push(Action::Send { epoch: child.epoch, signal: Sig::Term });
+        out.extend([Action::SetTarget(self.target), Action::Count(Tally::ScaleDown)]);
+        self.show_degraded(out);
+        let Some(child) = slot.child else { return };
+        if self.succession.as_ref().is_some_and(|succession| succession.old == child.epoch) {
+            self.end_succession(now, out);
         }
-        self.leaving.push(child);
-    }
-
-    fn may_scale(&self, out: &mut Vec<Action>) -> bool {
-        let may = matches!(self.phase, Phase::Starting | Phase::Serving);
-        if !may {
-            out.push(Action::Say("stopping: the number of workers is not changed any more".into()));
-        }
-        may
+        self.dismiss(child, why, now, out);
     }
 }

@@ -4,7 +4,7 @@ use evergate_board::MasterPhase;
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::inherit::code;
 
-use super::{Action, Child, MS, Ns, Order, Phase, Sig, State};
+use super::{Action, Child, MS, Ns, Order, Phase, Sig, State, planted};
 
 /// How long the workers have to take what is in the accept queue before connects are refused.
 const QUEUE_TIME: Ns = 500 * MS;
@@ -69,6 +69,8 @@ impl Stop {
 impl State {
     /// An operator wants the end, or wants it sooner.
     pub(super) fn stop(&mut self, order: Order, now: Ns, out: &mut Vec<Action>) {
+        self.end_reloads(now, out);
+        self.end_succession(now, out);
         let is_hasty = matches!(order, Order::Interrupt | Order::StopNow);
         match &self.phase {
             Phase::Starting | Phase::Serving if is_hasty => self.drain(Speed::Quick, code::OK, now, out),
@@ -114,19 +116,23 @@ impl State {
 
     /// Workers are told to end. Those that are waiting to be started never are.
     fn drain(&mut self, speed: Speed, code: u8, now: Ns, out: &mut Vec<Action>) {
+        // A start that fails is a stop that nobody ordered.
+        self.end_reloads(now, out);
+        self.end_succession(now, out);
         let stage = Stage::Draining { close_at: now.saturating_add(QUEUE_TIME), is_open: true };
         self.phase = Phase::Stopping(Stop { stage, speed, code, is_abandoned: false });
         out.push(Action::SetPhase(MasterPhase::Draining));
-        let (clerk, workers): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.slots).into_iter().partition(|slot| slot.kind == Kind::Clerk);
+        let (clerk, workers): (Vec<_>, Vec<_>) = std::mem::take(&mut self.slots)
+            .into_iter()
+            .partition(|slot| slot.kind == Kind::Clerk && !planted!(ClerkFirst));
         self.slots = clerk;
         self.leaving.extend(workers.into_iter().filter_map(|slot| slot.child));
-        let (signal, patience) = match speed {
-            Speed::Graceful => (Sig::Term, self.rules.graceful()),
-            Speed::Quick | Speed::Kill => (Sig::Quit, self.rules.quick()),
-        };
         for child in &mut self.leaving {
-            child.tell(signal, now.saturating_add(patience), out);
+            let (signal, patience) = match speed {
+                Speed::Graceful => (Sig::Term, child.patience()),
+                Speed::Quick | Speed::Kill => (Sig::Quit, child.rules.quick()),
+            };
+            child.tell(Initiator::Operator, signal, now.saturating_add(patience), out);
         }
     }
 
@@ -138,25 +144,25 @@ impl State {
             self.drain(speed, code, now, out);
             return;
         }
-        let patience = match speed {
-            Speed::Graceful | Speed::Quick => self.rules.quick(),
-            Speed::Kill => 0,
-        };
         for child in &mut self.leaving {
-            child.tell(Sig::Quit, now.saturating_add(patience), out);
+            let patience = match speed {
+                Speed::Graceful | Speed::Quick => child.rules.quick(),
+                Speed::Kill => 0,
+            };
+            child.tell(Initiator::Operator, Sig::Quit, now.saturating_add(patience), out);
         }
     }
 
     /// Connects are refused once the workers have taken what was queued, or the time for that is over.
     fn close_listeners(&mut self, now: Ns, out: &mut Vec<Action>) {
         let queue = self.queue;
-        let has_taken = self.leaving.iter().all(|child| child.took_queue);
+        let has_taken = self.leaving.iter().all(|child| child.seen.took_queue);
         let is_empty = self.leaving.is_empty();
         let Phase::Stopping(Stop { stage: Stage::Draining { close_at, is_open }, .. }) = &mut self.phase else {
             return;
         };
         if *is_open && (is_empty || (has_taken && queue == 0) || *close_at <= now) {
-            *is_open = false;
+            *is_open = planted!(ClosesTwice);
             out.push(Action::CloseListeners);
         }
     }
@@ -173,7 +179,7 @@ impl State {
         }
         stop.stage = Stage::Clerk;
         for mut child in std::mem::take(&mut self.slots).into_iter().filter_map(|slot| slot.child) {
-            child.tell(Sig::Term, now.saturating_add(last), out);
+            child.tell(Initiator::Operator, Sig::Term, now.saturating_add(last), out);
             self.leaving.push(child);
         }
     }
@@ -195,8 +201,9 @@ impl State {
 
 impl Child {
     /// Tells it to end; never gives it more time than it had.
-    fn tell(&mut self, signal: Sig, kill_at: Ns, out: &mut Vec<Action>) {
-        self.ending.get_or_insert(Initiator::Operator);
+    pub(super) fn tell(&mut self, why: Initiator, signal: Sig, kill_at: Ns, out: &mut Vec<Action>) {
+        self.ending.get_or_insert(why);
+        self.is_hastened |= signal == Sig::Quit;
         self.kill_at = Some(self.kill_at.map_or(kill_at, |before| before.min(kill_at)));
         if !self.is_killed {
             out.push(Action::Send { epoch: self.epoch, signal });

@@ -3,14 +3,24 @@
 use evergate_core::exit::{Initiator, Status};
 use evergate_core::plan::Plan;
 
-use super::{Action, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, step};
+use super::{Action, Circumstances, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, step};
 
-const T0: Ns = 100 * SECOND;
+pub(super) const T0: Ns = 100 * SECOND;
 
-fn rules() -> Rules {
+pub(super) const GIVEN: Circumstances =
+    Circumstances { rows: 32, has_orphans: false, halts_on_boot_error: false, seed: 1 };
+
+pub(super) fn rules() -> Rules {
     Rules {
         workers_min: 2,
         workers_max: 3,
+        slots: 10,
+        backlog_high: 10,
+        idle_after: 30 * SECOND,
+        requests_max: 0,
+        lifetime_max: 0,
+        rss_max_kib: 0,
+        rss_total_max_kib: 0,
         boot_timeout: 30 * SECOND,
         hang_timeout: 10 * SECOND,
         settle: 0,
@@ -21,31 +31,31 @@ fn rules() -> Rules {
 }
 
 /// A master whose clerk (1) and workers (2, 3) are ready.
-fn serving(rules: Rules) -> State {
-    let mut state = State::new(rules, 8, false, 1, T0);
+pub(super) fn serving(rules: Rules) -> State {
+    let mut state = State::new(rules, GIVEN, T0);
     step(&mut state, Event::Start, T0);
     let actions = beat(&mut state, &[1, 2, 3], T0 + MS);
     assert!(actions.contains(&Action::Announce));
     state
 }
 
-fn beat(state: &mut State, epochs: &[u32], now: Ns) -> Vec<Action> {
-    let seen = |epoch: &u32| Seen { epoch: *epoch, is_ready: true, beat: now, took_queue: false };
+pub(super) fn beat(state: &mut State, epochs: &[u32], now: Ns) -> Vec<Action> {
+    let seen = |epoch: &u32| Seen { epoch: *epoch, is_ready: true, beat: now, ..Seen::default() };
     step(state, Event::Seen { children: epochs.iter().map(seen).collect(), queue: 0 }, now)
 }
 
-fn die(state: &mut State, epoch: u32, status: Status, now: Ns) -> Vec<Action> {
-    step(state, Event::Exited { epoch, status }, now)
+pub(super) fn die(state: &mut State, epoch: u32, status: Status, now: Ns) -> Vec<Action> {
+    step(state, Event::Exited { epoch, status, note: String::new() }, now)
 }
 
-fn initiator(actions: &[Action]) -> Option<Initiator> {
+pub(super) fn initiator(actions: &[Action]) -> Option<Initiator> {
     actions.iter().find_map(|action| match action {
         Action::Bury { initiator, .. } => Some(*initiator),
         _ => None,
     })
 }
 
-fn spawned(actions: &[Action]) -> Vec<(u32, u32)> {
+pub(super) fn spawned(actions: &[Action]) -> Vec<(u32, u32)> {
     let births = actions.iter().filter_map(|action| match action {
         Action::Spawn(birth) => Some((birth.epoch, birth.row)),
         _ => None,
@@ -53,7 +63,7 @@ fn spawned(actions: &[Action]) -> Vec<(u32, u32)> {
     births.collect()
 }
 
-fn signals(actions: &[Action]) -> Vec<(u32, Sig)> {
+pub(super) fn signals(actions: &[Action]) -> Vec<(u32, Sig)> {
     let sent = actions.iter().filter_map(|action| match action {
         Action::Send { epoch, signal } => Some((*epoch, *signal)),
         _ => None,
@@ -61,7 +71,7 @@ fn signals(actions: &[Action]) -> Vec<(u32, Sig)> {
     sent.collect()
 }
 
-fn exit(actions: &[Action]) -> Option<u8> {
+pub(super) fn exit(actions: &[Action]) -> Option<u8> {
     actions.iter().find_map(|action| match action {
         Action::Exit(code) => Some(*code),
         _ => None,
@@ -76,6 +86,31 @@ fn a_killed_worker_is_buried_and_replaced_at_once_in_its_row() {
     let actions = die(&mut state, 2, KILLED, T0 + SECOND);
     assert!(matches!(actions[0], Action::Bury { epoch: 2, initiator: Initiator::Unknown }));
     assert_eq!(spawned(&actions), [(4, 1)]);
+}
+
+#[test]
+fn s07_a_well_worker_that_is_killed_is_replaced_at_once_however_often() {
+    let mut state = serving(rules());
+    let (mut now, mut epoch) = (T0 + SECOND, 2);
+    for _ in 0..100 {
+        let actions = die(&mut state, epoch, KILLED, now);
+        assert!(!actions.contains(&Action::SetDegraded(1)));
+        epoch = spawned(&actions)[0].0;
+        beat(&mut state, &[1, 3, epoch], now + 10 * MS);
+        now += 100 * MS;
+    }
+    // One that is killed before it was well is not, or somebody would have us start processes without a pause.
+    for pause in [0, 0, 80] {
+        let mut actions = die(&mut state, epoch, KILLED, now);
+        let died = now;
+        while spawned(&actions).is_empty() {
+            now = state.due();
+            actions.extend(beat(&mut state, &[1, 3], now));
+        }
+        assert!((now - died) / MS >= pause, "{} {pause}", (now - died) / MS);
+        epoch = spawned(&actions)[0].0;
+        beat(&mut state, &[1, 3, epoch], now);
+    }
 }
 
 #[test]
@@ -141,14 +176,36 @@ fn a_start_fails_with_the_childs_own_code() {
     for (status, code) in
         [(Status::Code(78), 78), (Status::Code(71), 71), (Status::Code(3), 70), (Status::Code(0), 70), (KILLED, 70)]
     {
-        let mut state = State::new(rules(), 8, false, 1, T0);
+        let mut state = State::new(rules(), GIVEN, T0);
         step(&mut state, Event::Start, T0);
+        // The other worker may still become ready; this one is tried again.
         let actions = die(&mut state, 3, status, T0 + MS);
-        assert_eq!(initiator(&actions), Some(Initiator::Boot));
-        assert_eq!(signals(&actions), [(2, Sig::Quit)]);
-        assert_eq!(signals(&die(&mut state, 2, Status::Code(0), T0 + 2 * MS)), [(1, Sig::Term)]);
+        assert_eq!((initiator(&actions), spawned(&actions)), (Some(Initiator::Boot), vec![(4, 2)]));
+        let actions = die(&mut state, 2, status, T0 + MS);
+        assert_eq!(signals(&actions), [(4, Sig::Quit)]);
+        assert_eq!(signals(&die(&mut state, 4, Status::Code(0), T0 + 2 * MS)), [(1, Sig::Term)]);
         assert_eq!(exit(&die(&mut state, 1, Status::Code(0), T0 + 3 * MS)), Some(code));
     }
+}
+
+#[test]
+fn s07_one_boot_that_fails_ends_the_start_if_it_is_told_to() {
+    let given = Circumstances { halts_on_boot_error: true, ..GIVEN };
+    let starting = || {
+        let mut state = State::new(rules(), given, T0);
+        step(&mut state, Event::Start, T0);
+        state
+    };
+    let mut state = starting();
+    assert_eq!(signals(&die(&mut state, 3, Status::Code(1), T0 + MS)), [(2, Sig::Quit)]);
+    // Also when another is ready already, until all have been.
+    let mut state = starting();
+    beat(&mut state, &[1, 2], T0 + MS);
+    assert_eq!(signals(&die(&mut state, 3, Status::Code(1), T0 + MS)), [(2, Sig::Quit)]);
+    let mut state = starting();
+    beat(&mut state, &[1, 2, 3], T0 + MS);
+    die(&mut state, 3, Status::Code(1), T0 + MS);
+    assert!(signals(&die(&mut state, 4, Status::Code(1), T0 + MS)).is_empty());
 }
 
 #[test]
@@ -171,7 +228,7 @@ fn a_child_that_stops_beating_is_aborted_then_killed() {
     let mut state = serving(rules());
     let last = T0 + MS;
     let frozen = |now: Ns| {
-        let seen = |epoch, beat| Seen { epoch, is_ready: true, beat, took_queue: false };
+        let seen = |epoch, beat| Seen { epoch, is_ready: true, beat, ..Seen::default() };
         Event::Seen { children: vec![seen(1, now), seen(2, last), seen(3, now)], queue: 0 }
     };
     let mut now;
@@ -185,15 +242,40 @@ fn a_child_that_stops_beating_is_aborted_then_killed() {
             break;
         }
     }
-    assert_eq!(sent, [((2, Sig::Abort), 10), ((2, Sig::Kill), 11)]);
+    assert_eq!(sent, [((2, Sig::Abort), 9), ((2, Sig::Kill), 10)]);
     assert_eq!(initiator(&die(&mut state, 2, KILLED, now)), Some(Initiator::Hang));
+}
+
+#[test]
+fn s04_a_child_without_beats_is_warned_about_diagnosed_and_welcomed_back() {
+    let mut state = serving(rules());
+    let last = T0 + MS;
+    let mut seen = Vec::new();
+    let mut look = |state: &mut State, beat: Ns, now: Ns| {
+        let child = |epoch, beat| Seen { epoch, is_ready: true, beat, ..Seen::default() };
+        let children = vec![child(1, now), child(2, beat), child(3, now)];
+        for action in step(state, Event::Seen { children, queue: 0 }, now) {
+            match action {
+                Action::Say(text) => seen.push(((now - T0) / (500 * MS), text)),
+                Action::Diagnose { epoch } => seen.push(((now - T0) / (500 * MS), format!("diagnose {epoch}"))),
+                _ => {}
+            }
+        }
+    };
+    for half in 0..=16 {
+        look(&mut state, last, last + half * 500 * MS);
+    }
+    look(&mut state, last + 8500 * MS, last + 8500 * MS);
+    let expected =
+        [(2, "the worker 0 has not beaten for a second"), (4, "diagnose 2"), (17, "the worker 0 beats again")];
+    assert_eq!(seen, expected.map(|(at, text)| (at, text.to_owned())));
 }
 
 #[test]
 fn h7_a_machine_that_stood_still_blames_nobody() {
     let mut state = serving(rules());
     let stale = |state: &mut State, now: Ns| {
-        let seen = |epoch| Seen { epoch, is_ready: true, beat: T0 + MS, took_queue: false };
+        let seen = |epoch| Seen { epoch, is_ready: true, beat: T0 + MS, ..Seen::default() };
         step(state, Event::Seen { children: [1, 2, 3].map(seen).to_vec(), queue: 0 }, now)
     };
     assert!(signals(&stale(&mut state, T0 + 3600 * SECOND)).is_empty());
@@ -202,7 +284,7 @@ fn h7_a_machine_that_stood_still_blames_nobody() {
     while now < T0 + 3611 * SECOND {
         now = state.due();
         if !signals(&stale(&mut state, now)).is_empty() {
-            assert!(now > T0 + 3610 * SECOND);
+            assert!(now > T0 + 3609 * SECOND);
             return;
         }
     }
@@ -229,7 +311,7 @@ fn a_second_term_hastens_and_a_third_kills() {
 fn connects_are_refused_once_the_queue_is_taken() {
     let mut state = serving(rules());
     let take = |state: &mut State, took: [bool; 2], queue, now| {
-        let seen = |epoch, took_queue| Seen { epoch, is_ready: true, beat: now, took_queue };
+        let seen = |epoch, took_queue| Seen { epoch, is_ready: true, beat: now, took_queue, ..Seen::default() };
         let children = vec![seen(1, false), seen(2, took[0]), seen(3, took[1])];
         step(state, Event::Seen { children, queue }, now).contains(&Action::CloseListeners)
     };
@@ -293,7 +375,7 @@ fn a_failed_spawn_is_tried_again_and_never_at_once() {
 
 #[test]
 fn orphans_are_killed_when_their_time_is_over() {
-    let mut state = State::new(rules(), 8, true, 1, T0);
+    let mut state = State::new(rules(), Circumstances { has_orphans: true, ..GIVEN }, T0);
     step(&mut state, Event::Start, T0);
     let mut now = T0;
     loop {

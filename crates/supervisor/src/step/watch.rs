@@ -2,10 +2,23 @@
 
 use evergate_core::exit::Initiator;
 
-use super::{Action, Child, Ns, Phase, SECOND, Sig, State};
+use super::{Action, Child, Ns, Phase, SECOND, Sig, State, planted};
 
-/// From ABRT to KILL for a child that hangs: time to write a core.
-const CORE_TIME: Ns = SECOND;
+/// Without a beat for so long an operator is told. Children beat four times a second.
+const WARN: Ns = SECOND;
+/// Without a beat for so long it is found out what the child is doing.
+const DIAGNOSE: Ns = 2 * SECOND;
+
+/// How far a child that does not beat was warned about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rung {
+    /// It beats.
+    Well,
+    /// The operator knows.
+    Warned,
+    /// The operator knows what it is doing.
+    Diagnosed,
+}
 
 impl State {
     /// Everything that is due at this time.
@@ -14,22 +27,17 @@ impl State {
             self.orphans_kill_at = None;
             out.push(Action::KillOrphans);
         }
-        let (rules, floor) = (self.rules, self.floor);
-        for slot in &mut self.slots {
-            let Some(child) = slot.child.as_mut().filter(|child| child.ending.is_none()) else { continue };
+        let floor = self.floor;
+        for child in self.children_mut().filter(|child| child.ending.is_none()) {
             // From before the floor nothing counts: then the master was late itself (H7).
             let age = |since: Ns| now.saturating_sub(since.max(floor));
             match child.ready_at {
-                None if age(child.born) > rules.boot_timeout => {
+                None if age(child.born) > child.rules.boot_timeout => {
                     out.push(Action::Say(format!("the {} was not ready in time and is killed", child.name())));
                     child.end(Initiator::Boot, now);
                 }
-                Some(ready_at) if age(child.beat.max(ready_at)) > rules.hang_timeout => {
-                    out.push(Action::Say(format!("the {} has stopped beating and is ended", child.name())));
-                    out.push(Action::Send { epoch: child.epoch, signal: Sig::Abort });
-                    child.end(Initiator::Hang, now.saturating_add(CORE_TIME));
-                }
-                _ => {}
+                Some(ready_at) => child.climb(age(child.seen.beat.max(ready_at)), now, out),
+                None => {}
             }
         }
         self.kill_overdue(now, out);
@@ -38,12 +46,12 @@ impl State {
     fn kill_overdue(&mut self, now: Ns, out: &mut Vec<Action>) {
         let mut has_forced = false;
         for child in self.children_mut() {
-            if child.is_killed || child.kill_at.is_none_or(|at| at > now) {
+            if child.is_killed || child.kill_at.is_none_or(|at| at > now) || planted!(NeverKills) {
                 continue;
             }
             child.is_killed = true;
             out.push(Action::Send { epoch: child.epoch, signal: Sig::Kill });
-            if matches!(child.ending, Some(Initiator::Operator | Initiator::ScaleDown)) {
+            if !matches!(child.ending, Some(Initiator::Boot | Initiator::Hang)) {
                 out.push(Action::Say(format!("the {} did not end in time and is killed", child.name())));
                 has_forced = true;
             }
@@ -60,5 +68,28 @@ impl Child {
     fn end(&mut self, initiator: Initiator, kill_at: Ns) {
         self.ending = Some(initiator);
         self.kill_at = Some(kill_at);
+    }
+
+    /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`.
+    fn climb(&mut self, age: Ns, now: Ns, out: &mut Vec<Action>) {
+        let limit = self.rules.hang_timeout;
+        // From ABRT to KILL: time to write a core.
+        let core_time = (limit / 10).min(SECOND);
+        let is_over = age > limit.saturating_sub(core_time) || (planted!(HangsEarly) && age > limit / 4);
+        if (is_over || age >= DIAGNOSE) && self.rung < Rung::Diagnosed {
+            self.rung = Rung::Diagnosed;
+            out.push(Action::Diagnose { epoch: self.epoch });
+        } else if age >= WARN && self.rung < Rung::Warned {
+            self.rung = Rung::Warned;
+            out.push(Action::Say(format!("the {} has not beaten for a second", self.name())));
+        } else if age < WARN && self.rung > Rung::Well {
+            self.rung = Rung::Well;
+            out.push(Action::Say(format!("the {} beats again", self.name())));
+        }
+        if is_over {
+            out.push(Action::Say(format!("the {} has stopped beating and is ended", self.name())));
+            out.push(Action::Send { epoch: self.epoch, signal: Sig::Abort });
+            self.end(Initiator::Hang, now.saturating_add(limit.saturating_sub(age)));
+        }
     }
 }

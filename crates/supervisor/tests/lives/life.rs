@@ -39,9 +39,11 @@ pub fn serve(args: &[String]) -> u8 {
     evergate_supervisor::serve(&Options {
         state_dir: folder.into(),
         compile_args: ["compile", plan, config].iter().map(OsString::from).collect(),
+        halt_on_boot_error: false,
         child_env: vec![("EVERGATE_TEST_CHILD".into(), "1".into())],
         on_left,
         on_exit,
+        on_respawn: |_, _, _| {},
     })
 }
 
@@ -90,7 +92,7 @@ impl Found {
         let blocked: &[Signal] =
             if settings.contains_key("nothing_blocked") { &[] } else { &[Signal::TERM, Signal::QUIT] };
         let signals = Signals::block(blocked).unwrap();
-        assert_eq!(value("--generation"), 1);
+        assert!(value("--generation") > 0);
         assert_eq!(std::env::vars().collect::<Vec<_>>(), [("EVERGATE_TEST_CHILD".into(), "1".into())]);
         let found = Self {
             board: Board::attach(adopt(inherit::BOARD).unwrap()).unwrap(),

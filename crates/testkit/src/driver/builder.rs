@@ -254,7 +254,7 @@ impl Builder {
             stdout,
             status: None,
             known: Mutex::default(),
-            _folder: folder,
+            folder,
         }
     }
 }

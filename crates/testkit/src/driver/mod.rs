@@ -34,7 +34,7 @@ pub struct Evergate {
     /// Every child that was seen, so that Drop can tell ours from strangers.
     known: Mutex<Vec<Known>>,
     /// Holds the configuration, and the state unless the test gave a folder.
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Evergate {
@@ -221,6 +221,14 @@ impl Evergate {
         builder::environment(&mut command, &self.env);
         command.args(args).arg("--state-dir").arg(&self.state_dir).stdin(Stdio::null());
         command.output().expect("run the command")
+    }
+
+    /// Writes a file beside the configuration file, or `evergate.toml` itself.
+    ///
+    /// # Panics
+    /// When that is impossible.
+    pub fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.folder.path().join(name), text).expect("write a file");
     }
 
     /// The state folder.

@@ -17,6 +17,8 @@ pub struct Child {
     pub row: u64,
     /// Number of the child within the run.
     pub epoch: u64,
+    /// Generation of its configuration.
+    pub generation: u64,
 }
 
 /// A child with its start time, which together name one process for ever.
@@ -84,7 +86,7 @@ mod tests {
     #[test]
     fn a_process_is_known_by_its_start() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let child = Child { kind: "worker".into(), pid: own, slot: 0, row: 0, epoch: 0 };
+        let child = Child { kind: "worker".into(), pid: own, slot: 0, row: 0, epoch: 0, generation: 1 };
         let known = Known::of(&child).unwrap();
         assert!(known.is_alive());
         let another = Known { start_ticks: known.start_ticks + 1, ..known };

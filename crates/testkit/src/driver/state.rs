@@ -29,6 +29,7 @@ pub(super) fn children(run: &Value) -> Vec<Child> {
         slot: value["slot"].as_u64().unwrap_or_default(),
         row: value["row"].as_u64().unwrap_or_default(),
         epoch: value["epoch"].as_u64().unwrap_or_default(),
+        generation: value["generation"].as_u64().unwrap_or_default(),
     };
     children.into_iter().flatten().map(child).collect()
 }

@@ -1,0 +1,90 @@
+//! Workers that are killed, that hang, that cannot boot. Numbers are lines of the specification of supervision.
+
+use std::time::{Duration, Instant};
+
+use evergate_testkit::driver::is_alive;
+use evergate_testkit::{Evergate, FakeUpstream, gateway_config, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::support::{EXE, LIMIT, ONE_WORKER, assert_good_stream, before, chat, open_stream, rest_of};
+
+/// Somebody's kill is no crash: however often, the next one comes at once and the slot is not called degraded.
+#[test]
+fn s07_a_well_worker_is_replaced_at_once_however_often_it_is_killed() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    let ready = "evergate_workers{phase=\"ready\"} 1\n";
+    for round in 1..=12 {
+        wait_until("a worker that is well", LIMIT, || gateway.metrics().contains(ready));
+        // Ready for more than the 50 ms that make it well: ten answers, one after the other, and more.
+        let until = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < until {
+            assert_eq!(chat(&gateway, "ok", false).status, 200);
+        }
+        let (pid, killed) = (gateway.kill_worker(0), Instant::now());
+        wait_until("another worker", LIMIT, || gateway.workers().first().is_some_and(|next| *next != pid));
+        // With a pause for each death the last rounds would wait for ten seconds.
+        assert!(killed.elapsed() < Duration::from_secs(3), "round {round}: {:?}", killed.elapsed());
+        assert_eq!(chat(&gateway, "ok", false).status, 200);
+    }
+    let output = gateway.cli(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(status["master"]["degraded"], 0);
+    let line = "evergate_respawns_total{kind=\"worker\",cause=\"unknown\"} 12";
+    assert!(gateway.metrics().contains(line), "{}", gateway.metrics());
+}
+
+/// The ladder: a word after a second, a diagnosis after two, and the end at the limit; the other worker serves.
+#[test]
+fn s04_a_frozen_worker_is_reported_diagnosed_and_replaced_in_time() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"4s\"\n");
+    // One that still boots has the boot's time, not this one.
+    wait_until("ready workers", LIMIT, || gateway.metrics().contains("evergate_workers{phase=\"ready\"} 2\n"));
+    let pid = gateway.wait_workers(2)[0];
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
+    let frozen = Instant::now();
+    gateway.wait_stderr("has not beaten for a second", LIMIT);
+    let said = gateway.wait_stderr("does not beat", LIMIT);
+    assert!(said.contains(&format!("(pid {pid}) does not beat")) && said.contains("state stopped"), "{said}");
+    assert!(is_alive(pid), "it has its time");
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    let took = frozen.elapsed();
+    assert_eq!((&record["initiator"], &record["signal"]), (&json!("hang"), &json!(9)), "{record}");
+    // Its last beat may have been a quarter of a second before it was frozen.
+    assert!(took > Duration::from_millis(3500) && took < Duration::from_secs(12), "{took:?}");
+    gateway.wait_workers(2);
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+}
+
+#[test]
+fn s05_a_long_silent_stream_is_no_hanging() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 1\nmax = 1\nhang_timeout = \"3s\"\n");
+    let mut stream = open_stream(&gateway, "hold-mid");
+    let worker = gateway.workers();
+    assert!(stream.stays_open(Duration::from_secs(7)), "more than twice the limit");
+    fake.release();
+    let events = rest_of(&mut stream);
+    assert_good_stream(&events, stream.body_is_complete());
+    assert_eq!(gateway.workers(), worker);
+    assert!(gateway.exits().is_empty());
+}
+
+#[test]
+fn s07_a_start_fails_only_when_every_worker_has_and_says_why() {
+    let fake = FakeUpstream::start();
+    for (kind, said, arg) in
+        [("fail", "a planted fault", None), ("fail", "a planted fault", Some("--halt-on-boot-error"))]
+    {
+        let fault = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(fault.path(), kind).unwrap();
+        let config = gateway_config(fake.base_url(), &[], "");
+        let builder = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT_BOOT", fault.path().to_str().unwrap());
+        let builder = arg.into_iter().fold(builder, evergate_testkit::driver::Builder::arg);
+        let ended = builder.try_start().map(|_| ()).unwrap_err();
+        assert_eq!(ended.code(), 70, "{}", ended.stderr);
+        assert!(ended.stderr.contains("the start has failed") && ended.stderr.contains(said), "{}", ended.stderr);
+    }
+}

@@ -1,0 +1,75 @@
+//! Workers that are replaced for their requests, their age or their memory. Line 16 of the specification of supervision.
+//! Each test lasts ten seconds, the shortest life of a worker.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use evergate_testkit::raw::post_request;
+use evergate_testkit::{Evergate, FakeUpstream, Raw};
+use serde_json::{Value, json};
+
+use crate::support::{CHAT, LIMIT, before, chat, via};
+
+/// No request was lost, and each successor was ready before the one that it replaced was told to go.
+fn assert_seamless(gateway: &Evergate, gone: &[Value]) {
+    for record in gone {
+        assert_eq!((&record["code"], &record["lost"]), (&json!(0), &json!([])), "{record}");
+        assert!(record["age_ms"].as_u64().unwrap() >= 10_000, "not in its first ten seconds: {record}");
+    }
+    gateway.wait_workers(2);
+}
+
+#[test]
+fn s16_a_worker_is_replaced_after_its_requests_and_its_lifetime_without_a_loss() {
+    let fake = FakeUpstream::start();
+    let by_requests = before(&fake, "[workers]\nmin = 2\nmax = 2\nrequests_max = 50\n");
+    let by_age = before(&fake, "[workers]\nmin = 2\nmax = 2\nlifetime_max = \"10s\"\n");
+    let (is_over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for gateway in [&by_requests, &by_age] {
+            let (is_over, done) = (&is_over, &done);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    let response = chat(gateway, "stream-3-5", done.fetch_add(1, Ordering::Relaxed) % 2 == 0);
+                    assert!(response.status == 200 && response.is_complete, "{}", response.text());
+                }
+            });
+        }
+        // Ended also when a wait fails, or the scope would wait for its clients for ever.
+        let _guard = Guard(&is_over);
+        for (gateway, why) in [(&by_requests, "requests"), (&by_age, "lifetime")] {
+            let gone = gateway.wait_exits(2, 2 * LIMIT, |record| record["initiator"] == why);
+            assert_seamless(gateway, &gone[..2]);
+        }
+    });
+}
+
+struct Guard<'a>(&'a AtomicBool);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn s16_a_worker_with_too_much_memory_is_replaced_and_finishes_what_it_has() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nrss_max = \"64MiB\"\n[timeouts]\ntotal = \"60s\"\n");
+    let body = json!({ "model": via("hold"), "messages": [{ "role": "user", "content": "x".repeat(15 << 20) }] });
+    let request = post_request(CHAT, "", &body.to_string());
+    let mut held: Vec<Raw> = (0..8)
+        .map(|_| {
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(&request);
+            raw
+        })
+        .collect();
+    gateway.wait_stderr("is replaced: rss", Duration::from_secs(40));
+    fake.release();
+    for raw in &mut held {
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+    }
+    let gone = gateway.wait_exits(1, 2 * LIMIT, |record| record["initiator"] == "rss");
+    assert_seamless(&gateway, &gone[..1]);
+}

@@ -1,0 +1,129 @@
+//! As many workers as the load needs. Numbers are lines of the specification of supervision.
+
+use std::time::{Duration, Instant};
+
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{LIMIT, before, open};
+
+fn master(gateway: &Evergate) -> Value {
+    let output = gateway.cli(&["status", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice::<Value>(&output.stdout).unwrap()["master"].clone()
+}
+
+/// Requests that their upstream holds until it is told to release them.
+fn hold(gateway: &Evergate, count: usize) -> Vec<Raw> {
+    (0..count).map(|_| open(gateway, "hold", false)).collect()
+}
+
+/// Ends them. A worker's own queue is bounded: where one had more than its share it has refused some.
+fn finish(requests: Vec<Raw>) {
+    for mut raw in requests {
+        let response = raw.read_response(LIMIT);
+        assert!(matches!(response.status, 200 | 503), "{}", response.text());
+    }
+}
+
+/// All the first workers serve, so that each has its share.
+fn wait_ready(gateway: &Evergate, count: usize) {
+    let line = format!("evergate_workers{{phase=\"ready\"}} {count}\n");
+    wait_until("as many ready workers", LIMIT, || gateway.metrics().contains(&line));
+}
+
+#[test]
+fn s13_workers_are_added_within_half_a_second_of_the_need() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 1\nmax = 4\nslots = 8\n");
+    let begun = Instant::now();
+    // One worker has places for eight; six wait.
+    let requests = hold(&gateway, 14);
+    wait_until("more workers are started", LIMIT, || gateway.workers().len() > 1);
+    let took = begun.elapsed();
+    // Half a second on a machine with nothing else to do; this one runs the other tests.
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    let said = gateway.wait_stderr("workers instead of 1", LIMIT);
+    assert!(said.contains("requests wait"), "{said}");
+    gateway.wait_workers(4);
+    assert_eq!(master(&gateway)["workers_target"], 4);
+    fake.release();
+    finish(requests);
+    let metrics = gateway.metrics();
+    assert!(metrics.contains("evergate_scale_events_total{direction=\"up\"} 3"), "{metrics}");
+    assert!(metrics.contains("evergate_workers_wanted 4"), "{metrics}");
+    assert_eq!(gateway.workers().len(), 4, "never more than the most");
+}
+
+#[test]
+fn s14_workers_go_one_by_one_when_they_are_not_needed_and_never_below_the_least() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 4\nslots = 8\nidle_after = \"1s\"\n");
+    wait_ready(&gateway, 2);
+    let requests = hold(&gateway, 20);
+    gateway.wait_workers(4);
+    fake.release();
+    finish(requests);
+    let gone = gateway.wait_exits(2, LIMIT, |record| record["initiator"] == "scale_down");
+    assert!(gone.iter().all(|record| record["code"] == 0 && record["lost"] == json!([])), "{gone:?}");
+    assert!(gateway.stderr().contains("3 workers: one fewer"), "one by one");
+    gateway.wait_workers(2);
+    // Twice the time after which a third one would have gone.
+    let is_less = evergate_testkit::wait::try_wait_for(Duration::from_millis(2500), || {
+        (gateway.workers().len() < 2).then_some(())
+    });
+    assert!(is_less.is_none(), "fewer than the least");
+}
+
+#[test]
+fn s17_hands_change_the_number_within_bounds_and_are_told_where_those_are() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 1\nmax = 3\nidle_after = \"1s\"\n");
+    gateway.signal(Signal::TTIN);
+    gateway.wait_workers(2);
+    gateway.signal(Signal::TTOU);
+    gateway.wait_exits(1, LIMIT, |record| record["initiator"] == "scale_down");
+    gateway.signal(Signal::TTOU);
+    gateway.wait_stderr("0 workers are fewer than workers.min, 1", LIMIT);
+    let scale = |workers: &str| {
+        let output = gateway.cli(&["scale", workers, "--json"]);
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code().unwrap(), answer)
+    };
+    assert_eq!(scale("3"), (0, json!({ "scaled": true, "workers": 3 })));
+    gateway.wait_workers(3);
+    for (workers, why) in [("4", "more than workers.max, 3"), ("0", "fewer than workers.min, 1")] {
+        let (code, answer) = scale(workers);
+        assert!(code == 1 && answer["error"].as_str().unwrap().contains(why), "{answer}");
+    }
+    // What was asked for by hand is not taken away for want of load.
+    let is_less = evergate_testkit::wait::try_wait_for(Duration::from_millis(2500), || {
+        (gateway.workers().len() < 3).then_some(())
+    });
+    assert!(is_less.is_none(), "the load took what was asked for");
+    assert_eq!(scale("1").0, 0);
+    gateway.wait_exits(3, LIMIT, |record| record["initiator"] == "scale_down");
+    gateway.wait_workers(1);
+}
+
+/// The growth stops at the memory that all workers may have together.
+#[test]
+fn s16_no_worker_is_added_beyond_the_memory_of_all() {
+    let fake = FakeUpstream::start();
+    let more = "[workers]\nmin = 5\nmax = 6\nslots = 4\nrss_total_max = \"64MiB\"\n";
+    let gateway = before(&fake, more);
+    wait_ready(&gateway, 5);
+    wait_for("five workers have more than that", LIMIT, || {
+        let output = gateway.cli(&["status", "--json"]);
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let workers = all["children"].as_array().unwrap().iter().filter(|child| child["kind"] == "worker");
+        let sum: u64 = workers.map(|child| child["rss_kib"].as_u64().unwrap()).sum();
+        (sum >= 64 << 10).then_some(())
+    });
+    let requests = hold(&gateway, 20);
+    gateway.wait_stderr("workers.rss_total_max", LIMIT);
+    assert_eq!(gateway.workers().len(), 5);
+    fake.release();
+    finish(requests);
+}
