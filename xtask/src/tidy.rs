@@ -1,5 +1,6 @@
 //! What a reader would stumble over: long files, TODOs nobody tracks, paths of one machine, stray blanks, dead links.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use crate::tree;
@@ -24,6 +25,7 @@ pub fn check() -> Result<Vec<String>, String> {
     let root = tree::root()?;
     let files = tree::files(&root)?;
     let mut found = Vec::new();
+    let (mut promised, mut held) = (BTreeSet::new(), BTreeSet::new());
     for name in &files {
         let Some(text) = tree::text(&root, name)? else { continue };
         found.extend(machine_paths(name, &text));
@@ -31,6 +33,11 @@ pub fn check() -> Result<Vec<String>, String> {
             continue;
         }
         found.extend(trailing_blanks(name, &text));
+        if name == "ARCHITECTURE.md" {
+            promised.extend(invariants(&text));
+        } else if name.starts_with("crates/") && name.ends_with(".rs") {
+            held.extend(invariants(&text));
+        }
         if is_code(name, &text) {
             found.extend(length(name, &text));
             found.extend(todos(name, &text));
@@ -39,7 +46,20 @@ pub fn check() -> Result<Vec<String>, String> {
             found.extend(dead_links(name, &text, &|target| root.join(target).exists()));
         }
     }
+    let nowhere = promised.difference(&held).map(|id| format!("ARCHITECTURE.md: no source says that it holds {id}"));
+    let unknown = held.difference(&promised).map(|id| format!("{id}: held, but ARCHITECTURE.md does not list it"));
+    found.extend(nowhere.chain(unknown));
     Ok(found)
+}
+
+/// Ids of invariants, such as `INV-EXIT-1`, that a text names.
+fn invariants(text: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '-';
+    let ids = text.match_indices(concat!("IN", "V-")).filter_map(|(at, _)| {
+        let id = text.get(at..)?.split(|c| !is_part(c)).next()?;
+        id.ends_with(|c: char| c.is_ascii_digit()).then(|| id.to_owned())
+    });
+    ids.collect()
 }
 
 fn is_code(name: &str, text: &str) -> bool {
@@ -136,6 +156,12 @@ fn resolve(folder: &Path, target: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn invariants_are_found_by_their_ids() {
+        let found = invariants(concat!("| IN", "V-EXIT-1 | (IN", "V-STEP-22). IN", "V-* IN", "V-X"));
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), [concat!("IN", "V-EXIT-1"), concat!("IN", "V-STEP-22")]);
+    }
 
     #[test]
     fn a_long_file_is_named() {

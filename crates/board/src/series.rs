@@ -1,4 +1,6 @@
 //! Counters that outlive the process that counted: one open-addressed table per row, never reset.
+//!
+//! Holds INV-COUNT-1 (ARCHITECTURE.md).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

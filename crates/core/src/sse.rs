@@ -3,6 +3,8 @@
 //! The rules are those of the WHATWG HTML standard, section 9.2.6 "Interpreting an event stream": lines end with LF,
 //! CRLF or CR, a blank line ends an event, a byte order mark may begin the stream. Nothing is decoded: what passes
 //! through stays the bytes it was.
+//!
+//! Holds INV-STREAM-2 (ARCHITECTURE.md).
 
 use std::borrow::Cow;
 use std::ops::Range;

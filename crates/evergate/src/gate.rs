@@ -1,4 +1,6 @@
 //! The gate of a worker: admits requests, knows the live ones, and holds each of them until its last byte.
+//!
+//! Holds INV-PASS-1, INV-RECORD-1 (ARCHITECTURE.md).
 
 pub mod admission;
 pub mod load;

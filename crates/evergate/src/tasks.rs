@@ -1,4 +1,6 @@
 //! The only place that starts tasks: each has a kind, and a panic in it is counted, not lost.
+//!
+//! Holds INV-PANIC-1 (ARCHITECTURE.md).
 
 use std::fmt::Write as _;
 use std::future::Future;

@@ -1,5 +1,7 @@
 //! What is done at a child's death, in this order and without waiting for anything: its row is read, its end recorded,
 //! its requests accounted for, its row emptied.
+//!
+//! Holds INV-EXIT-1, INV-EXIT-2 (ARCHITECTURE.md).
 
 use evergate_board::{Board, ChildRow, Inflight, monotonic_ns};
 use evergate_core::count;

@@ -1,4 +1,6 @@
 //! One upstream: its pool and its calls.
+//!
+//! Holds INV-CANCEL-1 (ARCHITECTURE.md).
 
 use std::future::poll_fn;
 use std::pin::Pin;

@@ -1,4 +1,6 @@
 //! A client's request: what decides where it goes, read without building a tree and checked to its last byte.
+//!
+//! Holds INV-BYTES-1 (ARCHITECTURE.md).
 
 use std::ops::Range;
 

@@ -1,4 +1,6 @@
 //! What an upstream's refusal becomes for the client.
+//!
+//! Holds INV-AUTH-1 (ARCHITECTURE.md).
 
 use evergate_core::{Error, Fault};
 use http::StatusCode;

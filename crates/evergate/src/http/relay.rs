@@ -1,5 +1,7 @@
 //! A stream of events on its way through: bytes pass unchanged, whole events at a time, under the limits of time and
 //! size, and never end in a way that looks complete when it is not.
+//!
+//! Holds INV-STREAM-1 (ARCHITECTURE.md).
 
 use std::collections::VecDeque;
 use std::fmt;

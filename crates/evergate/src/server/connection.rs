@@ -1,4 +1,6 @@
 //! One client connection: HTTP/1.1 or HTTP/2, from its first byte to its end, drain included.
+//!
+//! Holds INV-DRAIN-1 (ARCHITECTURE.md).
 
 use std::pin::pin;
 use std::sync::Arc;

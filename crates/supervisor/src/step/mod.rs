@@ -2,6 +2,8 @@
 //!
 //! Nothing here does anything. [`step`] takes what happened and says what is to be done; `crate::master` does it and
 //! holds no rule. That is why a simulation can run thousands of lives of a master in a second.
+//!
+//! Holds INV-STEP-1 (ARCHITECTURE.md).
 
 mod event;
 mod life;

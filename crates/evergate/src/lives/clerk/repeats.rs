@@ -1,5 +1,7 @@
 //! Second records of one request: a worker that dies just when it has written one cannot say so, and the master, in
 //! doubt, writes another.
+//!
+//! Holds INV-RECORD-1 (ARCHITECTURE.md).
 
 use memchr::memmem;
 
