@@ -16,8 +16,7 @@ pub fn push_decimal(out: &mut String, value: u64) {
             break;
         }
     }
-    let text = digits.get(digits.len() - count..).unwrap_or_default();
-    out.push_str(std::str::from_utf8(text).unwrap_or_default());
+    out.extend(digits.iter().skip(digits.len() - count).map(|digit| char::from(*digit)));
 }
 
 /// Writes `value` over the whole of `digits` in lower-case hexadecimal; what does not fit falls off on the left.

@@ -31,6 +31,12 @@ impl fmt::Display for RequestId {
 pub struct RequestIdText([u8; 34]);
 
 impl RequestIdText {
+    /// The text's bytes, all of them ASCII.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// The text.
     #[must_use]
     pub fn as_str(&self) -> &str {

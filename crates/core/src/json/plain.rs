@@ -30,6 +30,29 @@ fn long(bytes: &[u8]) -> usize {
     at + rest.iter().position(|byte| is_special(*byte)).unwrap_or(rest.len())
 }
 
+/// How many of the first bytes are neither quote nor backslash.
+#[inline]
+pub(super) fn unquoted_length(bytes: &[u8]) -> usize {
+    // Most strings are keys and short words.
+    let Some(group) = bytes.first_chunk::<8>() else {
+        return bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
+    };
+    let word = u64::from_le_bytes(*group);
+    let found = is_byte(word, b'"') | is_byte(word, b'\\');
+    if found != 0 {
+        return (found.trailing_zeros() / 8) as usize;
+    }
+    let rest = bytes.get(8..).unwrap_or_default();
+    8 + memchr::memchr2(b'"', b'\\', rest).unwrap_or(rest.len())
+}
+
+/// Whether any byte is a control character below the blank.
+pub(super) fn has_control(bytes: &[u8]) -> bool {
+    let (groups, rest) = bytes.as_chunks::<64>();
+    let lowest = |bytes: &[u8]| bytes.iter().fold(u8::MAX, |low, byte| low.min(*byte));
+    groups.iter().any(|group| lowest(group) < 0x20) || lowest(rest) < 0x20
+}
+
 #[inline]
 fn is_special(byte: u8) -> bool {
     (byte < 0x20) | (byte == b'"') | (byte == b'\\') | (byte == 0x7f)
@@ -39,10 +62,15 @@ fn is_special(byte: u8) -> bool {
 /// bytes above one that is itself found.
 #[inline]
 fn special(word: u64) -> u64 {
-    let is_zero = |word: u64| word.wrapping_sub(ONES) & !word & HIGHS;
-    let is_byte = |byte: u8| is_zero(word ^ (ONES * u64::from(byte)));
     let is_control = word.wrapping_sub(ONES * 0x20) & !word & HIGHS;
-    is_control | is_byte(b'"') | is_byte(b'\\') | is_byte(0x7f)
+    is_control | is_byte(word, b'"') | is_byte(word, b'\\') | is_byte(word, 0x7f)
+}
+
+/// As `special`, for one byte.
+#[inline]
+fn is_byte(word: u64, byte: u8) -> u64 {
+    let word = word ^ (ONES * u64::from(byte));
+    word.wrapping_sub(ONES) & !word & HIGHS
 }
 
 #[cfg(test)]
@@ -63,6 +91,25 @@ mod tests {
                     expected,
                     "{byte:#x} after {before}, at the end"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn quotes_and_controls_are_found_at_every_place() {
+        for length in 0..200 {
+            let mut text = vec![b' '; length];
+            assert!(!has_control(&text));
+            assert_eq!(unquoted_length(&text), length);
+            for at in 0..length {
+                for byte in [b'"', b'\\', b'!', b'#', b'[', b']', 0xa2, 0xdc] {
+                    text[at] = byte;
+                    let expected = if matches!(byte, b'"' | b'\\') { at } else { length };
+                    assert_eq!(unquoted_length(&text), expected, "{byte:#x} at {at} of {length}");
+                }
+                text[at] = 0x1f;
+                assert!(has_control(&text));
+                text[at] = b' ';
             }
         }
     }

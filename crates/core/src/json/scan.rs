@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::escape::{code_unit, inner, is_high, is_low, unescape};
-use super::plain::plain_length;
+use super::plain::{has_control, plain_length, unquoted_length};
 
 /// The longest key that is compared with an escape in it: 32 characters of six bytes each. No key we read is longer.
 const ESCAPED_KEY_BYTES_MAX: usize = 6 * 32;
@@ -47,11 +47,15 @@ pub(super) struct Scanner<'a> {
     at: usize,
     depth: u32,
     rules: Rules,
+    /// Whether strings have to be looked through for control characters: they are refused, and there are some.
+    is_wary: bool,
 }
 
 impl<'a> Scanner<'a> {
     pub(super) fn new(bytes: &'a [u8], rules: Rules) -> Self {
-        Self { bytes, at: 0, depth: 0, rules }
+        // Line ends between values make it wary too; what programs send has none.
+        let is_wary = rules.is_strict && has_control(bytes);
+        Self { bytes, at: 0, depth: 0, rules, is_wary }
     }
 
     /// The next byte.
@@ -199,10 +203,12 @@ impl<'a> Scanner<'a> {
     pub(super) fn string(&mut self) -> Result<Range<usize>, Stop> {
         let start = self.at;
         self.take(b'"', "a string")?;
-        self.at += plain_length(self.bytes.get(self.at..).unwrap_or_default());
-        if self.peek() == Some(b'"') {
-            self.at += 1;
-            return Ok(start..self.at);
+        if !self.is_wary {
+            self.at += unquoted_length(self.bytes.get(self.at..).unwrap_or_default());
+            if self.peek() == Some(b'"') {
+                self.at += 1;
+                return Ok(start..self.at);
+            }
         }
         self.string_rest(start)
     }

@@ -2,9 +2,11 @@
 
 use evergate_core::config::{Auth, Sealed};
 use evergate_core::{Error, Fault};
-use http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
+use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN};
 use http::request::Parts;
 use subtle::ConstantTimeEq;
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The rules of one worker.
 #[derive(Debug)]
@@ -91,6 +93,10 @@ fn host_of(authority: &str) -> Option<&str> {
 }
 
 fn is_ours(hosts: &[String], host: &str) -> bool {
+    // As listened on, which is how most clients ask.
+    if hosts.iter().any(|known| known == host) {
+        return true;
+    }
     let host = host.to_ascii_lowercase();
     let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
     is_loopback || host == "localhost" || host.ends_with(".localhost") || hosts.contains(&host)
@@ -122,7 +128,7 @@ fn no_stranger(hosts: &[String], head: &Parts) -> Result<(), Error> {
             return refuse("while auth is off, requests from web pages of another origin are refused");
         }
     }
-    if head.headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site" || site == "same-site") {
+    if head.headers.get(SEC_FETCH_SITE).is_some_and(|site| site == "cross-site" || site == "same-site") {
         return refuse("while auth is off, cross-site requests are refused");
     }
     Ok(())

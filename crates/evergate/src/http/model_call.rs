@@ -208,18 +208,22 @@ impl ModelCall {
 
     fn call(&self, body: Bytes, deadline: Deadline) -> Call {
         let mut headers = HeaderMap::new();
-        for name in &FORWARDED {
-            if let Some(value) = self.headers.get(name) {
-                headers.insert(name, value.clone());
+        let (mut parent, mut state, mut parents) = (None, None, 0);
+        // One walk over the few that there are, instead of a look-up for each that might be.
+        for (name, value) in &self.headers {
+            if *name == TRACEPARENT {
+                parent = Some(value);
+                parents += 1;
+            } else if *name == TRACESTATE {
+                state = state.or(Some(value));
+            } else if FORWARDED.contains(name) && !headers.contains_key(name) {
+                headers.insert(name.clone(), value.clone());
             }
         }
-        let mut parents = self.headers.get_all(&TRACEPARENT).iter();
         // Two cannot both be the parent.
-        if let (Some(parent), None) = (parents.next(), parents.next())
-            && traceparent::is_valid(parent.as_bytes())
-        {
+        if let Some(parent) = parent.filter(|parent| parents == 1 && traceparent::is_valid(parent.as_bytes())) {
             headers.insert(TRACEPARENT, parent.clone());
-            if let Some(state) = self.headers.get(&TRACESTATE) {
+            if let Some(state) = state {
                 headers.insert(TRACESTATE, state.clone());
             }
         }

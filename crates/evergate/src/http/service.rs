@@ -233,7 +233,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let id = self.app.gate.next_id();
         let token = Arc::new(Token::default());
         let is_h1 = request.version() <= Version::HTTP_11;
-        let own_id = HeaderValue::from_str(id.text().as_str()).ok();
+        let own_id = HeaderValue::from_bytes(id.text().as_bytes()).ok();
         let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
