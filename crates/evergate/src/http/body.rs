@@ -17,7 +17,7 @@ use http_body::{Frame, SizeHint};
 use super::fault::{Moment, Planted, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
-use crate::gate::Pass;
+use crate::gate::pass::Pass;
 use crate::server::shared::Shared;
 use crate::server::streams::Taken;
 use crate::tasks::count_panic;

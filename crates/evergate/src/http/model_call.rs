@@ -22,7 +22,8 @@ use super::fault::{Moment, planted, strike};
 use super::relay::{Calling, Limits, Relay};
 use super::{intake, refusal, respond};
 use crate::context::{Token, cancelled};
-use crate::gate::{Arrival, IsCall, Pass, Stage};
+use crate::gate::pass::{IsCall, Pass};
+use crate::gate::{Arrival, Stage};
 use crate::telemetry::names::End;
 
 /// Which endpoint.

@@ -8,7 +8,7 @@ use evergate_board::InflightPhase;
 use evergate_core::Error;
 use tokio::sync::Notify;
 
-use crate::gate::Pass;
+use crate::gate::pass::Pass;
 
 /// That a connection is to end, and how much patience it has until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

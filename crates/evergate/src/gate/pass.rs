@@ -1,0 +1,284 @@
+//! A live request's hold on its worker, and what is said of it when it is over.
+//!
+//! Holds INV-PASS-1, INV-RECORD-1 (ARCHITECTURE.md).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use evergate_board::{Board, ChildRow, InflightPhase, Ticket};
+use evergate_core::ids::RequestId;
+use evergate_core::json::Usage;
+use evergate_core::record::Access;
+use evergate_core::{Cause, Error, Fault};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::load::Weight;
+use super::{Arrival, Gate};
+use crate::context::Token;
+use crate::telemetry::names::{self, End};
+
+/// What the access record and the counters will say of a request.
+#[derive(Debug)]
+pub struct Record {
+    id: RequestId,
+    arrival: Arrival,
+    started: Instant,
+    /// Model as the client named it.
+    pub model: String,
+    /// Upstream that was called; see [`Pass::set_backend`].
+    backend: String,
+    /// Calls made.
+    attempts: u32,
+    /// Whether it is a stream.
+    pub is_stream: bool,
+    /// Request body.
+    pub bytes_in: u64,
+    /// Response body.
+    pub bytes_out: u64,
+    /// Milliseconds from admission to the first piece of the answer.
+    pub first_token_ms: Option<f64>,
+    /// As the upstream reported it.
+    pub usage: Option<Usage>,
+    /// Our note on the cause.
+    pub detail: String,
+    /// Status of a head that was sent while the end was still open.
+    pub sent_status: Option<u16>,
+    model_label: u16,
+    backend_label: u16,
+    end: Option<(u16, End)>,
+    is_complete: bool,
+}
+
+impl Record {
+    /// Of a request whose time begins now.
+    pub(super) fn new(id: RequestId, arrival: Arrival) -> Self {
+        Self {
+            id,
+            arrival,
+            started: Instant::now(),
+            model: String::new(),
+            backend: String::new(),
+            attempts: 0,
+            is_stream: false,
+            bytes_in: 0,
+            bytes_out: 0,
+            first_token_ms: None,
+            usage: None,
+            detail: String::new(),
+            sent_status: None,
+            model_label: 0,
+            backend_label: 0,
+            end: None,
+            is_complete: false,
+        }
+    }
+
+    /// Of a request that is over without having been admitted.
+    pub(super) fn ended(
+        id: RequestId,
+        arrival: Arrival,
+        started: Instant,
+        end: (u16, End),
+        error: Option<&Error>,
+    ) -> Self {
+        let detail = error.and_then(|error| error.detail.clone()).unwrap_or_default();
+        Self { started, detail, end: Some(end), ..Self::new(id, arrival) }
+    }
+}
+
+/// Whether a backend is called over the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IsCall {
+    /// An attempt.
+    Yes,
+    /// Answered within this process.
+    No,
+}
+
+/// What an admitted request holds of its worker.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) ticket: Ticket,
+    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) weight: Weight,
+}
+
+/// A live request. Dropped before its end was set, it counts as left by its client; its record is written and its row
+/// on the board cleared when it goes.
+#[derive(Debug)]
+pub struct Pass {
+    gate: Arc<Gate>,
+    ticket: Ticket,
+    token: Arc<Token>,
+    _permit: OwnedSemaphorePermit,
+    /// For the access record.
+    pub record: Box<Record>,
+    weight: Weight,
+}
+
+impl Pass {
+    pub(super) fn new(gate: Arc<Gate>, admitted: Admitted, token: Arc<Token>, record: Record) -> Self {
+        let Admitted { ticket, permit, weight } = admitted;
+        Self { gate, ticket, token, _permit: permit, record: Box::new(record), weight }
+    }
+
+    /// Sets the phase on the board.
+    pub fn enter(&self, phase: InflightPhase) {
+        self.ticket.set_phase(phase);
+    }
+
+    /// Says which model it asks for: `name` as the client wrote it, `label` from the bounded set.
+    pub fn set_model(&mut self, name: &str, label: &str) {
+        self.record.model = name.to_owned();
+        self.record.model_label = self.gate.board.label(label);
+        self.ticket.set_model(self.record.model_label, name);
+    }
+
+    /// Says who answers it: an upstream, which is called now, or this process itself (`echo`).
+    pub fn set_backend(&mut self, name: &str, is_call: IsCall) {
+        self.record.backend = name.to_owned();
+        self.record.backend_label = self.gate.board.label(name);
+        self.record.attempts += u32::from(is_call == IsCall::Yes);
+        self.ticket.set_backend(self.record.backend_label, self.record.attempts);
+    }
+
+    /// Shows on the board that this request is being worked on, until [`Pass::rest`].
+    pub fn run(&self) {
+        self.gate.set_running(self.record.id.seq);
+    }
+
+    /// The event loop goes on to something else.
+    pub fn rest(&self) {
+        self.gate.set_running(0);
+    }
+
+    /// Says that it is a stream, as soon as that is known: it counts as one while it waits for its first event.
+    pub fn set_stream(&mut self) {
+        self.record.is_stream = true;
+        self.ticket.set_stream(true);
+        self.weight.set_stream();
+    }
+
+    /// Notes the arrival of the answer's first piece.
+    pub fn note_first_token(&mut self) {
+        if self.record.first_token_ms.is_none() {
+            self.record.first_token_ms = Some(self.record.started.elapsed().as_secs_f64() * 1000.0);
+        }
+    }
+
+    /// Sets how it ends, with the status that the client was sent. The first call counts.
+    pub fn set_end(&mut self, status: u16, end: End) {
+        if self.record.end.is_none() {
+            self.record.end = Some((status, end));
+            self.ticket.set_end(names::status_and_end(status, end));
+        }
+    }
+
+    /// As `set_end`, for an error.
+    pub fn set_error(&mut self, status: u16, error: &Error) {
+        if let Some(detail) = &error.detail
+            && self.record.detail.is_empty()
+        {
+            self.record.detail.clone_from(detail);
+        }
+        self.set_end(status, End::Fault(error.fault));
+    }
+
+    /// Counts a caught panic on the owner's row.
+    pub fn count_panic(&self, count: fn(&Board, u32)) {
+        count(&self.gate.board, self.gate.row);
+    }
+
+    /// Its client reads nothing: what of the answer is not the kernel's yet never will be.
+    pub fn stall(&self) {
+        self.token.cancel(Cause::ClientStalled);
+    }
+
+    /// The last byte is the kernel's.
+    pub fn complete(mut self) {
+        self.ticket.set_phase(InflightPhase::Write);
+        self.record.is_complete = true;
+    }
+
+    /// Why a request went before its last byte did.
+    fn early_end(&self) -> (u16, End) {
+        let (status, end) = match self.token.cause() {
+            _ if std::thread::panicking() => (500, End::Fault(Fault::Internal)),
+            None | Some(Cause::ClientGone) => (499, End::ClientGone),
+            Some(Cause::ClientStalled) => (499, End::ClientStalled),
+            Some(cause) => (cause.fault().row().status, End::Fault(cause.fault())),
+        };
+        (self.record.sent_status.unwrap_or(status), end)
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        if !self.record.is_complete && matches!(self.record.end, None | Some((_, End::Ok))) {
+            self.record.end = Some(self.early_end());
+        }
+        if let Some(child) = self.gate.child() {
+            child.set_requests(child.requests() + 1);
+        }
+        // The record first, then the row: a death in between shows the request twice rather than never.
+        self.gate.write(&self.record, Some(&self.ticket));
+        let mut live = self.gate.lock_live();
+        live.remove(&self.record.id.seq);
+        if live.is_empty() {
+            self.gate.empty.notify_waiters();
+        }
+    }
+}
+
+impl Gate {
+    /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
+    /// it counts what is not marked as counted, and the clerk drops its second record of one request.
+    pub(super) fn write(&self, record: &Record, ticket: Option<&Ticket>) {
+        let (status, end) = record.end.unwrap_or((499, End::ClientGone));
+        let Some(series) = self.board.series(self.row) else { return };
+        let model_label = record.model_label;
+        let end_code = names::status_and_end(status, end);
+        if let Some(ticket) = ticket {
+            ticket.set_end(end_code);
+        }
+        series.add(names::key(names::REQUESTS, model_label, record.backend_label, end_code), 1);
+        if let Some(ticket) = ticket {
+            ticket.set_counted();
+        }
+        if let Some(ms) = record.first_token_ms {
+            series.add(names::key(names::FIRST_TOKEN_BUCKET, model_label, names::first_token_bucket(ms), 0), 1);
+            series.add(names::key(names::FIRST_TOKEN_SUM_US, model_label, 0, 0), (ms * 1000.0) as u64);
+        }
+        if let Some(usage) = record.usage {
+            let tenant = self.board.label(&record.arrival.tenant);
+            series.add(names::key(names::TOKENS_IN, model_label, tenant, 0), usage.tokens_in);
+            series.add(names::key(names::TOKENS_OUT, model_label, tenant, 0), usage.tokens_out);
+        }
+        let is_written = self.access.write(&Access {
+            at_ms: evergate_sys::unix_ms(),
+            request_id: record.id.text().as_str(),
+            client_id: &record.arrival.client_id,
+            tenant: &record.arrival.tenant,
+            method: record.arrival.method,
+            route: record.arrival.route,
+            model: &record.model,
+            backend: &record.backend,
+            attempts: record.attempts,
+            status,
+            cause: end.name(),
+            is_stream: record.is_stream,
+            bytes_in: record.bytes_in,
+            bytes_out: record.bytes_out,
+            first_byte_ms: record.first_token_ms,
+            duration_ms: record.started.elapsed().as_secs_f64() * 1000.0,
+            tokens_in: record.usage.map(|usage| usage.tokens_in),
+            tokens_out: record.usage.map(|usage| usage.tokens_out),
+            detail: &record.detail,
+            pid: self.child().map_or(0, ChildRow::pid),
+            is_by_master: false,
+        });
+        if !is_written {
+            series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
+        }
+    }
+}
