@@ -30,7 +30,7 @@ async def killed_under_load(kind, place):
         lost = [result.name for result in load.failed()]
         measures = {
             f"failed requests, {KILLS} kills a round": Failures.of(load),
-            "failed requests: a record or log has their id": Share(subject.named(lost), len(lost)),
+            "failed requests that a record or log names as lost": Share(subject.named(lost), len(lost)),
         }
     finally:
         subject.close()
@@ -217,7 +217,7 @@ async def causes(kind, place):
             await procs.wait_until(lambda victim=victim: procs.start_time(victim) is None, 5)
             await procs.wait_until(lambda victim=victim: subject.cause(victim) != "nothing", 3, step=0.1)
             told[what] = said(subject.cause(victim))
-        told["streams that died with both workers: a record or log has their id"] = said(await names_lost(subject))
+        told["streams that died with both workers, named as lost"] = said(await names_lost(subject))
     finally:
         subject.close()
     return told
@@ -231,7 +231,7 @@ ENDS = {
 
 
 async def names_lost(subject):
-    """Eight streams, and KILL to both workers, wherever the streams are: how many does a record or log name?"""
+    """Eight streams, and KILL to both workers, wherever the streams are: how many are named as lost?"""
     load = Load(subject.port)
     await procs.wait_until(subject.is_whole, 10, step=0.05)
     load.repeated(8, "stream-40-50", "stream", is_stream=True)

@@ -145,7 +145,7 @@ class Evergate(Subject):
         return {child["pid"] for child in found} & self.workers()
 
     def named(self, names):
-        """How many of these requests some record names."""
+        """How many of these requests a record names as lost."""
         told = json.dumps(self.ask("exits"))
         return sum(1 for name in names if f'"{name}"' in told)
 
@@ -201,11 +201,11 @@ class Gunicorn(Subject):
         return {int(pid) for pid in started} & self.workers()
 
     def named(self, names):
-        """How many of these requests some log names."""
-        access = self.folder / "access.log"
+        """How many of these requests a log names as lost: in the error log, or with another status than 200."""
         told = self.log.read_text(encoding="utf-8", errors="replace")
-        if access.exists():
-            told += access.read_text(encoding="utf-8", errors="replace")
+        access = self.folder / "access.log"
+        lines = access.read_text(encoding="utf-8", errors="replace").splitlines() if access.exists() else []
+        told += "".join(line for line in lines if not re.search(r'HTTP/1.1" 200\b', line))
         words = set(re.findall(r"cmp-\d+-\d+", told))
         return sum(1 for name in names if name in words)
 
