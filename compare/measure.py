@@ -35,7 +35,7 @@ class Spread:
             return "never"
         low, high = (f"{pick(self.values):,.{self._digits()}f}" for pick in (min, max))
         middle = f"{median(self.values):,.{self._digits()}f} {self.unit}".rstrip()
-        return middle if len(self.values) == 1 else f"{middle} ({low} to {high})"
+        return middle if low == high else f"{middle} ({low} to {high})"
 
     def _digits(self):
         return 0 if not self.unit or max(self.values) >= 20 else 1
