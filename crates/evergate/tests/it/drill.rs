@@ -1,24 +1,24 @@
-//! The kill drill: under load a worker is killed ten times, and what the clients lost is exactly what the records say.
+//! The kill drill, lines 2 and 3 of the specification of supervision: under load workers are killed again and again, and
+//! what the clients lost is exactly what the records say; and nothing where the worker was idle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use evergate_testkit::driver::{Tail, state_of};
 use evergate_testkit::raw::{chat_body, post_request};
-use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
+use evergate_testkit::{Child, Evergate, FakeUpstream, Raw, wait_until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::processes::{lost_ids, wait_no_zombies};
-use crate::support::{CHAT, LIMIT, before, via};
+use crate::support::{CHAT, LIMIT, before, echo_with, is_full, send, via, wait_ready};
 
 /// Clients that ask one unary request after the other, about 200 ms each: about 200 requests a second.
 const CLIENTS: usize = 42;
 /// Streams that are open at any time.
 const STREAMS: usize = 20;
-/// Workers killed.
-const KILLS: usize = 10;
-
 /// How and when a client lost a request.
 #[derive(Debug)]
 struct Failure {
@@ -38,10 +38,10 @@ struct Seen {
 }
 
 /// Asks until the drill is over, each time with an id and a connection of its own.
-fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen) {
+fn client(address: &str, number: usize, model: &str, stream: bool, seen: &Seen) {
     let mut count = 0;
     while !seen.is_over.load(Ordering::Relaxed) {
-        let id = format!("drill-{script}-{number}-{count}");
+        let id = format!("drill-{number}-{count}");
         count += 1;
         let mut raw = match Raw::try_connect(address) {
             Ok(raw) => raw,
@@ -50,8 +50,7 @@ fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen)
                 continue;
             }
         };
-        let request =
-            post_request(CHAT, &format!("x-request-id: {id}\r\n"), &chat_body(&via(script), stream, &Value::Null));
+        let request = post_request(CHAT, &format!("x-request-id: {id}\r\n"), &chat_body(model, stream, &Value::Null));
         // Read also when it could not be sent: what was said before is still there.
         let _ = raw.try_send(&request);
         let response = raw.try_read_response(3 * LIMIT);
@@ -74,103 +73,183 @@ fn client(address: &str, number: usize, script: &str, stream: bool, seen: &Seen)
     }
 }
 
+/// One kill: when, of whom, and what is on record of it.
+struct Kill {
+    at: Instant,
+    record: Value,
+}
+
+/// The gateway's worker of that slot. By its number within the run, since a process id may come again.
+fn worker(gateway: &Evergate, slot: usize) -> Option<Child> {
+    gateway.children().into_iter().find(|child| child.kind == "worker" && child.slot == slot as u64)
+}
+
+/// Waits until another worker has the place of that one and is ready, and returns the record of its end.
+fn wait_replaced(gateway: &Evergate, tail: &mut Tail, dead: &Child, count: usize) -> Value {
+    let mut record = None;
+    wait_until("its record", 3 * LIMIT, || {
+        record = record.take().or_else(|| tail.read().into_iter().find(|record| record["epoch"] == dead.epoch));
+        record.is_some()
+    });
+    wait_until("the replacement", 3 * LIMIT, || {
+        worker(gateway, usize::try_from(dead.slot).unwrap()).is_some_and(|next| next.epoch != dead.epoch)
+    });
+    wait_ready(gateway, count);
+    record.unwrap()
+}
+
 /// Kills workers in turn, each time after the last one's replacement serves and the load has gone on for a while.
-fn kill_ten(gateway: &Evergate, seen: &Seen) -> Vec<(Instant, i32)> {
+fn kill_all(gateway: &Evergate, seen: &Seen, kills: usize, lost: &mut Vec<String>) -> Vec<Kill> {
+    let (mut exits, mut access) = (gateway.follow_exits(), gateway.follow_access());
     let mut killed = Vec::new();
-    for round in 0..KILLS {
+    for round in 0..kills {
         let before = seen.done.load(Ordering::Relaxed);
         wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 60);
         // Not at the moment when an answer came and its client asks again: a killer does not know of either.
-        let (now, pause) = (Instant::now(), Duration::from_millis(7 * round as u64 + 5));
+        let (now, pause) = (Instant::now(), Duration::from_millis(7 * (round as u64 % 12) + 5));
         wait_until("a moment of its own", LIMIT, || now.elapsed() >= pause);
         let at = Instant::now();
-        let pid = gateway.kill_worker(round % 2);
-        killed.push((at, pid));
-        wait_for("the replacement", 3 * LIMIT, || {
-            let workers = gateway.wait_workers(2);
-            (!workers.contains(&pid)).then_some(())
-        });
+        let dead = worker(gateway, round % 2).expect("a worker to kill");
+        send(dead.pid, Signal::KILL);
+        killed.push(Kill { at, record: wait_replaced(gateway, &mut exits, &dead, 2) });
+        lost.extend(lines_of_lost(&mut access));
     }
+    // Each lost request has its line, written on its behalf.
+    let named: usize = killed.iter().map(|kill| lost_ids(&kill.record).len()).sum();
+    wait_until("the access records of all that was lost", LIMIT, || {
+        lost.extend(lines_of_lost(&mut access));
+        lost.len() >= named
+    });
     killed
+}
+
+/// The clients' ids in the access records that were written for dead workers since the last look.
+fn lines_of_lost(access: &mut Tail) -> Vec<String> {
+    let mut lines = access.read();
+    lines.retain(|line| line["cause"] == "worker_lost");
+    assert!(lines.iter().all(|line| line["status"] == 0), "{lines:?}");
+    lines.iter().map(|line| line["client_id"].as_str().unwrap().to_owned()).collect()
 }
 
 /// Who is in no record had sent bytes that nobody had read: each on a connection of its own (see `client`), none with a
 /// byte of an answer, and at each kill no more than its record counts connections without a request.
-fn check_unnamed(
-    killed: &[(Instant, i32)],
-    records: &[Value],
-    failed: &BTreeMap<String, Failure>,
-    named: &BTreeSet<String>,
-) {
+fn check_unnamed(killed: &[Kill], failed: &BTreeMap<String, Failure>, named: &BTreeSet<String>) {
     let unnamed: Vec<_> = failed.iter().filter(|(id, _)| !named.contains(*id)).collect();
     let begun: Vec<_> = unnamed.iter().filter(|(_, failure)| failure.answer.is_some()).collect();
     assert!(begun.is_empty(), "in no record, though not for want of being read: {begun:?}");
-    let early: Vec<_> = unnamed.iter().filter(|(_, failure)| failure.at < killed[0].0).collect();
+    let early: Vec<_> = unnamed.iter().filter(|(_, failure)| failure.at < killed[0].at).collect();
     assert!(early.is_empty(), "failed before anything was killed: {early:?}");
-    for (index, ((at, pid), record)) in killed.iter().zip(records).enumerate() {
-        let next = killed.get(index + 1).map(|(at, _)| *at);
-        let is_of_this = |failure: &Failure| failure.at >= *at && next.is_none_or(|next| failure.at < next);
+    for (index, kill) in killed.iter().enumerate() {
+        let next = killed.get(index + 1).map(|next| next.at);
+        let is_of_this = |failure: &Failure| failure.at >= kill.at && next.is_none_or(|next| failure.at < next);
         let ids: Vec<_> = unnamed.iter().filter(|(_, failure)| is_of_this(failure)).map(|(id, _)| id).collect();
-        let idle = record["connections_idle"].as_u64().unwrap();
-        println!("worker {pid}: {} named, {} not, {idle} idle", lost_ids(record).len(), ids.len());
-        assert!(ids.len() as u64 <= idle, "more than {idle} are in no record: {ids:?}; {record}");
+        let idle = kill.record["connections_idle"].as_u64().unwrap();
+        assert!(ids.len() as u64 <= idle, "more than {idle} are in no record: {ids:?}; {}", kill.record);
     }
+    println!("{} of {} failures were of requests that nobody had read", unnamed.len(), failed.len());
+}
+
+/// Runs `drill` beside clients, each given by its model and whether it wants streams, which end with it, also when it
+/// panics.
+fn beside<T>(address: &str, seen: &Seen, clients: &[(String, bool)], drill: impl FnOnce() -> T) -> T {
+    std::thread::scope(|scope| {
+        for (number, (model, stream)) in clients.iter().enumerate() {
+            scope.spawn(move || client(address, number, model, *stream, seen));
+        }
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(drill));
+        seen.is_over.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 #[test]
-fn ten_killed_workers_lose_exactly_what_their_records_name() {
+fn s02_killed_workers_lose_exactly_what_their_records_name() {
+    let kills = if is_full() { 1000 } else { 20 };
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
+    wait_ready(&gateway, 2);
     let (address, seen) = (gateway.addr(), Seen::default());
-    let began = Instant::now();
-    let killed = std::thread::scope(|scope| {
-        for number in 0..CLIENTS {
-            let (address, seen) = (&address, &seen);
-            // Each with a pace of its own, or all would ask in step.
-            scope.spawn(move || client(address, number, &format!("delay-{}", 180 + number), false, seen));
-        }
-        for number in 0..STREAMS {
-            let (address, seen) = (&address, &seen);
-            scope.spawn(move || client(address, number, &format!("stream-30-{}", 40 + number), true, seen));
-        }
-        // The clients must end also when this thread panics, or the scope would wait for ever.
-        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| kill_ten(&gateway, &seen)));
-        seen.is_over.store(true, Ordering::Relaxed);
-        killed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
+    let (began, mut lines) = (Instant::now(), Vec::new());
+    // Each with a pace of its own, or all would ask in step.
+    let unary = (0..CLIENTS).map(|number| (via(&format!("delay-{}", 180 + number)), false));
+    let streams = (0..STREAMS).map(|number| (via(&format!("stream-30-{}", 40 + number)), true));
+    let clients: Vec<_> = unary.chain(streams).collect();
+    let killed = beside(&address, &seen, &clients, || kill_all(&gateway, &seen, kills, &mut lines));
     let done = seen.done.load(Ordering::Relaxed);
     let failed = seen.failed.into_inner().unwrap();
     let rate = done as f64 / began.elapsed().as_secs_f64();
-    println!("{done} answered ({rate:.0}/s), {} lost to {KILLS} kills, {:?}", failed.len(), began.elapsed());
+    println!("{done} answered ({rate:.0}/s), {} lost to {kills} kills, {:?}", failed.len(), began.elapsed());
 
-    let records = gateway.wait_exits(KILLS, LIMIT, |record| record["signal"] == 9);
-    let found: Vec<i64> = records.iter().filter_map(|record| record["pid"].as_i64()).collect();
-    assert_eq!(found, killed.iter().map(|(_, pid)| i64::from(*pid)).collect::<Vec<_>>(), "ten records, each once");
-    assert_eq!(gateway.exits().len(), KILLS, "nothing else died");
-    let named: BTreeSet<String> = records.iter().flat_map(lost_ids).collect();
+    assert!(killed.iter().all(|kill| kill.record["signal"] == 9 && kill.record["initiator"] == "unknown"));
+    let ends = format!("evergate_exits_total{{kind=\"worker\",initiator=\"unknown\"}} {kills}\n");
+    assert!(gateway.metrics().contains(&ends), "nobody else died: {}", gateway.metrics());
     assert_eq!(seen.refused.into_inner().unwrap(), Vec::<String>::new(), "refused connects");
     assert_eq!(seen.wrong.into_inner().unwrap(), Vec::<String>::new(), "answers that are neither right nor cut");
+    let all: Vec<String> = killed.iter().flat_map(|kill| lost_ids(&kill.record)).collect();
+    let named: BTreeSet<String> = all.iter().cloned().collect();
+    assert_eq!(named.len(), all.len(), "each in one record");
     let unfelt: Vec<&String> = named.iter().filter(|id| !failed.contains_key(*id)).collect();
     assert!(unfelt.is_empty(), "in a record but answered: {unfelt:?}");
-    check_unnamed(&killed, &records, &failed, &named);
-    assert!(!failed.is_empty(), "ten kills under load that nobody felt are no drill");
+    check_unnamed(&killed, &failed, &named);
+    assert!(named.len() > kills, "kills under load that nobody felt are no drill");
+    lines.sort_unstable();
+    assert_eq!(lines, named.into_iter().collect::<Vec<_>>(), "one access record for each, and for nobody else");
 
     wait_no_zombies(gateway.pid());
     let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
-    let mut shown: Vec<i64> = status["children"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter(|child| child["kind"] == "worker")
-        .map(|child| child["pid"].as_i64().unwrap())
-        .collect();
-    shown.sort_unstable();
-    let mut running: Vec<i64> = gateway.wait_workers(2).into_iter().map(i64::from).collect();
-    running.sort_unstable();
-    assert_eq!(shown, running, "status shows the replacements");
-    // Each lost request has its line, written on its behalf.
-    for id in &named {
-        let record = gateway.wait_access(id, Duration::from_secs(10));
-        assert_eq!((&record["cause"], &record["status"]), (&json!("worker_lost"), &json!(0)), "{record}");
-    }
+    let children = status["children"].as_array().unwrap();
+    let shown = children.iter().filter(|child| child["kind"] == "worker").map(|child| child["pid"].as_i64().unwrap());
+    let running = gateway.wait_workers(2).into_iter().map(i64::from);
+    assert_eq!(shown.collect::<BTreeSet<_>>(), running.collect(), "status shows the replacements");
+}
+
+/// Sockets among the descriptors of a process.
+fn sockets(pid: i32) -> usize {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map(|entries| entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect::<Vec<_>>());
+    links.unwrap_or_default().iter().filter(|link| link.to_string_lossy().starts_with("socket:")).count()
+}
+
+/// Kills the worker of a slot while it has no connection. What it has can only be known while it stands still: between
+/// a look and a kill a running one would accept the next.
+fn kill_idle(gateway: &Evergate, slot: usize, sockets_idle: usize) -> Child {
+    let dead = worker(gateway, slot).expect("a worker to kill");
+    wait_until("a moment without a connection", 3 * LIMIT, || {
+        send(dead.pid, Signal::STOP);
+        wait_until("it stands still", LIMIT, || state_of(dead.pid) == Some('T'));
+        let is_idle = sockets(dead.pid) == sockets_idle;
+        send(dead.pid, if is_idle { Signal::KILL } else { Signal::CONT });
+        is_idle
+    });
+    dead
+}
+
+#[test]
+fn s03_killed_workers_without_a_connection_cost_nobody_anything() {
+    const WORKERS: usize = 4;
+    let kills = if is_full() { 1000 } else { 60 };
+    let gateway = echo_with("[workers]\nmin = 4\nmax = 4\n");
+    wait_ready(&gateway, WORKERS);
+    let fewest = || (0..WORKERS).filter_map(|slot| worker(&gateway, slot)).map(|child| sockets(child.pid)).min();
+    let (address, seen, idle) = (gateway.addr(), Seen::default(), fewest().unwrap());
+    let mut exits = gateway.follow_exits();
+    // Answers of the process itself: a kept connection to an upstream would be one more socket.
+    let clients = vec![("echo".to_owned(), false); 3];
+    let killed: Vec<Value> = beside(&address, &seen, &clients, || {
+        let replace = |round: usize| {
+            let before = seen.done.load(Ordering::Relaxed);
+            let dead = kill_idle(&gateway, round % WORKERS, idle);
+            let record = wait_replaced(&gateway, &mut exits, &dead, WORKERS);
+            wait_until("load between two kills", 3 * LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 20);
+            record
+        };
+        (0..kills).map(replace).collect()
+    });
+    let done = seen.done.load(Ordering::Relaxed);
+    println!("{done} answered beside {kills} kills of idle workers");
+    let busy: Vec<&Value> = killed.iter().filter(|record| record["lost"] != json!([])).collect();
+    assert!(busy.is_empty(), "{busy:?}");
+    assert_eq!(seen.failed.into_inner().unwrap().into_keys().collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(seen.refused.into_inner().unwrap(), Vec::<String>::new(), "refused connects");
+    assert_eq!(seen.wrong.into_inner().unwrap(), Vec::<String>::new());
 }

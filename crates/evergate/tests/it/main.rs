@@ -27,6 +27,7 @@ mod processes;
 mod recycling;
 mod reload;
 mod requests;
+mod respawn;
 mod scaling;
 mod shutdown;
 mod streams;

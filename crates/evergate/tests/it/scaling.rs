@@ -6,7 +6,7 @@ use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{LIMIT, before, open};
+use crate::support::{LIMIT, before, is_full, open, wait_ready};
 
 fn master(gateway: &Evergate) -> Value {
     let output = gateway.cli(&["status", "--json"]);
@@ -25,12 +25,6 @@ fn finish(requests: Vec<Raw>) {
         let response = raw.read_response(LIMIT);
         assert!(matches!(response.status, 200 | 503), "{}", response.text());
     }
-}
-
-/// All the first workers serve, so that each has its share.
-fn wait_ready(gateway: &Evergate, count: usize) {
-    let line = format!("evergate_workers{{phase=\"ready\"}} {count}\n");
-    wait_until("as many ready workers", LIMIT, || gateway.metrics().contains(&line));
 }
 
 #[test]
@@ -74,6 +68,35 @@ fn s14_workers_go_one_by_one_when_they_are_not_needed_and_never_below_the_least(
         (gateway.workers().len() < 2).then_some(())
     });
     assert!(is_less.is_none(), "fewer than the least");
+}
+
+/// A load that comes and goes: after the first step down that was a mistake the gateway waits for longer than the load is
+/// away. In ten minutes of a wave of 20 s there are four steps down at most.
+#[test]
+fn s15_a_square_wave_does_not_flap() {
+    let (waves, half, idle_after) =
+        if is_full() { (30, Duration::from_secs(10), "5s") } else { (8, Duration::from_millis(1500), "1s") };
+    let fake = FakeUpstream::start();
+    let workers = format!("[workers]\nmin = 1\nmax = 3\nslots = 8\nidle_after = \"{idle_after}\"\n");
+    let gateway = before(&fake, &workers);
+    let script = format!("delay-{}", half.as_millis());
+    let mut needed = 0;
+    for _ in 0..waves {
+        let begun = Instant::now();
+        let requests: Vec<Raw> = (0..20).map(|_| open(&gateway, &script, false)).collect();
+        finish(requests);
+        needed += usize::from(master(&gateway)["workers_target"].as_u64().unwrap() > 1);
+        wait_until("the other half of the wave", LIMIT, || begun.elapsed() >= 2 * half);
+    }
+    let events = |direction: &str| -> u64 {
+        let (metrics, name) = (gateway.metrics(), format!("evergate_scale_events_total{{direction=\"{direction}\"}} "));
+        metrics.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
+    };
+    let (up, down) = (events("up"), events("down"));
+    println!("{waves} waves: {up} workers more, {down} fewer");
+    assert!(needed >= waves - 1, "the load was a need {needed} times");
+    assert!(down >= 1, "that no worker ever goes is no answer");
+    assert!(down <= 4, "{down} steps down in {waves} waves: {}", gateway.stderr());
 }
 
 #[test]

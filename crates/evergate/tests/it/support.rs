@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use evergate_testkit::raw::{Response, chat_body, post_request};
 use evergate_testkit::sse::Event;
-use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// The binary under test.
@@ -44,6 +45,18 @@ pub fn echo_with(more: &str) -> Evergate {
 #[track_caller]
 pub fn before(fake: &FakeUpstream, more: &str) -> Evergate {
     Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], more)).start()
+}
+
+/// Waits until exactly that many workers are ready.
+#[track_caller]
+pub fn wait_ready(gateway: &Evergate, count: usize) {
+    let line = format!("evergate_workers{{phase=\"ready\"}} {count}\n");
+    wait_until("as many ready workers", 3 * LIMIT, || gateway.metrics().contains(&line));
+}
+
+/// Sends a signal to a process; that there is no such process any more is no mistake.
+pub fn send(pid: i32, signal: Signal) {
+    let _ = kill_process(Pid::from_raw(pid).unwrap(), signal);
 }
 
 /// The name under which a script of the fake upstream is asked for.

@@ -3,6 +3,7 @@
 mod builder;
 mod process;
 mod state;
+mod tail;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 pub use builder::{Builder, Ended, gateway_config};
 pub use process::{Child, is_alive, start_ticks, state_of};
+pub use tail::Tail;
 
 use crate::raw::{self, Response};
 use crate::wait::{try_wait_for, wait_for, wait_until};
@@ -181,6 +183,18 @@ impl Evergate {
             let found: Vec<Value> = self.exits().into_iter().filter(|record| wanted(record)).collect();
             (found.len() >= count).then_some(found)
         })
+    }
+
+    /// Follows the exit records from the beginning of the present file on: for drills whose records fill several.
+    #[must_use]
+    pub fn follow_exits(&self) -> Tail {
+        Tail::new(self.state_dir.join("exits.jsonl"))
+    }
+
+    /// Follows the access records.
+    #[must_use]
+    pub fn follow_access(&self) -> Tail {
+        Tail::new(self.state_dir.join("access.jsonl"))
     }
 
     /// All access records so far.
