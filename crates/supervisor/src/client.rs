@@ -11,11 +11,16 @@ use std::time::Duration;
 use evergate_core::inherit::code;
 use evergate_sys::{Pid, start_ticks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt::socket_peercred};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags, SocketType,
+    connect as connect_to, recvmsg, socket_with,
+};
 use rustix::process::{PidfdFlags, pidfd_open};
 
-use crate::control;
 use crate::runfile::Run;
+use crate::{control, diagnosis};
 
 /// How long a master may take to answer; it does so in its next turn.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,6 +48,11 @@ pub enum ClientError {
         /// Why, in several lines if there are several mistakes.
         why: String,
     },
+    /// It runs and has said nothing in time: stopped, or starved.
+    Silent {
+        /// The master's process id, 0 where the run file does not tell.
+        pid: i32,
+    },
     /// The system did.
     Io(io::Error),
 }
@@ -53,6 +63,12 @@ impl fmt::Display for ClientError {
             Self::NotRunning => write!(f, "no gateway runs with this state folder"),
             Self::Refused(words) => write!(f, "the gateway refused: {words}"),
             Self::Failed { why, .. } => f.write_str(why),
+            Self::Silent { pid } => write!(
+                f,
+                "the gateway's master (pid {pid}, {}) has not answered for {} s; what was asked of it may still happen",
+                diagnosis::state(*pid),
+                PATIENCE.as_secs()
+            ),
             Self::Io(_) => write!(f, "cannot talk to the gateway"),
         }
     }
@@ -62,7 +78,7 @@ impl std::error::Error for ClientError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Io(error) => Some(error),
-            Self::NotRunning | Self::Refused(_) | Self::Failed { .. } => None,
+            Self::NotRunning | Self::Refused(_) | Self::Failed { .. } | Self::Silent { .. } => None,
         }
     }
 }
@@ -87,15 +103,25 @@ pub fn request(state_dir: &Path, command: &str) -> Result<Reply, ClientError> {
 /// # Errors
 /// See [`ClientError`]; [`ClientError::Failed`] if everything stays as it was.
 pub fn reload(state_dir: &Path, patience: Duration) -> Result<Reply, ClientError> {
+    // One that stands still would be waited for as long as one that reloads.
+    ask(state_dir, "ping", PATIENCE)?;
     ask(state_dir, "reload", patience)
 }
 
 fn ask(state_dir: &Path, command: &str, patience: Duration) -> Result<Reply, ClientError> {
-    let socket = connect(state_dir)?;
-    socket.set_read_timeout(Some(patience))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
-    io::Write::write_all(&mut &socket, format!("{command}\n").as_bytes())?;
-    let (bytes, fd) = receive(&socket)?;
+    let run = Run::read(state_dir).ok().flatten();
+    let exchange = || {
+        let socket = connect(state_dir, run.as_ref())?;
+        socket.set_read_timeout(Some(patience))?;
+        io::Write::write_all(&mut &socket, format!("{command}\n").as_bytes())?;
+        receive(&socket)
+    };
+    let (bytes, fd) = exchange().map_err(|error| match error {
+        ClientError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            ClientError::Silent { pid: run.as_ref().map_or(0, |run| run.pid) }
+        }
+        other => other,
+    })?;
     let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
     if let Some((code, why)) = text.strip_prefix("failed ").and_then(|rest| rest.split_once(": ")) {
         return Err(ClientError::Failed { code: code.parse().unwrap_or(code::FAILED), why: why.to_owned() });
@@ -116,7 +142,7 @@ pub fn wait_gone(pid: i32, ticks: u64, timeout: Duration) -> io::Result<bool> {
     let Some(pid) = Pid::from_raw(pid) else { return Ok(true) };
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
-        Err(rustix::io::Errno::SRCH) => return Ok(true),
+        Err(Errno::SRCH) => return Ok(true),
         Err(error) => return Err(error.into()),
     };
     if start_ticks(pid) != Some(ticks) {
@@ -126,23 +152,26 @@ pub fn wait_gone(pid: i32, ticks: u64, timeout: Duration) -> io::Result<bool> {
     loop {
         match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)) {
             Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
 }
 
 /// The run file's path first: the master may have been started in another environment than this command.
-fn connect(state_dir: &Path) -> Result<UnixStream, ClientError> {
-    let named = Run::read(state_dir).ok().flatten().map(|run| run.control);
-    let path = named.filter(|path| !path.is_empty()).map_or_else(|| control::path(state_dir), Into::into);
-    let socket = match UnixStream::connect(path) {
-        Ok(socket) => socket,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            return Err(ClientError::NotRunning);
-        }
-        Err(error) => return Err(error.into()),
-    };
+fn connect(state_dir: &Path, run: Option<&Run>) -> Result<UnixStream, ClientError> {
+    let named = run.map(|run| run.control.as_str()).filter(|path| !path.is_empty());
+    let path = named.map_or_else(|| control::path(state_dir), Into::into);
+    let system = |error: Errno| io::Error::from(error);
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(system)?;
+    // For the connect too: with a full queue in front of a master that stands still it would wait for ever.
+    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(system)?;
+    let outcome = SocketAddrUnix::new(&path).and_then(|address| connect_to(&socket, &address));
+    match outcome {
+        Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(ClientError::NotRunning),
+        outcome => outcome.map_err(system)?,
+    }
+    let socket = UnixStream::from(socket);
     // In a shared temporary folder anybody could have put a socket under our name.
     let peer = socket_peercred(&socket).map_err(io::Error::from)?.uid;
     if peer.is_root() || peer == rustix::process::geteuid() || rustix::process::geteuid().is_root() {
@@ -159,7 +188,7 @@ fn receive(socket: &UnixStream) -> Result<(Vec<u8>, Option<OwnedFd>), ClientErro
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
         let got = match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
             outcome => outcome.map_err(io::Error::from)?,
         };
         for message in control.drain() {

@@ -31,7 +31,7 @@ pub(crate) fn diagnose(board: &Board, running: &Running) -> String {
 }
 
 /// The kernel's word for what a process does, proc_pid_stat(5).
-fn state(pid: i32) -> &'static str {
+pub(crate) fn state(pid: i32) -> &'static str {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
         Some('R') => "running",

@@ -46,7 +46,7 @@ fn refuse(error: &ClientError, state_dir: &std::path::Path) -> u8 {
         }
         ClientError::NotRunning => eprintln!("evergate: no gateway runs with the state folder {folder}"),
         ClientError::Io(source) => eprintln!("evergate: {error} with the state folder {folder}: {source}"),
-        ClientError::Refused(_) => eprintln!("evergate: {error}"),
+        ClientError::Refused(_) | ClientError::Silent { .. } => eprintln!("evergate: {error}"),
     }
     code::FAILED
 }

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::is_alive;
-use evergate_testkit::{Evergate, FakeUpstream, gateway_config, wait_until};
+use evergate_testkit::raw::{chat_body, post_request};
+use evergate_testkit::sse::Event;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{EXE, LIMIT, ONE_WORKER, assert_good_stream, before, chat, open_stream, rest_of};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, assert_good_stream, before, chat, open_stream, rest_of};
 
 /// Somebody's kill is no crash: however often, the next one comes at once and the slot is not called degraded.
 #[test]
@@ -29,7 +31,7 @@ fn s07_a_well_worker_is_replaced_at_once_however_often_it_is_killed() {
         assert_eq!(chat(&gateway, "ok", false).status, 200);
     }
     let output = gateway.cli(&["status", "--json"]);
-    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(status["master"]["degraded"], 0);
     let line = "evergate_respawns_total{kind=\"worker\",cause=\"unknown\"} 12";
     assert!(gateway.metrics().contains(line), "{}", gateway.metrics());
@@ -56,6 +58,59 @@ fn s04_a_frozen_worker_is_reported_diagnosed_and_replaced_in_time() {
     assert!(took > Duration::from_millis(3500) && took < Duration::from_secs(12), "{took:?}");
     gateway.wait_workers(2);
     assert_eq!(chat(&gateway, "ok", false).status, 200);
+}
+
+/// A handler that holds the event loop: the request at work is named, and ABRT is enough to end it.
+#[test]
+fn s04_a_handler_that_never_yields_is_named_and_its_worker_replaced() {
+    let fake = FakeUpstream::start();
+    let config = gateway_config(fake.base_url(), &[], "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"4s\"\n");
+    let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+    wait_until("ready workers", LIMIT, || gateway.metrics().contains("evergate_workers{phase=\"ready\"} 2\n"));
+    let before = gateway.wait_workers(2);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&post_request(
+        CHAT,
+        "x-evergate-fault: spin\r\nx-request-id: culprit\r\n",
+        &chat_body("echo", false, &Value::Null),
+    ));
+    let said = gateway.wait_stderr("at work on", LIMIT);
+    assert!(said.contains("state running") && said.contains(CHAT), "{said}");
+    // Others are answered meanwhile.
+    for _ in 0..10 {
+        assert_eq!(chat(&gateway, "ok", false).status, 200);
+    }
+    let record = gateway.wait_exits(1, LIMIT, |record| record["kind"] == "worker").remove(0);
+    assert_eq!(
+        (&record["initiator"], &record["signal"], &record["sent"]),
+        (&json!("hang"), &json!(6), &json!(["ABRT"]))
+    );
+    assert_eq!(
+        (&record["lost"][0]["client_id"], &record["running"]),
+        (&json!("culprit"), &record["lost"][0]["request_id"])
+    );
+    let after = gateway.wait_workers(2);
+    assert_eq!(after.iter().filter(|pid| before.contains(pid)).count(), 1, "the other one was left alone");
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+}
+
+/// Line 5, the other half: what runs out for a request is its own time, never its process.
+#[test]
+fn s05_a_requests_deadline_ends_no_process() {
+    let fake = FakeUpstream::start();
+    let more =
+        "[workers]\nmin = 1\nmax = 1\nhang_timeout = \"2s\"\n[timeouts]\ntotal = \"1s\"\nstream_total = \"2s\"\n";
+    let gateway = before(&fake, more);
+    let worker = gateway.wait_workers(1);
+    let mut stream = open_stream(&gateway, "hold-mid");
+    for _ in 0..3 {
+        assert_eq!(chat(&gateway, "never-headers", false).status, 504);
+    }
+    let events = rest_of(&mut stream);
+    assert!(!events.iter().any(Event::is_done) && stream.body_is_complete(), "its own end: {events:?}");
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+    assert_eq!(gateway.workers(), worker);
+    assert!(gateway.exits().is_empty(), "{:?}", gateway.exits());
 }
 
 #[test]

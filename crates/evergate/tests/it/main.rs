@@ -9,6 +9,7 @@ mod auth;
 mod balance;
 mod cli;
 mod connections;
+mod control;
 mod drain;
 mod drain_http2;
 mod drain_load;

@@ -198,6 +198,7 @@ impl State {
         let empty = self.slots.iter().filter(|slot| slot.child.is_none() && self.fills(slot.kind));
         let spawns = empty.map(|slot| slot.spawn_at);
         let kills = self.children().filter(|child| !child.is_killed).filter_map(|child| child.kill_at);
+        let aborts = self.children().filter_map(|child| child.abort_at(self.floor));
         let stop = match &self.phase {
             Phase::Stopping(stop) => stop.due(self.last),
             Phase::Starting | Phase::Serving | Phase::Ended => None,
@@ -206,7 +207,7 @@ impl State {
         let hand_overs = self.hand_overs.iter().map(|hand_over| hand_over.until);
         let others =
             stop.into_iter().chain(reload).chain(hand_overs).chain(self.orphans_kill_at).chain(self.sample_due());
-        spawns.chain(kills).chain(others).fold(tick, Ns::min).max(self.last)
+        spawns.chain(kills).chain(aborts).chain(others).fold(tick, Ns::min).max(self.last)
     }
 
     /// The configuration's generation.

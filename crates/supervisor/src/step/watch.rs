@@ -70,12 +70,22 @@ impl Child {
         self.kill_at = Some(kill_at);
     }
 
+    /// The silence that ABRT answers: from there to KILL there is time to write a core.
+    fn abort_age(&self) -> Ns {
+        let limit = self.rules.hang_timeout;
+        limit.saturating_sub((limit / 10).min(SECOND))
+    }
+
+    /// When ABRT is due if it does not beat before: a look that came later would leave no time for the core.
+    pub(super) fn abort_at(&self, floor: Ns) -> Option<Ns> {
+        let since = self.seen.beat.max(self.ready_at?).max(floor);
+        self.ending.is_none().then(|| since.saturating_add(self.abort_age()))
+    }
+
     /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`.
     fn climb(&mut self, age: Ns, now: Ns, out: &mut Vec<Action>) {
         let limit = self.rules.hang_timeout;
-        // From ABRT to KILL: time to write a core.
-        let core_time = (limit / 10).min(SECOND);
-        let is_over = age > limit.saturating_sub(core_time) || (planted!(HangsEarly) && age > limit / 4);
+        let is_over = age >= self.abort_age() || (planted!(HangsEarly) && age > limit / 4);
         if (is_over || age >= DIAGNOSE) && self.rung < Rung::Diagnosed {
             self.rung = Rung::Diagnosed;
             out.push(Action::Diagnose { epoch: self.epoch });

@@ -1,0 +1,185 @@
+//! Asking and ordering: status when nobody else can answer, commands when the master cannot, and the control socket's own
+//! limits. Numbers are lines of the specification of supervision.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use evergate_testkit::driver::state_of;
+use evergate_testkit::raw::{get, get_request};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::balance::Frozen;
+use crate::support::{LIMIT, assert_alive, before, echo, echo_with, open_stream, wait_ready};
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Line 29: the board alone is enough, by the command and over HTTP.
+#[test]
+fn s29_status_answers_when_every_worker_is_frozen() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"60s\"\n");
+    wait_ready(&gateway, 2);
+    let streams = [open_stream(&gateway, "hold-mid"), open_stream(&gateway, "hold-mid")];
+    let frozen: Vec<Frozen> = gateway.workers().into_iter().map(Frozen::new).collect();
+    wait_until("both stand still", LIMIT, || gateway.workers().iter().all(|pid| state_of(*pid) == Some('T')));
+    let admin = gateway.admin();
+    let (mut by_http, mut by_command) = (Vec::new(), Vec::new());
+    for _ in 0..20 {
+        let begun = Instant::now();
+        let page = get(&admin, "/status").json();
+        by_http.push(begun.elapsed());
+        let begun = Instant::now();
+        let output = gateway.cli(&["status", "--json"]);
+        by_command.push(begun.elapsed());
+        let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+        for status in [page, printed] {
+            let children = status["children"].as_array().unwrap();
+            let workers: Vec<&Value> = children.iter().filter(|child| child["kind"] == "worker").collect();
+            assert_eq!(workers.len(), 2);
+            let open: u64 = workers.iter().map(|worker| worker["inflight"]["stream"].as_u64().unwrap()).sum();
+            assert_eq!(open, 2, "{status}");
+            for key in ["pid", "generation", "phase", "age_ms", "requests", "rss_kib", "beat_age_ms"] {
+                assert!(workers.iter().all(|worker| !worker[key].is_null()), "{key}: {status}");
+            }
+        }
+    }
+    wait_until("the age of the last beat is seen", LIMIT, || get(&admin, "/metrics").text().contains("workers"));
+    let (by_http, by_command) = (median(by_http), median(by_command));
+    println!("median of 20 with both workers frozen: over HTTP {by_http:?}, the whole command {by_command:?}");
+    // 10 ms on a machine that has time; a command is also a process that starts.
+    assert!(by_http < Duration::from_millis(50) && by_command < Duration::from_millis(300));
+    drop((frozen, streams));
+}
+
+/// A master that stands still: every command ends soon and says what is wrong, and the workers serve on.
+#[test]
+fn s31_commands_end_when_the_master_is_frozen() {
+    let gateway = echo();
+    wait_ready(&gateway, 2);
+    let frozen = Frozen::new(gateway.pid());
+    wait_until("it stands still", LIMIT, || state_of(gateway.pid()) == Some('T'));
+    // With as many before it as the queue holds, not even the connect comes through.
+    let waiting = fill_queue(&gateway);
+    assert!(waiting.len() > 10, "{}", waiting.len());
+    std::thread::scope(|scope| {
+        for args in [&["status"][..], &["scale", "1"], &["reload"], &["stop"], &["reload", "--json"]] {
+            let gateway = &gateway;
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let output = gateway.cli(args);
+                let (took, said) = (begun.elapsed(), String::from_utf8(output.stderr).unwrap());
+                assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+                assert!(took < Duration::from_secs(15), "{args:?}: {took:?}");
+                let pid = format!("(pid {}, stopped", gateway.pid());
+                assert!(said.contains(&pid) && said.contains("has not answered"), "{args:?}: {said}");
+            });
+        }
+    });
+    assert!(gateway.cli(&["exits"]).status.success(), "needs no master");
+    assert_eq!(get(&gateway.admin(), "/status").status, 200);
+    assert_alive(&gateway);
+    drop((waiting, frozen));
+    wait_until("it answers again", LIMIT, || gateway.cli(&["status"]).status.success());
+    assert_alive(&gateway);
+}
+
+/// Connects to the control socket until it takes no more.
+fn fill_queue(gateway: &Evergate) -> Vec<impl Sized + use<>> {
+    let address = SocketAddrUnix::new(gateway.state_dir().join("control.sock")).unwrap();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let next = || {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        connect(&socket, &address).is_ok().then_some(socket)
+    };
+    std::iter::from_fn(next).take(10_000).collect()
+}
+
+/// Line 31: for its owner alone, one short line at a time, many at once, and a word for whatever is not understood.
+#[test]
+fn s31_the_control_socket_takes_one_short_line_from_its_owner() {
+    let gateway = echo();
+    let path = gateway.state_dir().join("control.sock");
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    let folder = std::fs::metadata(gateway.state_dir()).unwrap();
+    assert_eq!(folder.permissions().mode() & 0o777, 0o700);
+    let tell = |line: &[u8]| {
+        let mut socket = UnixStream::connect(&path).unwrap();
+        socket.set_read_timeout(Some(LIMIT)).unwrap();
+        let _ = socket.write_all(line);
+        let mut answer = String::new();
+        let _ = socket.read_to_string(&mut answer);
+        answer
+    };
+    for (line, answer) in [
+        (&b"dance\n"[..], "error: no such command\n"),
+        (b"\xff\xfe\n", "error: no such command\n"),
+        (b"scale x\n", "error: no such command\n"),
+        (b"scale 18446744073709551616\n", "error: no such command\n"),
+        (b"\n", "error: no such command\n"),
+        (b"ping\nping\n", "ok\n"),
+        (&[b'x'; 600], "error: the request is too long\n"),
+    ] {
+        assert_eq!(tell(line), answer, "{line:?}");
+    }
+    // In two pieces; and without its end, which nobody waits for longer than a second.
+    let mut socket = UnixStream::connect(&path).unwrap();
+    socket.write_all(b"pi").unwrap();
+    assert_eq!(tell(b"ping\n"), "ok\n", "another is answered meanwhile");
+    socket.write_all(b"ng\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "ok\n");
+    let begun = Instant::now();
+    let mut silent = UnixStream::connect(&path).unwrap();
+    silent.write_all(b"pin").unwrap();
+    silent.set_read_timeout(Some(LIMIT)).unwrap();
+    assert_eq!(silent.read(&mut [0; 8]).unwrap(), 0, "it is let go");
+    assert!(begun.elapsed() >= Duration::from_millis(900), "{:?}", begun.elapsed());
+    // It answers still after a reload.
+    assert!(gateway.cli(&["reload"]).status.success());
+    assert_eq!(tell(b"ping\n"), "ok\n");
+}
+
+/// Signals that come together are all obeyed.
+#[test]
+fn s17_a_burst_of_signals_is_obeyed_whole() {
+    let mut gateway = echo_with("[workers]\nmin = 1\nmax = 4\n");
+    wait_ready(&gateway, 1);
+    for _ in 0..200 {
+        for signal in [Signal::TTIN, Signal::HUP, Signal::TTOU, Signal::USR1, Signal::CHILD, Signal::TTIN] {
+            gateway.signal(signal);
+        }
+    }
+    wait_until("it is calm again", 3 * LIMIT, || {
+        let output = gateway.cli(&["status", "--json"]);
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let master = &status["master"];
+        let (wanted, generation) = (master["workers_target"].as_u64().unwrap(), master["generation"].as_u64().unwrap());
+        let children = status["children"].as_array().unwrap();
+        let is_settled = |child: &Value| child["phase"] == "ready" && child["generation"] == generation;
+        (1..=4).contains(&wanted)
+            && generation > 1
+            && children.len() as u64 == wanted + 1
+            && children.iter().all(is_settled)
+    });
+    assert_alive(&gateway);
+    let mut kept = Raw::connect(&gateway.addr());
+    kept.send(&get_request("/healthz", ""));
+    assert_eq!(kept.read_response(LIMIT).status, 200);
+    // All at once, and the one that ends it is not lost among them.
+    for signal in [Signal::TTIN, Signal::HUP, Signal::USR1, Signal::TTOU, Signal::TERM, Signal::HUP, Signal::TTIN] {
+        gateway.signal(signal);
+    }
+    assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
+    gateway.wait_no_children(Duration::ZERO);
+}
