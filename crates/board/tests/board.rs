@@ -195,7 +195,7 @@ fn readers_never_see_a_mix_of_two_requests() {
 }
 
 #[test]
-fn what_is_no_board_is_refused() {
+fn s24_what_is_no_board_of_this_build_is_refused() {
     let foreign = |fd: OwnedFd| match Board::attach(fd) {
         Err(Error::Foreign(what)) => what,
         other => panic!("{other:?}"),
