@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use evergate_board::Board;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
     accept_with, bind, listen, sendmsg, socket_with, sockopt::socket_peercred,
@@ -23,6 +24,9 @@ const CLIENTS_MAX: usize = 16;
 const CALLERS_MAX: usize = 64;
 /// How long a client may take over its request.
 const PATIENCE: Ns = SECOND;
+/// How long nobody is accepted after an accept has failed for want of descriptors or memory: who waits in the queue would
+/// wake us again in the same instant.
+const RECOVERY: Ns = SECOND / 10;
 
 /// Where the control socket of a state folder is: in it, or under a hashed name in the user's runtime folder when a
 /// Unix socket cannot have so long a path (107 bytes).
@@ -48,6 +52,8 @@ pub(crate) struct Control {
     /// Whose order was given and who waits for what comes of it.
     callers: Vec<(Caller, OwnedFd)>,
     last_caller: Caller,
+    /// When an accept that the system refused is tried again.
+    retry_at: Option<Ns>,
 }
 
 #[derive(Debug)]
@@ -72,7 +78,7 @@ impl Control {
         rustix::process::umask(mask);
         bound?;
         listen(&listener, 64)?;
-        Ok(Self { listener, path, clients: Vec::new(), callers: Vec::new(), last_caller: 0 })
+        Ok(Self { listener, path, clients: Vec::new(), callers: Vec::new(), last_caller: 0, retry_at: None })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -81,7 +87,8 @@ impl Control {
 
     /// What to wait for. With all places taken the listener waits in turn.
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let listener = (self.clients.len() < CLIENTS_MAX).then(|| self.listener.as_fd());
+        let has_place = self.clients.len() < CLIENTS_MAX && self.retry_at.is_none();
+        let listener = has_place.then(|| self.listener.as_fd());
         listener.into_iter().chain(self.clients.iter().map(|client| client.fd.as_fd()))
     }
 
@@ -90,18 +97,16 @@ impl Control {
         self.callers.iter().map(|(_, fd)| fd.as_fd())
     }
 
-    /// When the first client's patience ends.
+    /// When the first client's patience ends, or accepting is tried again.
     pub(crate) fn due(&self) -> Option<Ns> {
-        self.clients.iter().map(|client| client.since.saturating_add(PATIENCE)).min()
+        let ends = self.clients.iter().map(|client| client.since.saturating_add(PATIENCE));
+        ends.chain(self.retry_at).min()
     }
 
     /// Takes whatever is there, answers what can be answered from the board, and gives the orders that were in it.
     pub(crate) fn turn(&mut self, board: &Board, now: Ns) -> Vec<Order> {
-        while self.clients.len() < CLIENTS_MAX {
-            let Ok(fd) = accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) else { break };
-            if is_allowed(&fd) {
-                self.clients.push(Client { fd, request: Vec::new(), since: now });
-            }
+        if self.retry_at.is_none_or(|at| at <= now) {
+            self.accept(now);
         }
         self.callers.retain(|(_, fd)| !has_hung_up(fd));
         let mut orders = Vec::new();
@@ -113,6 +118,22 @@ impl Control {
             }
         }
         orders
+    }
+
+    fn accept(&mut self, now: Ns) {
+        self.retry_at = None;
+        while self.clients.len() < CLIENTS_MAX {
+            match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(fd) if is_allowed(&fd) => self.clients.push(Client { fd, request: Vec::new(), since: now }),
+                // A stranger, or one that has gone again.
+                Ok(_) | Err(Errno::CONNABORTED | Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    self.retry_at = Some(now.saturating_add(RECOVERY));
+                    return;
+                }
+            }
+        }
     }
 
     /// Says what came of an order. Whoever has gone meanwhile is not told.
@@ -182,7 +203,7 @@ impl Client {
         match read(&self.fd) {
             Ok(bytes) if bytes.is_empty() => return Heard::End,
             Ok(bytes) => self.request.extend_from_slice(&bytes),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Heard::Nothing,
+            Err(Errno::AGAIN | Errno::INTR) => return Heard::Nothing,
             Err(_) => return Heard::End,
         }
         if self.request.contains(&b'\n') || self.request.len() > REQUEST_MAX { Heard::Line } else { Heard::Nothing }

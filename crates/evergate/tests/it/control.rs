@@ -10,7 +10,7 @@ use evergate_testkit::driver::state_of;
 use evergate_testkit::raw::{get, get_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 
 use crate::balance::Frozen;
@@ -100,6 +100,36 @@ fn fill_queue(gateway: &Evergate) -> Vec<impl Sized + use<>> {
         connect(&socket, &address).is_ok().then_some(socket)
     };
     std::iter::from_fn(next).take(10_000).collect()
+}
+
+/// A master that has no descriptor left for those who wait at its control socket: they wait, and it does its work.
+#[test]
+fn s31_a_master_without_descriptors_waits_and_does_not_spin() {
+    let gateway = echo();
+    wait_ready(&gateway, 2);
+    let master = gateway.pid();
+    let open = std::fs::read_dir(format!("/proc/{master}/fd")).unwrap().count() as u64;
+    // Room for a client and for nobody after it. The numbers of descriptors may have gaps, so this is the least room.
+    let limit = Rlimit { current: Some(open + 1), maximum: Some(4096) };
+    prlimit(Pid::from_raw(master), Resource::Nofile, limit).unwrap();
+    let waiting = fill_queue(&gateway);
+    assert!(waiting.len() > 10, "{}", waiting.len());
+    let (before, begun) = (cpu_ticks(master), Instant::now());
+    wait_until("a second", LIMIT, || begun.elapsed() > Duration::from_secs(1));
+    let ticks = cpu_ticks(master) - before;
+    println!("{ticks} hundredths of a second of processor in {:?}, {} waiting", begun.elapsed(), waiting.len());
+    assert!(ticks < 30, "it spins: {ticks} ticks in {:?}", begun.elapsed());
+    assert_alive(&gateway);
+    drop(waiting);
+    prlimit(Pid::from_raw(master), Resource::Nofile, Rlimit { current: Some(4096), ..limit }).unwrap();
+    wait_until("it answers", LIMIT, || gateway.cli(&["status"]).status.success());
+}
+
+/// Processor time that a process has used, in hundredths of a second.
+fn cpu_ticks(pid: i32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 /// Line 31: for its owner alone, one short line at a time, many at once, and a word for whatever is not understood.
