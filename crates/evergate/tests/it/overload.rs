@@ -104,7 +104,8 @@ fn s28_under_four_times_the_load_everybody_is_answered_soon() {
     assert!(connect < Duration::from_millis(900), "a connect took {connect:?}");
     // One turn waited for and its own, 800 ms, on a machine that has time; without a bound of the queue it is 12 s.
     assert!(slowest < Duration::from_secs(4), "an answer took {slowest:?}");
-    assert!(refusal < Duration::from_millis(100), "refusals took {refusal:?}");
+    // Milliseconds on a machine that has time; one that waited for a turn would take 400 ms at the least.
+    assert!(refusal < Duration::from_millis(250), "refusals took {refusal:?}");
     // Three seconds' worth and what then waits is 68; a crowded machine may lose some of it.
     assert!(served >= 45, "only {served} of {count} were served");
     assert!(gateway.metrics().contains("\nevergate_listen_overflows_total 0\n"), "{}", gateway.metrics());
