@@ -27,6 +27,7 @@ mod panics;
 mod processes;
 mod recycling;
 mod reload;
+mod reload_master;
 mod requests;
 mod respawn;
 mod scaling;

@@ -7,14 +7,13 @@ use std::process::Output;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::get_request;
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
-    EXE, LIMIT, assert_alive, assert_failed_stream, assert_good_stream, before, chat, echo, open_stream, rest_of, send,
+    EXE, LIMIT, assert_alive, assert_failed_stream, assert_good_stream, before, chat, echo, open_stream, rest_of,
 };
 
 /// The generation that serves, as everybody can see it.
@@ -22,7 +21,7 @@ fn generation(gateway: &Evergate) -> u64 {
     status(gateway)["master"]["generation"].as_u64().unwrap()
 }
 
-fn status(gateway: &Evergate) -> Value {
+pub fn status(gateway: &Evergate) -> Value {
     let output = gateway.cli(&["status", "--json"]);
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
@@ -33,14 +32,14 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Reloads, which must come off.
-fn reload(gateway: &Evergate) -> String {
+pub fn reload(gateway: &Evergate) -> String {
     let output = gateway.cli(&["reload"]);
     assert!(output.status.success(), "{output:?}\n{}", gateway.stderr());
     text(&output.stdout)
 }
 
 /// The exit code and the reason of a reload that failed.
-fn failed(output: &Output) -> (i32, String) {
+pub fn failed(output: &Output) -> (i32, String) {
     assert!(output.stdout.is_empty(), "{output:?}");
     (output.status.code().unwrap(), text(&output.stderr))
 }
@@ -337,46 +336,6 @@ fn s20_a_stop_during_a_reload_ends_both() {
     let code = gateway.wait_exit(LIMIT).code();
     assert!(matches!(code, Some(0 | 75)), "{code:?}");
     gateway.wait_no_children(LIMIT);
-}
-
-/// A file that is never read to its end: the master waits for it beside its work, and the reader does not outlive either.
-#[test]
-fn s20_a_validation_that_hangs_holds_nobody_up_and_ends_with_its_master() {
-    let mut gateway = echo();
-    let file = std::path::PathBuf::from(config_path(&gateway));
-    std::fs::remove_file(&file).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
-    let reading = |gateway: &Evergate| wait_for("the validation", LIMIT, || validation(gateway.pid()));
-    std::thread::scope(|scope| {
-        let reload = scope.spawn(|| gateway.cli(&["reload"]));
-        let pid = reading(&gateway);
-        assert_alive(&gateway);
-        assert!(status(&gateway)["master"]["reloading"] == json!(true));
-        send(pid, Signal::KILL);
-        let (_, why) = failed(&reload.join().unwrap());
-        assert!(why.contains("ended by signal 9"), "{why}");
-    });
-    gateway.signal(Signal::HUP);
-    let pid = reading(&gateway);
-    gateway.signal(Signal::KILL);
-    let _ = gateway.wait_exit(LIMIT);
-    wait_until("its end", LIMIT, || !is_alive(pid));
-    gateway.wait_no_children(LIMIT);
-}
-
-/// Where the running master reads its configuration.
-fn config_path(gateway: &Evergate) -> String {
-    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", gateway.pid())).unwrap();
-    line.split('\0').skip_while(|word| *word != "--config").nth(1).unwrap().to_owned()
-}
-
-/// The process that reads and judges a configuration for this master, if one does.
-fn validation(master: i32) -> Option<i32> {
-    let children = std::fs::read_to_string(format!("/proc/{master}/task/{master}/children")).ok()?;
-    let is_one = |pid: &i32| {
-        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with("evergate: compile"))
-    };
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_one)
 }
 
 #[test]
