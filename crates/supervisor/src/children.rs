@@ -119,6 +119,8 @@ impl Estate {
             // A Ctrl-C or a closed terminal reaches every process of it; the master alone decides what that means.
             ignored: &[Signal::INT, Signal::HUP],
             own_group: false,
+            // It drains when its master is gone.
+            dies_with_us: false,
         })
     }
 }

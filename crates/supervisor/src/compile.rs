@@ -56,6 +56,8 @@ impl Compile {
             fds: &fds,
             ignored: &[],
             own_group: false,
+            // A file that never ends, such as a pipe, would be read for ever when nobody waits for the outcome any more.
+            dies_with_us: true,
         })?;
         Ok(Self { pid, plan, config, words })
     }

@@ -32,6 +32,9 @@ pub struct Spawn<'a> {
     pub ignored: &'a [Signal],
     /// Whether it leads a process group of its own.
     pub own_group: bool,
+    /// Whether it is killed when the thread that starts it ends (prctl(2), `PR_SET_PDEATHSIG`): for callers whose thread
+    /// lives as long as they do.
+    pub dies_with_us: bool,
 }
 
 /// Our own program, kept open so that every later child is of the same build, whatever replaces the file.
@@ -91,6 +94,7 @@ pub fn spawn(spec: &Spawn<'_>) -> io::Result<Pid> {
         above,
         ignored: spec.ignored,
         own_group: spec.own_group,
+        parent: spec.dies_with_us.then(|| rustix::process::getpid().as_raw_nonzero().get()),
         report: write.as_raw_fd(),
     };
     let pid = fork_blocked(&plan)?;
@@ -108,6 +112,8 @@ struct Plan<'a> {
     above: c_int,
     ignored: &'a [Signal],
     own_group: bool,
+    /// Whose end is its own.
+    parent: Option<c_int>,
     report: c_int,
 }
 
@@ -156,6 +162,16 @@ unsafe fn child(plan: &Plan<'_>) -> ! {
             }
             if plan.own_group && libc::setpgid(0, 0) != 0 {
                 break 'steps errno();
+            }
+            if let Some(parent) = plan.parent {
+                let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
+                if libc::prctl(libc::PR_SET_PDEATHSIG, signal) != 0 {
+                    break 'steps errno();
+                }
+                // It may have ended before that.
+                if libc::getppid() != parent {
+                    libc::_exit(127);
+                }
             }
             for (from, to) in plan.moves {
                 if libc::dup2(*from, *to) < 0 {

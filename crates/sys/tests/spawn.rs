@@ -70,6 +70,7 @@ fn start(args: &[&str], env: &[(OsString, OsString)], fds: &[(BorrowedFd<'_>, i3
         fds,
         ignored,
         own_group: false,
+        dies_with_us: false,
     };
     spawn(&spec).unwrap()
 }
@@ -142,6 +143,7 @@ fn failures_are_reported() {
         fds: &[],
         ignored: &[],
         own_group: true,
+        dies_with_us: false,
     };
     assert!(spawn(&spec).is_err());
     assert_eq!(peek_exit().unwrap(), None, "a failed start leaves no zombie");

@@ -20,9 +20,6 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Validates, and fills the two inherited memfds; returns the exit code.
 #[must_use]
 pub fn run(args: &ConfigArgs) -> u8 {
-    // A file that never ends, such as a pipe, would be read for ever when nobody waits for the outcome any more. The
-    // master has one thread, and it lives as long as the master: the signal means what it says.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let loaded = match load(args) {
         Ok(loaded) => loaded,
         Err(mistakes) => {
