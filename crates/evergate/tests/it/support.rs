@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use evergate_testkit::raw::{Response, chat_body, post_request};
+use evergate_testkit::raw::{Response, chat_body, get_request, post_request};
 use evergate_testkit::sse::Event;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
@@ -51,7 +51,13 @@ pub fn before(fake: &FakeUpstream, more: &str) -> Evergate {
 #[track_caller]
 pub fn wait_ready(gateway: &Evergate, count: usize) {
     let line = format!("evergate_workers{{phase=\"ready\"}} {count}\n");
-    wait_until("as many ready workers", 3 * LIMIT, || gateway.metrics().contains(&line));
+    // A reload replaces the clerk too, which does not wait for a reader of metrics that it has just accepted.
+    let metrics = || {
+        let mut raw = Raw::try_connect(&gateway.admin()).ok()?;
+        raw.try_send(&get_request("/metrics", "")).ok()?;
+        raw.try_read_response(LIMIT).ok().map(|response| response.text())
+    };
+    wait_until("as many ready workers", 3 * LIMIT, || metrics().is_some_and(|text| text.contains(&line)));
 }
 
 /// Sends a signal to a process; that there is no such process any more is no mistake.
