@@ -164,7 +164,7 @@ fn beside<T>(address: &str, seen: &Seen, clients: &[(String, bool)], drill: impl
 
 #[test]
 fn s02_killed_workers_lose_exactly_what_their_records_name() {
-    let kills = if is_full() { 1000 } else { 20 };
+    let kills = if is_full() { 1000 } else { 30 };
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     wait_ready(&gateway, 2);
