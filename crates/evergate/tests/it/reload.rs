@@ -7,6 +7,7 @@ use std::process::Output;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use evergate_testkit::link::Gone;
 use evergate_testkit::raw::get_request;
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_for, wait_until};
 use rustix::process::Signal;
@@ -80,7 +81,7 @@ fn s18_a_reload_brings_the_new_configuration_and_old_streams_finish() {
     fake.release();
     let events = rest_of(&mut stream);
     assert_good_stream(&events, stream.body_is_complete());
-    stream.close();
+    // Its client keeps the connection and sends nothing more: the worker waits for its linger and goes.
     let ended = gateway.wait_exits(3, LIMIT, |record| record["initiator"] == "reload");
     let mut pids: Vec<i64> = ended.iter().map(|record| record["pid"].as_i64().unwrap()).collect();
     let mut old: Vec<i64> = before.iter().map(|child| child.pid.into()).collect();
@@ -88,6 +89,7 @@ fn s18_a_reload_brings_the_new_configuration_and_old_streams_finish() {
     old.sort_unstable();
     assert_eq!(pids, old, "every child of the old generation, and nobody else");
     assert!(ended.iter().all(|record| record["generation"] == 1 && record["lost"] == json!([])), "{ended:?}");
+    assert_eq!(stream.read_to_close(LIMIT), (Vec::new(), Gone::Eof));
     assert!(gateway.metrics().contains("evergate_reloads_total{outcome=\"ok\"} 1"));
 }
 
