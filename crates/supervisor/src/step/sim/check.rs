@@ -3,6 +3,7 @@
 use evergate_core::exit::{Kind, Status};
 
 use super::world::{Process, World};
+use crate::step::reload::ROOM_TIME;
 use crate::step::{Action, Event, MS, Ns, Phase, Rules, SECOND, Sig, TICK, Tally};
 
 pub(crate) const BURIALS: &str = "every child is buried once, and after its end";
@@ -19,12 +20,14 @@ pub(crate) const LIFE_MIN: &str = "no worker is recycled in its first ten second
 pub(crate) const FAILED_RELOAD: &str = "a failed reload leaves everything as it was";
 pub(crate) const EVERY_CALLER: &str = "every caller is answered once";
 pub(crate) const GENERATIONS: &str = "at most three generations drain without haste";
+pub(crate) const ROOM: &str = "a reload hastens those that drain only when it has waited for them";
 pub(crate) const CLERK_LAST: &str = "the clerk is stopped after the last worker";
 pub(crate) const LISTENERS: &str = "connects are refused at the end of a stop and not before";
 pub(crate) const START: &str = "the gateway serves or says why it does not, once";
 
-/// The longest time that a caller may wait: two validations, two boots and the rows of those that leave.
-const CALLER_TIME: Ns = 300 * SECOND;
+/// The longest time that a caller may wait: two validations, two times for the room, two boots and the rows of those that
+/// leave.
+const CALLER_TIME: Ns = 360 * SECOND;
 
 impl World {
     /// What must be true of one step as a whole, before its actions are carried out.
@@ -48,6 +51,12 @@ impl World {
         }
         if let Event::Exited { epoch, status, .. } = event {
             self.check_replaced(*epoch, *status, actions);
+        }
+        if self.stop_began.is_none() && self.kept_at.is_none_or(|at| self.now < at + ROOM_TIME) {
+            let is_cut = |epoch: &u32| self.living.get(epoch).is_some_and(Process::is_unhurried);
+            if told_in(actions, &[Sig::Quit]).iter().any(is_cut) {
+                self.fail(ROOM, "it is too soon");
+            }
         }
         if let Some((generation, rules)) = adopted {
             self.check_adopted(generation, &rules, actions);
