@@ -15,6 +15,7 @@ pub(crate) const BEATS_AND_LIVES: &str = "nobody is ended for hanging before its
 pub(crate) const WELL_KILLED: &str = "a well child that is killed from outside is replaced at once";
 pub(crate) const PAUSES: &str = "a child that keeps dying is started ever more slowly";
 pub(crate) const ENDS_IN_TIME: &str = "what has a time has ended by then";
+pub(crate) const LEAVERS: &str = "who was told to go and hangs is ended for that";
 pub(crate) const READY_FIRST: &str = "an old worker is told to go when its successor is ready, not before";
 pub(crate) const LIFE_MIN: &str = "no worker is recycled in its first ten seconds";
 pub(crate) const FAILED_RELOAD: &str = "a failed reload leaves everything as it was";
@@ -198,11 +199,15 @@ impl World {
             if process.told.is_some_and(|at| self.now > at + rules.graceful() + slack) {
                 self.fail(ENDS_IN_TIME, "a child that was told to go is still there");
             }
-            if process.told.is_some() {
-                continue;
-            }
             let since = |at: Ns| at.max(self.stalled_at);
             let waits = process.shown_ready.is_none();
+            if process.told.is_some() {
+                let silent_from = process.frozen_at.max(process.shown_ready.unwrap_or(0));
+                if process.is_frozen && !waits && self.now > since(silent_from) + rules.hang_timeout + 4 * TICK {
+                    self.fail(LEAVERS, "it is still there");
+                }
+                continue;
+            }
             if waits && self.now > since(process.born) + rules.boot_timeout + 4 * TICK {
                 self.fail(ENDS_IN_TIME, "a child that never became ready is still there");
             }
