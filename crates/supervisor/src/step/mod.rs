@@ -30,7 +30,6 @@ use evergate_core::exit::{Initiator, Kind};
 pub(crate) use event::{Action, Birth, Caller, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, Tally};
 use load::Load;
 use recycle::Succession;
-pub(crate) use reload::succeed;
 use reload::{HandOver, Reload, Stage};
 use stop::Stop;
 

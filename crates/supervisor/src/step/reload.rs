@@ -3,7 +3,6 @@
 
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::inherit::code;
-use evergate_core::plan::Plan;
 
 use super::{Action, Caller, Child, Ns, Phase, Refusal, Rules, SECOND, Sig, Slot, State, Tally, planted};
 
@@ -371,24 +370,4 @@ fn next_index(children: &[Child], wanted: u32) -> Option<u32> {
         return None;
     }
     (0..wanted).find(|index| !children.iter().any(|child| child.slot == *index))
-}
-
-/// The rules of a configuration that is to follow another without a restart.
-///
-/// # Errors
-/// Names the keys that only a restart can change: `first` is what the listeners and the board were made for.
-pub(crate) fn succeed(first: &Plan, next: &Plan, rows: u32) -> Result<Rules, Refusal> {
-    let mut keys = Vec::new();
-    let mut fixed = |key: &str, is_same: bool, what: &str| {
-        if !is_same {
-            keys.push(format!("{key} cannot be changed by a reload{what}; it needs a restart"));
-        }
-    };
-    fixed("[server] listen", first.listen == next.listen, "");
-    fixed("[server] tls", first.is_tls == next.is_tls, " from off to on or back (certificates can be renewed)");
-    fixed("[admin] listen", first.admin == next.admin, "");
-    fixed("[workers] slots", next.slots <= first.slots, &format!(" to more than the {} of the start", first.slots));
-    let room = rows.saturating_sub(2) / 2;
-    fixed("[workers] max", next.workers_max <= room, &format!(" to more than {room}, for which the board was made"));
-    if keys.is_empty() { Ok(Rules::of_plan(next)) } else { Err(Refusal { code: code::CONFIG, why: keys.join("\n") }) }
 }

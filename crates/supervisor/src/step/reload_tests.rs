@@ -1,10 +1,9 @@
 //! Reload, on a virtual clock. Numbers are lines of the specification.
 
 use evergate_core::exit::{Initiator, Status};
-use evergate_core::plan::Plan;
 
 use super::tests::{T0, beat, die, initiator, rules, serving, signals, spawned};
-use super::{Action, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, State, step, succeed};
+use super::{Action, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, State, step};
 
 fn answers(actions: &[Action]) -> Vec<(u64, Result<u32, u8>)> {
     let all = actions.iter().filter_map(|action| match action {
@@ -209,24 +208,4 @@ fn s20_a_stop_answers_everybody() {
     assert_eq!(answers(&actions), [(1, Err(1)), (2, Err(1))]);
     assert!(actions.contains(&Action::StopCompile));
     assert_eq!(answers(&order(&mut state, Some(3), now)), [(3, Err(1))]);
-}
-
-#[test]
-fn what_only_a_restart_can_change_is_named() {
-    let text = "evergate-plan=1\nlisten=127.0.0.1:1\nadmin=127.0.0.1:2\nworkers_min=1\nworkers_max=4\nslots=16\n";
-    let first = Plan::parse(text).unwrap();
-    let judge = |from: &str, to: &str| succeed(&first, &Plan::parse(&text.replace(from, to)).unwrap(), 64);
-    assert_eq!(judge("", "").unwrap(), Rules::of_plan(&first));
-    assert_eq!(judge("slots=16", "slots=8").unwrap().slots, 8);
-    assert_eq!(judge("max=4", "max=31").unwrap().workers_max, 31);
-    for (from, to, key) in [
-        ("127.0.0.1:1", "127.0.0.1:3", "[server] listen"),
-        ("admin=127.0.0.1:2\n", "", "[admin] listen"),
-        ("slots=16", "slots=17", "[workers] slots"),
-        ("max=4", "max=32", "[workers] max"),
-        ("admin", "tls=1\nadmin", "[server] tls"),
-    ] {
-        let refusal = judge(from, to).unwrap_err();
-        assert!(refusal.code == 78 && refusal.why.contains(key), "{refusal:?}");
-    }
 }
