@@ -14,7 +14,7 @@ use evergate_core::ids::RequestId;
 use evergate_core::{Cause, Deadline, Error, Fault};
 use tokio::sync::{Notify, watch};
 
-use self::admission::Admission;
+use self::admission::{Admission, Tell};
 use self::load::{Load, Weight};
 use self::pass::{Admitted, Pass, Record};
 use crate::context::Token;
@@ -64,12 +64,19 @@ pub struct Arrival {
 }
 
 impl Gate {
-    /// The gate of the child that owns `row`, with `slots` places and a line of at most `queue_max` before them.
+    /// The gate of the child that owns `row`, with `slots` places and a line of at most `queue_max` before them; `tell`
+    /// wakes the master when requests begin to wait.
     #[must_use]
-    pub fn new(board: Board, row: u32, epoch: u32, (slots, queue_max): (u32, u32), access: AccessLog) -> Arc<Self> {
+    pub fn new(
+        board: Board,
+        (row, epoch): (u32, u32),
+        (slots, queue_max): (u32, u32),
+        access: AccessLog,
+        tell: Tell,
+    ) -> Arc<Self> {
         let (rows, board_rows) = (board.inflight_rows(row), board.shape().slots);
         Arc::new(Self {
-            admission: Admission::new(board.clone(), row, slots, queue_max),
+            admission: Admission::new(board.clone(), row, (slots, queue_max), tell),
             load: Arc::new(Load::new(board.clone(), row)),
             board,
             row,

@@ -6,6 +6,7 @@ use evergate_core::plan::{Address, Plan};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, SocketType, sockopt};
 
 use crate::listen::Listener;
+use crate::succeed::{guard, is_same};
 use crate::{Failure, talk};
 
 /// The first that is passed.
@@ -65,21 +66,8 @@ impl Activation {
     /// What the public listeners are when the configuration names none: all that were passed, if any were.
     pub(crate) fn all(&mut self, plan: &Plan) -> Result<Vec<Listener>, Failure> {
         let listeners: Vec<Listener> = std::mem::take(&mut self.0).into_iter().map(|passed| passed.listener).collect();
-        let is_open = |listener: &&Listener| match &listener.address {
-            Address::Tcp(address) => !address.ip().to_canonical().is_loopback(),
-            Address::Unix(_) => false,
-        };
-        // The rule that the configuration's own addresses are checked by.
-        if let Some(open) = listeners.iter().find(is_open).filter(|_| plan.is_unguarded) {
-            return Err(Failure {
-                code: evergate_core::inherit::code::CONFIG,
-                text: format!(
-                    "the passed socket at {} can be reached from other machines, and clients need no key; set [server] \
-                     auth = \"keys\"",
-                    open.address
-                ),
-            });
-        }
+        let guarded = guard(plan, listeners.iter().map(|listener| &listener.address));
+        guarded.map_err(|text| Failure { code: evergate_core::inherit::code::CONFIG, text })?;
         Ok(listeners)
     }
 
@@ -119,14 +107,4 @@ fn address(real: &SocketAddrAny) -> Result<Address, String> {
     let unix = SocketAddrUnix::try_from(real.clone()).map_err(|_| "it is neither TCP nor a Unix socket")?;
     let path = unix.path().and_then(|path| path.to_str().ok().map(str::to_owned));
     path.map(Address::Unix).ok_or_else(|| "its Unix address is no path".to_owned())
-}
-
-/// `[::ffff:127.0.0.1]` and `127.0.0.1` are one place.
-fn is_same(one: &Address, other: &Address) -> bool {
-    match (one, other) {
-        (Address::Tcp(one), Address::Tcp(other)) => {
-            one.port() == other.port() && one.ip().to_canonical() == other.ip().to_canonical()
-        }
-        _ => one == other,
-    }
 }

@@ -21,6 +21,7 @@ mod oom;
 mod orphans;
 mod runfile;
 mod step;
+mod succeed;
 mod talk;
 mod turned_away;
 

@@ -24,7 +24,8 @@ use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
-use crate::step::{Action, Event, Ns, Order, Refusal, SECOND, Seen, Sig, State, Tally, step, succeed};
+use crate::step::{Action, Event, Ns, Order, Refusal, SECOND, Seen, Sig, State, Tally, step};
+use crate::succeed::{Bound, succeed};
 use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
 
@@ -352,11 +353,21 @@ impl Master {
         let Some(compile) = self.compile.take() else { return };
         compile.words().lines().for_each(talk::print);
         let outcome = compile.finish(status).and_then(|(plan, config)| {
-            let rules = succeed(&self.plan, &plan, self.estate.board.shape().children)?;
+            let rules = succeed(&self.plan, &self.bound(), &plan)?;
             self.compiled = Some(config);
             Ok(rules)
         });
         self.apply(Event::Compiled(outcome));
+    }
+
+    fn bound(&self) -> Bound {
+        let listeners = &self.estate.listeners;
+        Bound {
+            listen: listeners.iter().map(|listener| listener.address.clone()).collect(),
+            are_passed: listeners.iter().all(|listener| listener.is_passed),
+            admin: self.estate.admin.as_ref().map(|admin| admin.address.clone()),
+            rows: self.estate.board.shape().children,
+        }
     }
 
     /// Only to a child that was not reaped: until then its number is its own.

@@ -9,8 +9,8 @@ use serde_json::json;
 use super::{print, print_json, refuse};
 use crate::cli::Form;
 
-/// The master gives up by itself: after 30 s of validating, or `boot_timeout` of starting. Another reload that goes before
-/// takes as long. An hour is more than both and finite.
+/// The master gives up by itself: after 30 s of validating, or `boot_timeout` of starting, with 30 s of waiting for room
+/// between. Another reload that goes before takes as long. An hour is more than both and finite.
 const PATIENCE: Duration = Duration::from_secs(3_600);
 
 /// Reloads and waits; returns the exit code: 78 for a configuration with mistakes, 1 for one that cannot be brought into

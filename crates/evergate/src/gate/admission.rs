@@ -2,19 +2,32 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use evergate_board::{Board, monotonic_ns};
 use evergate_core::{Deadline, Error, Fault};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+/// Between two words to the master that requests wait: it looks ten times a second once it knows.
+const TELL: Duration = Duration::from_millis(100);
+
+/// Called when requests begin to wait.
+pub type Tell = Box<dyn Fn() + Send + Sync>;
+
 /// Gives places in the order in which they were asked for, and says on the board who waits.
-#[derive(Debug)]
 pub struct Admission {
     board: Board,
     row: u32,
     slots: Arc<Semaphore>,
     queue_max: u32,
+    tell: Tell,
     line: Mutex<Line>,
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Admission").field("slots", &self.slots).field("line", &self.line).finish_non_exhaustive()
+    }
 }
 
 /// Requests that wait: since when (monotonic nanoseconds), by the order of their arrival.
@@ -22,14 +35,17 @@ pub struct Admission {
 struct Line {
     next: u64,
     since: BTreeMap<u64, u64>,
+    /// When the master was last told.
+    told: Option<Instant>,
 }
 
 impl Admission {
-    /// `slots` places of the child that owns `row`, and a line of at most `queue_max`.
+    /// `slots` places of the child that owns `row`, and a line of at most `queue_max`; `tell` is called when it is there
+    /// after it was not, ten times a second at most.
     #[must_use]
-    pub fn new(board: Board, row: u32, slots: u32, queue_max: u32) -> Self {
+    pub fn new(board: Board, row: u32, (slots, queue_max): (u32, u32), tell: Tell) -> Self {
         let slots = Arc::new(Semaphore::new(usize::try_from(slots).unwrap_or(usize::MAX)));
-        Self { board, row, slots, queue_max, line: Mutex::default() }
+        Self { board, row, slots, queue_max, tell, line: Mutex::default() }
     }
 
     /// A place, if one is free and nobody waits for it.
@@ -87,6 +103,12 @@ impl<'a> Waiting<'a> {
         line.next = number.wrapping_add(1);
         line.since.insert(number, monotonic_ns());
         admission.show(&line);
+        let is_new = line.since.len() == 1 && line.told.is_none_or(|told| told.elapsed() >= TELL);
+        if is_new {
+            // Behind the board's word, which it will look for.
+            line.told = Some(Instant::now());
+            (admission.tell)();
+        }
         Some(Self { admission, number })
     }
 }

@@ -95,7 +95,9 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
 
     let places = (sealed.config.workers.slots, sealed.config.limits.queue);
     let connections = sealed.config.limits.connections;
-    let gate = Gate::new(board.clone(), args.row, args.epoch, places, AccessLog::new(access));
+    let waker = Arc::clone(&kicker);
+    let tell = Box::new(move || kick(&*waker));
+    let gate = Gate::new(board.clone(), (args.row, args.epoch), places, AccessLog::new(access), tell);
     let app = async {
         let app = Arc::new(App::new(sealed, Arc::clone(&gate))?);
         let clients = Arc::clone(&app);

@@ -73,7 +73,7 @@ pub struct ClientIo {
     active_at: Instant,
     /// Whether bytes of an answer are not the kernel's yet.
     is_writing: bool,
-    /// Whether the timers wait for that.
+    /// Whether the limits wait for an answer to be gone.
     is_timer_due: bool,
     clock: Clock,
     timer: Option<Sleep>,
@@ -209,15 +209,11 @@ impl ClientIo {
         due.min(idle)
     }
 
-    /// Waits for the limit that is running. None runs against the client while an answer is on its way.
+    /// Waits for the limit that is running. None runs against the client while an answer is on its way, until its last byte
+    /// has gone, which a slow reader can make much later than its end.
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Filled> {
-        // The library reads again when the answer's body has ended ...
-        if self.shared.active.load(Ordering::Relaxed) > 0 {
-            return Poll::Pending;
-        }
-        // ... but not when the last byte of it has gone, which a slow reader can make much later.
-        if self.is_writing {
-            self.is_timer_due = true;
+        if self.shared.active.load(Ordering::Relaxed) > 0 || self.is_writing {
+            self.rest_timer(cx);
             return Poll::Pending;
         }
         loop {
@@ -245,6 +241,29 @@ impl ClientIo {
             let message = "the request head was not complete in time (timeouts.header)";
             self.refuse(Error::new(Fault::RequestTimeout, message));
             return Poll::Ready(Filled::Refused);
+        }
+    }
+
+    /// Notes that the limits begin to run when the answer has gone: the library does not read again by itself then, since
+    /// it has seen that there is nothing to be read. A timer that is there goes on; its waker may be another task's, the
+    /// one that accepted the connection.
+    fn rest_timer(&mut self, cx: &mut Context<'_>) {
+        let is_first = !std::mem::replace(&mut self.is_timer_due, true);
+        if is_first && self.timer.as_mut().is_some_and(|timer| Pin::new(timer).poll(cx).is_ready()) {
+            self.timer = None;
+        }
+    }
+
+    /// The answer has gone: has the limits looked at again, unless a timer comes in time for that anyway, as it does
+    /// between the requests of a busy connection.
+    fn resume_timer(&mut self, cx: &Context<'_>) {
+        if !self.is_timer_due || self.shared.active.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        self.is_timer_due = false;
+        let (now, due) = (Instant::now(), self.due());
+        if !self.timer.as_ref().is_some_and(|timer| now < timer.deadline() && timer.deadline() <= due) {
+            cx.waker().wake_by_ref();
         }
     }
 
@@ -443,9 +462,7 @@ impl AsyncWrite for ClientIo {
         if std::mem::take(&mut this.is_writing) {
             this.active_at = Instant::now();
         }
-        if std::mem::take(&mut this.is_timer_due) {
-            cx.waker().wake_by_ref();
-        }
+        this.resume_timer(cx);
         Poll::Ready(Ok(()))
     }
 

@@ -331,6 +331,59 @@ fn after_they_were_moved() -> Vec<u64> {
     spread(&gateway, BURST)
 }
 
+/// Four HTTP/2 connections to one worker that is far above its peers: each is told to come anew by GOAWAY. What is under way
+/// stays where it is, and the next streams go to the others.
+#[test]
+fn s27_four_http2_connections_on_one_worker_are_moved() {
+    assert_even(|| run(after_four_were_moved()));
+}
+
+async fn after_four_were_moved() -> Vec<u64> {
+    const EACH: usize = 4;
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, FOUR_WORKERS);
+    wait_accepting(&gateway, 4);
+    let others: Vec<Frozen> = gateway.wait_workers(4)[1..].iter().map(|pid| Frozen::new(*pid)).collect();
+    // Who was frozen a moment ago is believed to be there, and then connections are moved at once.
+    wait_until("their beats are old", LIMIT, || {
+        workers(&gateway)[1..].iter().all(|worker| worker["beat_age_ms"].as_u64().unwrap() > 700)
+    });
+    let (mut clients, mut bodies) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        let mut client = h2_connect(&gateway).await;
+        for _ in 0..EACH {
+            let (body, old) = h2_stream(&gateway, &mut client).await;
+            assert!(old.is_none(), "nobody else is there");
+            bodies.push(body);
+        }
+        clients.push(client);
+    }
+    drop(others);
+    wait_until("they beat again", LIMIT, || {
+        workers(&gateway).iter().all(|worker| worker["beat_age_ms"].as_u64().unwrap() < 300)
+    });
+    // With its next answer each connection hears of it.
+    for client in &mut clients {
+        let (body, old) = h2_stream(&gateway, client).await;
+        assert!(old.is_none(), "it was told too soon");
+        bodies.push(body);
+    }
+    assert_eq!(spread(&gateway, 4 * (EACH + 1)), [4 * (EACH as u64 + 1), 0, 0, 0], "where they are they stay");
+    let mut left = 0;
+    for n in bodies.len()..4 * BURST / 3 {
+        let (body, old) = h2_stream(&gateway, &mut clients[n % 4]).await;
+        bodies.push(body);
+        left += usize::from(old.is_some());
+    }
+    assert!(left >= 4, "only {left} connections were left for others");
+    let counts = spread(&gateway, bodies.len());
+    fake.release();
+    for body in bodies {
+        assert!(body.collect().await.unwrap().to_bytes().ends_with(b"data: [DONE]\n\n"));
+    }
+    counts
+}
+
 /// Nobody is waited for for long: with all peers frozen, the last worker serves everything.
 #[test]
 fn s27_the_gate_delays_and_never_starves() {

@@ -61,6 +61,24 @@ fn an_idle_connection_is_closed_without_a_word() {
     assert!(took >= Duration::from_millis(200) && took < Duration::from_secs(3), "{took:?}");
 }
 
+/// A10: also behind an answer that was waited for, whole or streamed, and with half a head behind it.
+#[test]
+fn a_connection_that_idles_after_a_slow_answer_is_closed() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, SHORT);
+    for (script, is_stream) in [("delay-600", false), ("stream-8-100", true)] {
+        let mut idle = open(&gateway, script, is_stream);
+        let mut half = open(&gateway, script, is_stream);
+        half.send(b"GET /healthz HTTP/1.1\r\nhost:");
+        assert_eq!((idle.read_response(LIMIT).status, half.read_response(LIMIT).status), (200, 200));
+        let began = Instant::now();
+        assert!(idle.read_to_close(LIMIT).0.is_empty());
+        assert_error(&half.read_response(LIMIT), 408, "request_timeout");
+        let took = began.elapsed();
+        assert!(took >= Duration::from_millis(200) && took < Duration::from_secs(3), "{took:?}");
+    }
+}
+
 /// A9.
 #[test]
 fn a_stalled_body_is_answered_408() {

@@ -251,6 +251,30 @@ fn s18_a_stream_in_flight_finishes_and_its_connection_lingers() {
     assert_last_answer(&mut raw);
 }
 
+/// ... and is closed after its linger when its client keeps it and asks for nothing more.
+#[test]
+fn s18_a_connection_that_is_kept_after_its_stream_is_closed_after_its_linger() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    let mut all = [open_stream(&gateway, "hold-mid"), open_stream(&gateway, "hold-mid")];
+    // One whose next head has begun meanwhile is waited for as long as a head has.
+    all[1].send(b"GET /healthz HTTP/1.1\r\nhost:");
+    let pid = drain_worker(&gateway);
+    fake.release();
+    let began = Instant::now();
+    for raw in &mut all {
+        assert_good_stream(&rest_of(raw), raw.body_is_complete());
+    }
+    assert_eq!(all[0].read_to_close(LIMIT), (Vec::new(), Gone::Eof));
+    assert!(!all[0].link().was_reset());
+    let took = began.elapsed();
+    assert!(took >= LINGER - Duration::from_millis(100) && took < LIMIT / 2, "{took:?}");
+    all[1].send(b" localhost\r\n\r\n");
+    assert_last_answer(&mut all[1]);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!((&record["code"], &record["note"]), (&json!(0), &json!("")), "{record}");
+}
+
 /// A slow reader has its whole answer, though the worker was done with it long before.
 #[test]
 fn s18_an_answer_that_is_read_slowly_is_not_cut() {

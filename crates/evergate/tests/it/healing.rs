@@ -37,6 +37,39 @@ fn s07_a_well_worker_is_replaced_at_once_however_often_it_is_killed() {
     assert!(gateway.metrics().contains(line), "{}", gateway.metrics());
 }
 
+/// One that was told to go is watched like any other: it does not hold its clients until its drain runs out.
+#[test]
+fn s04_a_worker_that_hangs_while_it_drains_is_ended_in_time() {
+    let fake = FakeUpstream::start();
+    let more = format!("{ONE_WORKER}hang_timeout = \"2s\"\n[shutdown]\ndrain = \"100s\"\n");
+    let gateway = before(&fake, &more);
+    let (mut held, mut well) = (open_stream(&gateway, "hold-mid"), None);
+    let pid = gateway.workers()[0];
+    for round in 0..2 {
+        assert!(gateway.cli(&["reload"]).status.success());
+        well = Some(well.unwrap_or_else(|| open_stream(&gateway, "hold-mid")));
+        if round == 0 {
+            kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
+        }
+    }
+    let frozen = Instant::now();
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
+    assert_eq!((&record["initiator"], &record["signal"]), (&json!("hang"), &json!(9)), "{record}");
+    assert_eq!(record["sent"], json!(["TERM", "ABRT", "KILL"]), "{record}");
+    assert!(frozen.elapsed() < Duration::from_secs(12), "{:?}", frozen.elapsed());
+    let _ = rest_of(&mut held);
+    assert!(!held.body_is_complete());
+    // The other one that drains beats, and has its time; nobody is started in the place of one that was to go.
+    fake.release();
+    let mut well = well.unwrap();
+    let events = rest_of(&mut well);
+    assert_good_stream(&events, well.body_is_complete());
+    wait_until("only the last generation", LIMIT, || {
+        let children = gateway.children();
+        children.iter().filter(|child| child.kind == "worker").all(|child| child.generation == 3)
+    });
+}
+
 /// The ladder: a word after a second, a diagnosis after two, and the end at the limit; the other worker serves.
 #[test]
 fn s04_a_frozen_worker_is_reported_diagnosed_and_replaced_in_time() {

@@ -182,6 +182,104 @@ fn s30_a_socket_that_no_address_names_is_a_mistake() {
     assert!(ended.stderr.contains(&address) && ended.stderr.contains("LISTEN_FDS"), "{}", ended.stderr);
 }
 
+/// A reload's exit code and what it said.
+fn reload(gateway: &Evergate) -> (i32, String) {
+    let output = gateway.cli(&["reload"]);
+    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Sockets that were passed stay the listeners over reloads, whether the configuration names them or not.
+#[test]
+fn s30_a_reload_keeps_passed_sockets() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("public.sock");
+    let (tcp, unix) = (TcpListener::bind("127.0.0.1:0").unwrap(), UnixListener::bind(&path).unwrap());
+    let addresses = [tcp.local_addr().unwrap().to_string(), format!("unix:{}", path.display())];
+    let kept = tcp.try_clone().unwrap();
+    let builder = Evergate::builder(EXE).config(config("", ""));
+    let mut gateway = builder.listeners([std::os::fd::OwnedFd::from(tcp), unix.into()]).start();
+    let model = |name: &str| format!("[models.{name}]\ntargets = [{{ upstream = \"echo\" }}]\n");
+    let named = format!("[server]\nlisten = [\"{}\", \"{}\"]\n", addresses[1], addresses[0]);
+    for (round, listen) in ["", &named, ""].into_iter().enumerate() {
+        gateway.write("evergate.toml", &config(listen, &model(&format!("round-{round}"))));
+        assert_eq!(reload(&gateway), (0, String::new()), "{}", gateway.stderr());
+        assert_eq!(gateway.addrs(), addresses);
+        for address in &addresses {
+            let models = evergate_testkit::raw::get(address, "/v1/models").text();
+            assert!(models.contains(&format!("round-{round}")), "{models}");
+        }
+    }
+    // One of the two, the built-in address, another one: each is another place.
+    let one = format!("[server]\nlisten = [\"{}\"]\n", addresses[0]);
+    for listen in [&one, "[server]\nlisten = [\"127.0.0.1:4700\"]\n", "[server]\nlisten = [\"127.0.0.1:0\"]\n"] {
+        gateway.write("evergate.toml", &config(listen, ""));
+        let (code, why) = reload(&gateway);
+        assert!(code == 78 && why.contains("[server] listen") && why.contains("needs a restart"), "{code} {why}");
+    }
+    assert_alive(&gateway);
+    // And the manager's they stay: who comes after the end waits for the next start.
+    gateway.signal(Signal::TERM);
+    assert!(gateway.wait_exit(LIMIT).success());
+    let mut early = Raw::connect(&addresses[0]);
+    early.send(&get_request("/healthz", ""));
+    let _next = Evergate::builder(EXE).config(config("", "")).listeners([kept]).start();
+    assert_eq!(early.read_response(LIMIT).status, 200);
+    assert!(path.exists());
+}
+
+/// What is refused at the start is refused by a reload: a socket that others can reach keeps its keys.
+#[test]
+fn s30_a_reload_does_not_open_a_passed_socket_to_all() {
+    let socket = TcpListener::bind("0.0.0.0:0").unwrap();
+    let address = format!("127.0.0.1:{}", socket.local_addr().unwrap().port());
+    let keys = "[server]\nauth = \"keys\"\n[keys.a]\nsecret = { env = \"KEY\" }\n";
+    let builder = Evergate::builder(EXE).config(config(keys, "")).env("KEY", "0123456789abcdef0123");
+    let gateway = builder.listeners([socket]).start();
+    let asked = || evergate_testkit::raw::get(&address, "/v1/models").status;
+    assert_eq!(asked(), 401);
+    gateway.write("evergate.toml", &config("", ""));
+    let (code, why) = reload(&gateway);
+    assert!(code == 78 && why.contains("auth = \"keys\""), "{code} {why}");
+    assert_eq!(asked(), 401);
+    gateway.write("evergate.toml", &config(keys, ""));
+    assert_eq!(reload(&gateway).0, 0);
+    assert_eq!(asked(), 401);
+}
+
+/// `Type=notify-reload`: RELOADING with the time of its sending, and READY when it is over, whatever came of it.
+#[test]
+fn s30_the_manager_hears_when_a_reload_begins_and_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let mut manager = Manager::at(&path);
+    let gateway = free().env("NOTIFY_SOCKET", path.to_str().unwrap()).start();
+    manager.wait("STATUS=serving; 2 workers ready");
+    let now_us = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        u64::try_from(now.tv_sec * 1_000_000 + now.tv_nsec / 1_000).unwrap()
+    };
+    let good = config("[server]\nlisten = [\"127.0.0.1:0\"]\n", "");
+    for (round, (text, by_signal)) in
+        [(&*good, false), ("broken", false), (&good, true), ("broken", true)].iter().enumerate()
+    {
+        manager.said.clear();
+        gateway.write("evergate.toml", text);
+        let before = now_us();
+        if *by_signal {
+            // What systemd does.
+            gateway.signal(Signal::HUP);
+        } else {
+            assert_eq!(reload(&gateway).0, if *text == "broken" { 78 } else { 0 });
+        }
+        manager.wait("READY=1");
+        let after = now_us();
+        let said: Vec<&String> = manager.said.iter().filter(|said| !said.starts_with("STATUS=")).collect();
+        let time = said[0].strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect("RELOADING first");
+        assert!((before..=after).contains(&time.parse().unwrap()), "{round}: {before} {said:?} {after}");
+        assert_eq!(said[1..], ["READY=1"], "{round}");
+    }
+}
+
 /// The rule for configured addresses holds for passed ones too.
 #[test]
 fn s30_a_passed_socket_open_to_all_needs_keys() {

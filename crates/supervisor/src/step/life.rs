@@ -104,7 +104,7 @@ impl State {
         }
         out.push(Action::SaveRun);
         if let Phase::Stopping(stop) = &mut self.phase
-            && status == Status::Code(code::FORCED)
+            && (status == Status::Code(code::FORCED) || child.ending == Some(Initiator::Hang))
         {
             stop.force();
         }

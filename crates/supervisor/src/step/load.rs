@@ -100,7 +100,14 @@ impl State {
 
     /// Looks at the load and changes the number of workers if it has to be changed.
     pub(super) fn follow_load(&mut self, now: Ns, out: &mut Vec<Action>) {
-        if !self.may_follow() || now.saturating_sub(self.load.sampled) < SAMPLE - SLACK {
+        if !self.may_follow() {
+            return;
+        }
+        if now.saturating_sub(self.load.sampled) < SAMPLE - SLACK {
+            // Too soon for a sample, but a worker that wakes us with a backlog does so once.
+            if self.has_backlog() {
+                self.knocked(now);
+            }
             return;
         }
         self.load.sampled = now;
@@ -118,6 +125,10 @@ impl State {
         } else {
             self.shrink(&sample, now, out);
         }
+    }
+
+    fn has_backlog(&self) -> bool {
+        self.queue > 0 || self.slots.iter().filter_map(|slot| slot.worker()).any(|child| child.seen.waiting > 0)
     }
 
     fn sample(&self) -> Sample {

@@ -68,6 +68,11 @@ impl Gateway {
     /// One turn of the shell's loop, at the latest at `end`.
     fn turn(&mut self, end: Ns) {
         self.now = self.state.due().min(end).max(self.now + MS);
+        self.look();
+    }
+
+    /// What the shell does in each turn.
+    fn look(&mut self) {
         let children = self.alive.iter().map(|epoch| Seen { epoch: *epoch, beat: self.now, ..self.seen }).collect();
         if self.state.is_quiet() && self.queue > 0 {
             self.tell(Event::Knock);
@@ -105,6 +110,19 @@ fn s13_each_need_adds_workers_in_time_and_in_doubling_steps() {
         }
         gateway.pass(10 * SECOND);
         assert_eq!(gateway.target, 16);
+    }
+    // A worker that wakes the master says so once; also right behind the last look the need is seen again in time.
+    for after in [0, 1, 50, 89, 100, 250, 499] {
+        let mut gateway = Gateway::new(wide());
+        gateway.pass(5 * SECOND);
+        gateway.turn(Ns::MAX);
+        gateway.now += after * MS;
+        gateway.seen.waiting = 1;
+        let begun = gateway.now;
+        gateway.look();
+        gateway.until(2);
+        let took = gateway.now - begun;
+        assert!(took <= 300 * MS, "{after}: {took}");
     }
     // Ten are a need at first sight.
     let mut gateway = Gateway::new(wide());

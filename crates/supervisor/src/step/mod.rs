@@ -30,7 +30,6 @@ use evergate_core::exit::{Initiator, Kind};
 pub(crate) use event::{Action, Birth, Caller, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, Tally};
 use load::Load;
 use recycle::Succession;
-pub(crate) use reload::succeed;
 use reload::{HandOver, Reload, Stage};
 use stop::Stop;
 
@@ -225,7 +224,7 @@ impl State {
         let slots = self.slots.iter_mut().filter_map(|slot| slot.child.as_mut());
         let coming = self.reload.iter_mut().flat_map(|reload| match &mut reload.stage {
             Stage::Booting { children, .. } => children.as_mut_slice(),
-            Stage::Compiling { .. } => &mut [],
+            Stage::Compiling { .. } | Stage::Waiting { .. } => &mut [],
         });
         let successor = self.succession.iter_mut().map(|succession| &mut succession.child);
         slots.chain(coming).chain(successor).chain(&mut self.leaving)
@@ -242,11 +241,16 @@ impl State {
 
     /// A worker's row that nobody has.
     fn free_row(&self) -> Option<u32> {
+        self.free_rows().next()
+    }
+
+    /// Workers' rows that nobody has.
+    fn free_rows(&self) -> impl Iterator<Item = u32> {
         let is_taken = |row: u32| {
             let has_child = self.children().any(|child| child.row == row) && !planted!(TakesRows);
             has_child || self.slots.iter().any(|slot| slot.row == row)
         };
-        (CLERK_ROW.saturating_add(1)..self.given.rows).find(|row| !is_taken(*row))
+        (CLERK_ROW.saturating_add(1)..self.given.rows).filter(move |row| !is_taken(*row))
     }
 
     /// The next pseudo-random number (xorshift64).

@@ -3,14 +3,17 @@
 
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::inherit::code;
-use evergate_core::plan::Plan;
 
 use super::{Action, Caller, Child, Ns, Phase, Refusal, Rules, SECOND, Sig, Slot, State, Tally, planted};
 
 /// How long the configuration may take to be validated.
 const COMPILE_TIME: Ns = 30 * SECOND;
-/// Most generations that drain at once; of one more the oldest is told to be quick.
+/// Most generations that drain at once; a reload that would make one more waits for the oldest.
 const GENERATIONS_MAX: usize = 3;
+/// How long it waits before the oldest is told to be quick. By then a generation with the default stages has ended by
+/// itself (25 s), so that reloading often cuts nothing that one reload would not; one whose drain takes hours must not
+/// keep a new certificate out.
+pub(super) const ROOM_TIME: Ns = 30 * SECOND;
 /// How long a caller waits at most for the old workers to accept no more; one that is frozen accepts nothing anyway.
 const HAND_OVER_TIME: Ns = SECOND;
 /// What a caller hears while the gateway stops.
@@ -27,8 +30,11 @@ pub(super) struct Reload {
 pub(super) enum Stage {
     /// A child of the shell reads the configuration.
     Compiling { until: Ns },
-    /// Workers of the new generation start; the old ones serve.
-    Booting { rules: Rules, generation: u32, children: Vec<Child> },
+    /// The configuration is good, but so many generations drain that there is no room for another.
+    Waiting { rules: Rules, generation: u32, until: Ns },
+    /// Workers of the new generation start; the old ones serve. When more are wanted by now than the board has rows for,
+    /// those that drain still have the time that they had in `Waiting`.
+    Booting { rules: Rules, generation: u32, until: Ns, children: Vec<Child> },
 }
 
 /// A reload that has come into force, whose callers are told when the old workers accept no more: whoever connects after
@@ -43,7 +49,7 @@ pub(super) struct HandOver {
 impl Reload {
     pub(super) fn due(&self) -> Option<Ns> {
         match self.stage {
-            Stage::Compiling { until } => Some(until),
+            Stage::Compiling { until } | Stage::Waiting { until, .. } => Some(until),
             Stage::Booting { .. } => None,
         }
     }
@@ -51,7 +57,7 @@ impl Reload {
     /// The new generation's workers.
     pub(super) fn children(&self) -> &[Child] {
         match &self.stage {
-            Stage::Compiling { .. } => &[],
+            Stage::Compiling { .. } | Stage::Waiting { .. } => &[],
             Stage::Booting { children, .. } => children,
         }
     }
@@ -84,10 +90,14 @@ impl State {
             Ok(rules) => {
                 self.last_generation = self.last_generation.saturating_add(1);
                 let generation = self.last_generation;
-                reload.stage = Stage::Booting { rules, generation, children: Vec::new() };
+                reload.stage = Stage::Waiting { rules, generation, until: now.saturating_add(ROOM_TIME) };
                 out.push(Action::Keep { generation });
-                // Who was to be replaced is replaced by this.
-                self.end_succession(now, out);
+                if !self.has_room(&rules) {
+                    let seconds = ROOM_TIME / SECOND;
+                    out.push(Action::Say(format!(
+                        "generation {generation} waits for an older one to finish what it has, {seconds} s at most"
+                    )));
+                }
             }
         }
     }
@@ -101,6 +111,7 @@ impl State {
             let why = "the validation of the configuration did not end in time";
             self.abandon_reload(&Refusal { code: code::INTERNAL, why: why.into() }, now, out);
         }
+        self.stop_waiting(now, out);
         self.bear_generation(now, out);
         if self.is_generation_ready() {
             self.commit(now, out);
@@ -115,17 +126,46 @@ impl State {
         self.limit_generations(now, out);
     }
 
-    /// As many workers as there are to be, within the new bounds. Where the board has no row left, the oldest of those
-    /// that leave are told to be quick, and their rows are waited for.
+    /// Whether another generation may come now: not too many drain, and the board has rows for its workers.
+    fn has_room(&self, rules: &Rules) -> bool {
+        let is_few = self.draining_generations().len() < GENERATIONS_MAX || planted!(AnyGenerations);
+        is_few && self.free_rows().take(to_usize(self.wanted(rules))).count() == to_usize(self.wanted(rules))
+    }
+
+    /// The new generation's turn comes when there is room for it, or when it has waited for that long enough.
+    fn stop_waiting(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let Some(Reload { stage: Stage::Waiting { rules, generation, until }, .. }) = &self.reload else { return };
+        let (rules, generation, until) = (*rules, *generation, *until);
+        if !self.has_room(&rules) {
+            if now < until && !planted!(HastensAtOnce) {
+                return;
+            }
+            // It makes one more when it comes into force.
+            while self.draining_generations().len() >= GENERATIONS_MAX && !planted!(AnyGenerations) {
+                self.hasten_oldest(now, out);
+            }
+        }
+        if let Some(reload) = &mut self.reload {
+            reload.stage = Stage::Booting { rules, generation, until, children: Vec::new() };
+        }
+        // Who was to be replaced is replaced by this.
+        self.end_succession(now, out);
+    }
+
+    /// As many workers as there are to be, within the new bounds. Where the board has no row left, the rows of the oldest
+    /// of those that leave are waited for.
     fn bear_generation(&mut self, now: Ns, out: &mut Vec<Action>) {
         loop {
-            let Some(Reload { stage: Stage::Booting { rules, generation, children }, .. }) = &self.reload else {
+            let Some(Reload { stage: Stage::Booting { rules, generation, until, children }, .. }) = &self.reload else {
                 return;
             };
-            let (rules, generation) = (*rules, *generation);
+            let (rules, generation, until) = (*rules, *generation, *until);
             let Some(index) = next_index(children, self.wanted(&rules)) else { return };
             let Some(row) = self.free_row() else {
-                self.hasten_oldest(now, out);
+                if now >= until || planted!(HastensAtOnce) {
+                    let missing = to_usize(self.wanted(&rules)).saturating_sub(children.len());
+                    self.hasten_for(missing, now, out);
+                }
                 return;
             };
             let child = self.bear((Kind::Worker, index, row), generation, rules, now, out);
@@ -148,13 +188,14 @@ impl State {
 
     /// The new generation comes into force; the old one finishes what it has.
     fn commit(&mut self, now: Ns, out: &mut Vec<Action>) {
-        let Some(Reload { callers, stage: Stage::Booting { rules, generation, mut children } }) = self.reload.take()
+        let Some(Reload { callers, stage: Stage::Booting { rules, generation, mut children, .. } }) =
+            self.reload.take()
         else {
             return;
         };
         let wanted = self.wanted(&rules);
         // Fewer may be wanted by now than when they were started.
-        let keep = usize::try_from(wanted).unwrap_or(usize::MAX).min(children.len());
+        let keep = to_usize(wanted).min(children.len());
         let surplus = children.split_off(keep);
         let (clerk, old): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.slots).into_iter().partition(|slot| slot.kind == Kind::Clerk);
@@ -235,7 +276,12 @@ impl State {
     /// Leaves everything as it was.
     fn abandon_reload(&mut self, refusal: &Refusal, now: Ns, out: &mut Vec<Action>) {
         let Some(Reload { callers, stage }) = self.reload.take() else { return };
-        if let Stage::Booting { generation, children, .. } = stage {
+        let kept = match stage {
+            Stage::Compiling { .. } => None,
+            Stage::Waiting { generation, .. } => Some((generation, Vec::new())),
+            Stage::Booting { generation, children, .. } => Some((generation, children)),
+        };
+        if let Some((generation, children)) = kept {
             for child in children {
                 self.call_off(child, Initiator::Reload, now, out);
             }
@@ -266,6 +312,15 @@ impl State {
         }
     }
 
+    /// Has the oldest generations be quick, until those that were told so have as many rows as are missing.
+    fn hasten_for(&mut self, missing: usize, now: Ns, out: &mut Vec<Action>) {
+        let is_quick = |child: &&Child| child.kind == Kind::Worker && child.is_hastened;
+        while self.leaving.iter().filter(is_quick).count() < missing && !self.draining_generations().is_empty() {
+            self.hasten_oldest(now, out);
+        }
+    }
+
+    /// What is left to be done when the generations that drain are too many all the same.
     fn limit_generations(&mut self, now: Ns, out: &mut Vec<Action>) {
         while self.draining_generations().len() > GENERATIONS_MAX && !planted!(AnyGenerations) {
             self.hasten_oldest(now, out);
@@ -305,30 +360,14 @@ impl Slot {
     }
 }
 
+fn to_usize(count: u32) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}
+
 /// The lowest number that none of them has, if there are fewer than wanted.
 fn next_index(children: &[Child], wanted: u32) -> Option<u32> {
     if u32::try_from(children.len()).is_ok_and(|count| count >= wanted) {
         return None;
     }
     (0..wanted).find(|index| !children.iter().any(|child| child.slot == *index))
-}
-
-/// The rules of a configuration that is to follow another without a restart.
-///
-/// # Errors
-/// Names the keys that only a restart can change: `first` is what the listeners and the board were made for.
-pub(crate) fn succeed(first: &Plan, next: &Plan, rows: u32) -> Result<Rules, Refusal> {
-    let mut keys = Vec::new();
-    let mut fixed = |key: &str, is_same: bool, what: &str| {
-        if !is_same {
-            keys.push(format!("{key} cannot be changed by a reload{what}; it needs a restart"));
-        }
-    };
-    fixed("[server] listen", first.listen == next.listen, "");
-    fixed("[server] tls", first.is_tls == next.is_tls, " from off to on or back (certificates can be renewed)");
-    fixed("[admin] listen", first.admin == next.admin, "");
-    fixed("[workers] slots", next.slots <= first.slots, &format!(" to more than the {} of the start", first.slots));
-    let room = rows.saturating_sub(2) / 2;
-    fixed("[workers] max", next.workers_max <= room, &format!(" to more than {room}, for which the board was made"));
-    if keys.is_empty() { Ok(Rules::of_plan(next)) } else { Err(Refusal { code: code::CONFIG, why: keys.join("\n") }) }
 }

@@ -1,10 +1,9 @@
 //! Reload, on a virtual clock. Numbers are lines of the specification.
 
 use evergate_core::exit::{Initiator, Status};
-use evergate_core::plan::Plan;
 
 use super::tests::{T0, beat, die, initiator, rules, serving, signals, spawned};
-use super::{Action, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, State, step, succeed};
+use super::{Action, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, State, step};
 
 fn answers(actions: &[Action]) -> Vec<(u64, Result<u32, u8>)> {
     let all = actions.iter().filter_map(|action| match action {
@@ -130,6 +129,75 @@ fn s20_one_reload_waits_for_all_who_come_meanwhile() {
     assert!(beat(&mut state, &[1, 2, 3], T0 + MS).contains(&Action::Compile));
 }
 
+/// A gateway of which three generations drain (workers 2 and 3, 4 and 5, 7 and 8) and a fourth serves (10, 11), and when
+/// that was. Clerks are 1, 6, 9 and 12.
+fn with_three_that_drain(rules: Rules) -> (State, Ns) {
+    let mut state = serving(rules);
+    let mut now = T0 + SECOND;
+    for (workers, clerk) in [([4, 5], 1), ([7, 8], 6), ([10, 11], 9)] {
+        order(&mut state, None, now);
+        assert_eq!(spawned(&compiled(&mut state, rules, now)).len(), 2, "at once");
+        show(&mut state, &[&[2, 3, 4, 5, 7, 8, clerk][..], &workers].concat(), &[], now);
+        die(&mut state, clerk, Status::Code(0), now);
+        now += 100 * MS;
+    }
+    assert_eq!(state.generation(), 4);
+    (state, now)
+}
+
+#[test]
+fn s20_a_fourth_generation_waits_for_the_oldest() {
+    let (mut state, now) = with_three_that_drain(rules());
+    order(&mut state, Some(1), now);
+    let actions = compiled(&mut state, rules(), now);
+    assert!(actions.contains(&Action::Keep { generation: 5 }), "validated at once");
+    assert_eq!((spawned(&actions), signals(&actions)), (vec![], vec![]));
+    // Its workers go one by one; the generation is gone with the last.
+    assert_eq!(spawned(&die(&mut state, 2, Status::Code(0), now + SECOND)), []);
+    let actions = die(&mut state, 3, Status::Code(0), now + 2 * SECOND);
+    assert_eq!((spawned(&actions).len(), signals(&actions)), (2, vec![]));
+    let actions = show(&mut state, &[13, 14], &[], now + 2 * SECOND);
+    assert!(actions.contains(&Action::Adopt { generation: 5, rules: rules() }));
+}
+
+#[test]
+fn s20_it_does_not_wait_for_ever_and_a_stop_ends_the_wait() {
+    let slow = Rules { drain: 3600 * SECOND, ..rules() };
+    let (mut state, begun) = with_three_that_drain(slow);
+    order(&mut state, Some(1), begun);
+    compiled(&mut state, slow, begun);
+    let (mut now, mut actions) = (begun, Vec::new());
+    while spawned(&actions).is_empty() {
+        now = state.due();
+        actions = beat(&mut state, &[2, 3, 4, 5, 7, 8, 10, 11, 12], now);
+    }
+    assert_eq!((now - begun) / SECOND, 30);
+    assert_eq!(signals(&actions), [(2, Sig::Quit), (3, Sig::Quit)], "the oldest and nobody else");
+    let (mut state, now) = with_three_that_drain(slow);
+    order(&mut state, Some(1), now);
+    compiled(&mut state, slow, now);
+    let actions = step(&mut state, Event::Order(Order::Term), now + SECOND);
+    assert_eq!(answers(&actions), [(1, Err(1))]);
+    assert!(actions.contains(&Action::Forget { generation: 5 }) && !actions.contains(&Action::StopCompile));
+}
+
+/// The board has rows for two generations only.
+#[test]
+fn s20_a_generation_without_rows_waits_as_well() {
+    let given = super::Circumstances { rows: 5, ..super::tests::GIVEN };
+    let mut state = State::new(rules(), given, T0);
+    step(&mut state, Event::Start, T0);
+    beat(&mut state, &[1, 2, 3], T0 + MS);
+    order(&mut state, None, T0 + SECOND);
+    compiled(&mut state, rules(), T0 + SECOND);
+    show(&mut state, &[1, 2, 3, 4, 5], &[], T0 + SECOND);
+    die(&mut state, 1, Status::Code(0), T0 + SECOND);
+    order(&mut state, None, T0 + SECOND);
+    assert_eq!(spawned(&compiled(&mut state, rules(), T0 + SECOND)), []);
+    assert_eq!(spawned(&die(&mut state, 2, Status::Code(0), T0 + 2 * SECOND)), [], "half a generation is none");
+    assert_eq!(spawned(&die(&mut state, 3, Status::Code(0), T0 + 3 * SECOND)), [(7, 1), (8, 2)]);
+}
+
 #[test]
 fn s20_a_stop_answers_everybody() {
     let mut state = serving(rules());
@@ -140,24 +208,4 @@ fn s20_a_stop_answers_everybody() {
     assert_eq!(answers(&actions), [(1, Err(1)), (2, Err(1))]);
     assert!(actions.contains(&Action::StopCompile));
     assert_eq!(answers(&order(&mut state, Some(3), now)), [(3, Err(1))]);
-}
-
-#[test]
-fn what_only_a_restart_can_change_is_named() {
-    let text = "evergate-plan=1\nlisten=127.0.0.1:1\nadmin=127.0.0.1:2\nworkers_min=1\nworkers_max=4\nslots=16\n";
-    let first = Plan::parse(text).unwrap();
-    let judge = |from: &str, to: &str| succeed(&first, &Plan::parse(&text.replace(from, to)).unwrap(), 64);
-    assert_eq!(judge("", "").unwrap(), Rules::of_plan(&first));
-    assert_eq!(judge("slots=16", "slots=8").unwrap().slots, 8);
-    assert_eq!(judge("max=4", "max=31").unwrap().workers_max, 31);
-    for (from, to, key) in [
-        ("127.0.0.1:1", "127.0.0.1:3", "[server] listen"),
-        ("admin=127.0.0.1:2\n", "", "[admin] listen"),
-        ("slots=16", "slots=17", "[workers] slots"),
-        ("max=4", "max=32", "[workers] max"),
-        ("admin", "tls=1\nadmin", "[server] tls"),
-    ] {
-        let refusal = judge(from, to).unwrap_err();
-        assert!(refusal.code == 78 && refusal.why.contains(key), "{refusal:?}");
-    }
 }

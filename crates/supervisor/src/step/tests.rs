@@ -414,3 +414,23 @@ fn rules_come_from_the_plan() {
     let rules = Rules::of_plan(&plan.unwrap());
     assert_eq!((rules.workers_min, rules.workers_max, rules.drain), (1, 4, 7 * MS));
 }
+
+/// One that was told to go hangs: it is ended for that long before its drain is over, and force was needed in a stop.
+#[test]
+fn s04_one_that_hangs_while_it_drains_is_ended_for_that() {
+    let mut state = serving(Rules { drain: 3600 * SECOND, ..rules() });
+    let begun = T0 + SECOND;
+    beat(&mut state, &[1, 2, 3], begun);
+    assert_eq!(signals(&step(&mut state, Event::Order(Order::Term), begun)), [(2, Sig::Term), (3, Sig::Term)]);
+    let (mut sent, mut now) = (Vec::new(), begun);
+    while !sent.contains(&(2, Sig::Kill)) {
+        now = state.due();
+        sent.extend(signals(&beat(&mut state, &[1, 3], now)));
+    }
+    assert_eq!(sent, [(2, Sig::Abort), (2, Sig::Kill)], "and nothing for the one that beats");
+    assert!((10 * SECOND..=11 * SECOND).contains(&(now - begun)), "{}", now - begun);
+    assert_eq!(initiator(&die(&mut state, 2, KILLED, now)), Some(Initiator::Hang));
+    die(&mut state, 3, Status::Code(0), now);
+    beat(&mut state, &[1], now);
+    assert_eq!(exit(&die(&mut state, 1, Status::Code(0), now)), Some(75));
+}

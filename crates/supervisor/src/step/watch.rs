@@ -28,10 +28,12 @@ impl State {
             out.push(Action::KillOrphans);
         }
         let floor = self.floor;
-        for child in self.children_mut().filter(|child| child.ending.is_none()) {
+        for child in self.children_mut().filter(|child| !child.is_condemned()) {
             // From before the floor nothing counts: then the master was late itself (H7).
             let age = |since: Ns| now.saturating_sub(since.max(floor));
             match child.ready_at {
+                // One that boots and was told to go has a time already.
+                None if child.ending.is_some() => {}
                 None if age(child.born) > child.rules.boot_timeout => {
                     out.push(Action::Say(format!("the {} was not ready in time and is killed", child.name())));
                     child.end(Initiator::Boot, now);
@@ -51,7 +53,7 @@ impl State {
             }
             child.is_killed = true;
             out.push(Action::Send { epoch: child.epoch, signal: Sig::Kill });
-            if !matches!(child.ending, Some(Initiator::Boot | Initiator::Hang)) {
+            if !child.is_condemned() {
                 out.push(Action::Say(format!("the {} did not end in time and is killed", child.name())));
                 has_forced = true;
             }
@@ -65,9 +67,17 @@ impl State {
 }
 
 impl Child {
+    /// Whether it is being ended for what it did not do. One that was told to go is watched until it has gone: its loop has
+    /// to turn for that.
+    fn is_condemned(&self) -> bool {
+        matches!(self.ending, Some(Initiator::Boot | Initiator::Hang))
+            || planted!(TrustsLeavers) && self.ending.is_some()
+    }
+
+    /// Ends it; never gives it more time than it had.
     fn end(&mut self, initiator: Initiator, kill_at: Ns) {
         self.ending = Some(initiator);
-        self.kill_at = Some(kill_at);
+        self.kill_at = Some(self.kill_at.map_or(kill_at, |before| before.min(kill_at)));
     }
 
     /// The silence that ABRT answers: from there to KILL there is time to write a core.
@@ -79,7 +89,7 @@ impl Child {
     /// When ABRT is due if it does not beat before: a look that came later would leave no time for the core.
     pub(super) fn abort_at(&self, floor: Ns) -> Option<Ns> {
         let since = self.seen.beat.max(self.ready_at?).max(floor);
-        self.ending.is_none().then(|| since.saturating_add(self.abort_age()))
+        (!self.is_condemned()).then(|| since.saturating_add(self.abort_age()))
     }
 
     /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`.

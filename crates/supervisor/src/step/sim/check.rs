@@ -3,6 +3,7 @@
 use evergate_core::exit::{Kind, Status};
 
 use super::world::{Process, World};
+use crate::step::reload::ROOM_TIME;
 use crate::step::{Action, Event, MS, Ns, Phase, Rules, SECOND, Sig, TICK, Tally};
 
 pub(crate) const BURIALS: &str = "every child is buried once, and after its end";
@@ -14,17 +15,20 @@ pub(crate) const BEATS_AND_LIVES: &str = "nobody is ended for hanging before its
 pub(crate) const WELL_KILLED: &str = "a well child that is killed from outside is replaced at once";
 pub(crate) const PAUSES: &str = "a child that keeps dying is started ever more slowly";
 pub(crate) const ENDS_IN_TIME: &str = "what has a time has ended by then";
+pub(crate) const LEAVERS: &str = "who was told to go and hangs is ended for that";
 pub(crate) const READY_FIRST: &str = "an old worker is told to go when its successor is ready, not before";
 pub(crate) const LIFE_MIN: &str = "no worker is recycled in its first ten seconds";
 pub(crate) const FAILED_RELOAD: &str = "a failed reload leaves everything as it was";
 pub(crate) const EVERY_CALLER: &str = "every caller is answered once";
 pub(crate) const GENERATIONS: &str = "at most three generations drain without haste";
+pub(crate) const ROOM: &str = "a reload hastens those that drain only when it has waited for them";
 pub(crate) const CLERK_LAST: &str = "the clerk is stopped after the last worker";
 pub(crate) const LISTENERS: &str = "connects are refused at the end of a stop and not before";
 pub(crate) const START: &str = "the gateway serves or says why it does not, once";
 
-/// The longest time that a caller may wait: two validations, two boots and the rows of those that leave.
-const CALLER_TIME: Ns = 300 * SECOND;
+/// The longest time that a caller may wait: two validations, two times for the room, two boots and the rows of those that
+/// leave.
+const CALLER_TIME: Ns = 360 * SECOND;
 
 impl World {
     /// What must be true of one step as a whole, before its actions are carried out.
@@ -48,6 +52,12 @@ impl World {
         }
         if let Event::Exited { epoch, status, .. } = event {
             self.check_replaced(*epoch, *status, actions);
+        }
+        if self.stop_began.is_none() && self.kept_at.is_none_or(|at| self.now < at + ROOM_TIME) {
+            let is_cut = |epoch: &u32| self.living.get(epoch).is_some_and(Process::is_unhurried);
+            if told_in(actions, &[Sig::Quit]).iter().any(is_cut) {
+                self.fail(ROOM, "it is too soon");
+            }
         }
         if let Some((generation, rules)) = adopted {
             self.check_adopted(generation, &rules, actions);
@@ -189,11 +199,15 @@ impl World {
             if process.told.is_some_and(|at| self.now > at + rules.graceful() + slack) {
                 self.fail(ENDS_IN_TIME, "a child that was told to go is still there");
             }
-            if process.told.is_some() {
-                continue;
-            }
             let since = |at: Ns| at.max(self.stalled_at);
             let waits = process.shown_ready.is_none();
+            if process.told.is_some() {
+                let silent_from = process.frozen_at.max(process.shown_ready.unwrap_or(0));
+                if process.is_frozen && !waits && self.now > since(silent_from) + rules.hang_timeout + 4 * TICK {
+                    self.fail(LEAVERS, "it is still there");
+                }
+                continue;
+            }
             if waits && self.now > since(process.born) + rules.boot_timeout + 4 * TICK {
                 self.fail(ENDS_IN_TIME, "a child that never became ready is still there");
             }

@@ -97,6 +97,8 @@ pub(crate) struct World {
     pub(super) rules_of: BTreeMap<u32, Rules>,
     /// The generation that comes.
     pub(super) kept: Option<u32>,
+    /// When that was validated.
+    pub(super) kept_at: Option<Ns>,
     /// When the validation under way ends, and how.
     compile: Option<(Ns, Result<Rules, Refusal>)>,
     compiled: Option<Rules>,
@@ -156,6 +158,7 @@ impl World {
             target: rules.workers_min,
             rules_of: BTreeMap::from([(1, rules)]),
             kept: None,
+            kept_at: None,
             compile: None,
             compiled: None,
             living: BTreeMap::new(),
@@ -213,13 +216,17 @@ impl World {
         if self.is_logged {
             self.log.push(format!("{:>9} ms  {event:?}", (self.now - 1_000 * SECOND) / MS));
         }
+        let is_leaving = |epoch: u32| self.state.leaving.iter().any(|child| child.epoch == epoch);
+        let had_left = matches!(event, Event::Exited { epoch, .. } if is_leaving(*epoch));
         let actions = step(&mut self.state, event.clone(), self.now);
         self.note_stop();
         for action in actions.iter().filter(|_| self.is_logged) {
             self.log.push(format!("              -> {action:?}"));
         }
         self.check_step(event, &actions);
-        self.note_death(event);
+        if !had_left {
+            self.note_death(event);
+        }
         for action in &actions {
             self.carry_out(action);
         }
@@ -239,7 +246,7 @@ impl World {
         }
     }
 
-    /// Deaths that make the next start of the slot wait.
+    /// Deaths that make the next start of the slot wait; that of one whose place another has does not.
     fn note_death(&mut self, event: &Event) {
         let Event::Exited { epoch, status, .. } = event else { return };
         let Some(process) = self.living.get(epoch) else { return };
@@ -335,7 +342,7 @@ impl World {
                 if self.rules_of.insert(*generation, rules).is_some() {
                     self.fail(OWN_GENERATION, "a generation's number is used twice");
                 }
-                self.kept = Some(*generation);
+                (self.kept, self.kept_at) = (Some(*generation), Some(self.now));
             }
             Action::Adopt { generation, rules } => {
                 if self.kept != Some(*generation) {
