@@ -69,7 +69,7 @@ impl Alone {
             if start.elapsed() > PATIENCE {
                 return Err(format!("the worker was not ready within {PATIENCE:?}"));
             }
-            std::thread::sleep(Duration::from_millis(10));
+            super::subject::pause(Duration::from_millis(10));
         }
         Ok(alone)
     }
@@ -109,7 +109,7 @@ fn wait(pid: Pid) -> Option<Status> {
         match evergate_sys::reap(pid) {
             Ok(exit) => return Some(exit.status),
             Err(_) if start.elapsed() > PATIENCE => return None,
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            Err(_) => super::subject::pause(Duration::from_millis(10)),
         }
     }
 }
@@ -124,6 +124,7 @@ fn spawn(program: &Path, args: &[OsString], fds: &[(BorrowedFd<'_>, i32)]) -> Re
         fds,
         ignored: &[],
         own_group: false,
+        dies_with_us: true,
     };
     evergate_sys::spawn(&spec).map_err(words("the worker does not start"))
 }

@@ -122,7 +122,7 @@ fn start_listening(command: &mut Command, cpu: usize) -> Result<(Child, SocketAd
 /// The bare hyper proxy under another program.
 pub fn start_proxy_under(place: &Place, under: &[OsString]) -> Result<Subject, String> {
     let (program, arguments) = under.split_first().ok_or("nothing to run the proxy under")?;
-    let own = std::env::current_exe().map_err(|error| format!("own program: {error}"))?;
+    let own = std::fs::read_link("/proc/self/exe").map_err(|error| format!("own program: {error}"))?;
     let mut command = Command::new(program);
     command.args(arguments).arg(own).args(["bench-proxy", &place.mock.to_string()]);
     let (child, address) = start_listening(&mut command, place.cpu)?;
@@ -191,7 +191,7 @@ impl Subject {
 }
 
 /// Waits without a timer's coarseness.
-fn pause(time: Duration) {
+pub fn pause(time: Duration) {
     let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(time.subsec_nanos()) };
     let _ = rustix::event::poll(&mut [], Some(&timeout));
 }
