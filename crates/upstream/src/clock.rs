@@ -10,6 +10,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -28,6 +29,9 @@ pub struct Clock(Arc<Shared>);
 struct Shared {
     fd: OwnedFd,
     waits: Mutex<Waits>,
+    start: Instant,
+    /// Up to when timers have been fired, nanoseconds since `start`; written under the lock.
+    fired_ns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +59,10 @@ impl Shared {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn ns(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX)
+    }
+
     /// Arms the timerfd if it would fire too late.
     fn arm(&self, waits: &mut Waits, at: Instant, now: Instant) {
         if waits.armed.is_some_and(|armed| armed <= at) {
@@ -72,6 +80,7 @@ impl Shared {
     fn due(&self) -> Vec<Waker> {
         let now = Instant::now();
         let mut waits = self.lock();
+        self.fired_ns.store(self.ns(now), Ordering::Release);
         waits.armed = None;
         let mut due = Vec::new();
         while let Some(first) = waits.wakers.first_entry() {
@@ -93,7 +102,8 @@ impl Clock {
     /// What timerfd_create(2) says.
     pub fn new() -> io::Result<Self> {
         let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new(Shared { fd, waits: Mutex::default() })))
+        let (start, fired_ns) = (Instant::now(), AtomicU64::new(0));
+        Ok(Self(Arc::new(Shared { fd, waits: Mutex::default(), start, fired_ns })))
     }
 
     /// Fires timers until it is dropped.
@@ -114,7 +124,7 @@ impl Clock {
     /// Ends at `at`, or a moment later.
     #[must_use]
     pub fn sleep_until(&self, at: Instant) -> Sleep {
-        Sleep { clock: self.clone(), at, number: None }
+        Sleep { at_ns: self.0.ns(at), clock: self.clone(), at, waiting: None }
     }
 
     /// Ends in `time`, or a moment later.
@@ -149,8 +159,9 @@ pub struct Elapsed;
 pub struct Sleep {
     clock: Clock,
     at: Instant,
-    /// Set while somebody is to be woken.
-    number: Option<u64>,
+    at_ns: u64,
+    /// Number and waker, once somebody is to be woken.
+    waiting: Option<(u64, Waker)>,
 }
 
 impl Sleep {
@@ -165,29 +176,40 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let shared = &this.clock.0;
+        // Streams poll their timers with each piece: what is known needs neither the time nor the lock.
+        if let Some((_, waker)) = &this.waiting
+            && waker.will_wake(cx.waker())
+            && shared.fired_ns.load(Ordering::Acquire) < this.at_ns
+        {
+            return Poll::Pending;
+        }
         let now = Instant::now();
-        if now >= self.at {
+        if now >= this.at {
             return Poll::Ready(());
         }
-        let at = self.at;
-        let shared = Arc::clone(&self.clock.0);
         let mut waits = shared.lock();
-        let number = *self.number.get_or_insert_with(|| {
-            waits.next += 1;
-            waits.next
-        });
-        match waits.wakers.get_mut(&(at, number)) {
-            Some(waker) => waker.clone_from(cx.waker()),
-            None => drop(waits.wakers.insert((at, number), cx.waker().clone())),
-        }
-        shared.arm(&mut waits, at, now);
+        let number = match &this.waiting {
+            Some((number, _)) => *number,
+            None => {
+                waits.next += 1;
+                waits.next
+            }
+        };
+        let before = waits.wakers.insert((this.at, number), cx.waker().clone());
+        shared.arm(&mut waits, this.at, now);
+        drop(waits);
+        // Outside the lock: it may be the last thing that holds a task.
+        drop(before);
+        this.waiting = Some((number, cx.waker().clone()));
         Poll::Pending
     }
 }
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        if let Some(number) = self.number {
+        if let Some((number, _)) = self.waiting.take() {
             let gone = self.clock.0.lock().wakers.remove(&(self.at, number));
             // Outside the lock: it may be the last thing that holds a task.
             drop(gone);
@@ -252,6 +274,17 @@ mod tests {
             let start = Instant::now();
             clock.sleep(SHORT * 2).await;
             assert!(start.elapsed() >= SHORT * 2);
+        });
+    }
+
+    #[test]
+    fn whoever_polled_last_is_woken() {
+        with_clock(async |clock| {
+            let mut sleep = clock.sleep(SHORT);
+            let other = Waker::noop();
+            assert!(Pin::new(&mut sleep).poll(&mut Context::from_waker(other)).is_pending());
+            assert!(Pin::new(&mut sleep).poll(&mut Context::from_waker(other)).is_pending());
+            sleep.await;
         });
     }
 
