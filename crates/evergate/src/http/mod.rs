@@ -3,6 +3,7 @@
 pub mod app;
 pub mod auth;
 pub mod body;
+mod call;
 pub mod fault;
 pub mod intake;
 pub mod model_call;
@@ -10,3 +11,4 @@ pub mod refusal;
 pub mod relay;
 pub mod respond;
 pub mod service;
+mod streaming;

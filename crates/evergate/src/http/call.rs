@@ -1,0 +1,157 @@
+//! One call to an upstream: what it is sent of the client's request, and its whole answer or its refusal.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use evergate_core::deadline::Limit;
+use evergate_core::json::scan_answer;
+use evergate_core::router::Route;
+use evergate_core::{Deadline, Error, Fault, traceparent};
+use evergate_upstream::{Answer, AnswerBody, Call, Client};
+use http::Response;
+use http::header::{HeaderMap, HeaderName};
+
+use super::body::Body;
+use super::model_call::ModelCall;
+use super::{refusal, respond};
+use crate::gate::pass::Pass;
+
+/// Client headers that travel on to an upstream; all others stay here.
+const FORWARDED: [HeaderName; 3] = [
+    HeaderName::from_static("openai-beta"),
+    HeaderName::from_static("anthropic-beta"),
+    HeaderName::from_static("idempotency-key"),
+];
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
+/// Most bytes of an upstream's error answer that are read.
+const REFUSAL_BYTES_MAX: usize = 64 * 1024;
+
+impl ModelCall {
+    pub(super) fn client(&self, route: &Route<'_>, name: &str) -> Result<Arc<Client>, Error> {
+        self.app.clients.get(name).map(Arc::clone).ok_or_else(|| {
+            Error::new(Fault::Internal, "the model's upstream is not there")
+                .detail(format!("{} -> {name}", route.label))
+        })
+    }
+
+    pub(super) fn call(&self, body: Bytes, deadline: Deadline) -> Call {
+        let mut headers = HeaderMap::new();
+        let (mut parent, mut state, mut parents) = (None, None, 0);
+        // One walk over the few that there are, instead of a look-up for each that might be.
+        for (name, value) in &self.headers {
+            if *name == TRACEPARENT {
+                parent = Some(value);
+                parents += 1;
+            } else if *name == TRACESTATE {
+                state = state.or(Some(value));
+            } else if FORWARDED.contains(name) && !headers.contains_key(name) {
+                headers.insert(name.clone(), value.clone());
+            }
+        }
+        // Two cannot both be the parent.
+        if let Some(parent) = parent.filter(|parent| parents == 1 && traceparent::is_valid(parent.as_bytes())) {
+            headers.insert(TRACEPARENT, parent.clone());
+            if let Some(state) = state {
+                headers.insert(TRACESTATE, state.clone());
+            }
+        }
+        if let Some(id) = &self.own_id {
+            headers.insert(respond::REQUEST_ID, id.clone());
+        }
+        Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None }
+    }
+
+    /// A unary call: the answer is read whole, checked and passed on byte for byte.
+    pub(super) async fn whole(
+        &self,
+        client: &Client,
+        name: &str,
+        body: Bytes,
+        deadline: Deadline,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Error> {
+        let answer = client.call(self.call(body, deadline)).await.map_err(|failure| failure.error)?;
+        pass.note_first_token();
+        if !answer.status.is_success() {
+            return Err(Box::pin(self.refused(name, answer, deadline)).await);
+        }
+        let limits = &self.app.sealed.config.limits;
+        let (status, headers) = (answer.status, answer.headers);
+        let body = self.read_whole(answer.body, name, deadline, limits.answer_bytes).await?;
+        let bad = |message: String| Error::new(Fault::UpstreamBadResponse, message);
+        let seen = scan_answer(&body).map_err(|broken| {
+            bad(format!("the upstream \"{name}\" sent an answer that is not JSON"))
+                .detail(format!("byte {}: expected {}", broken.at, broken.expected))
+        })?;
+        if seen.has_error {
+            return Err(refusal::of_object(&self.app, name, seen.error_message.as_deref()));
+        }
+        if !seen.has_choices_or_data {
+            return Err(bad(format!("the upstream \"{name}\" sent an answer without choices or data")));
+        }
+        pass.record.usage = seen.usage;
+        let mut response = respond::json(status, body);
+        pass_headers(&headers, response.headers_mut());
+        Ok(response)
+    }
+
+    async fn read_whole(
+        &self,
+        mut body: AnswerBody,
+        name: &str,
+        deadline: Deadline,
+        bytes_max: u64,
+    ) -> Result<Bytes, Error> {
+        let mut first = Bytes::new();
+        let mut rest = BytesMut::new();
+        loop {
+            let idle = Deadline::new(Instant::now(), self.app.sealed.config.timeouts.idle, Limit::Idle);
+            let until = deadline.min(idle);
+            let data = match self.app.clock.timeout_at(until.at(), body.data()).await {
+                Ok(Some(data)) => data?,
+                Ok(None) => break,
+                Err(_) => {
+                    let fault =
+                        if until.limit() == Limit::Idle { Fault::UpstreamTimeout } else { Fault::DeadlineExceeded };
+                    let message =
+                        format!("the upstream \"{name}\" did not finish its answer within {}", until.limit().key());
+                    return Err(Error::new(fault, message));
+                }
+            };
+            if (first.len() + rest.len() + data.len()) as u64 > bytes_max {
+                let message = format!("the upstream \"{name}\" sent more than {bytes_max} bytes (limits.answer)");
+                return Err(Error::new(Fault::UpstreamBadResponse, message));
+            }
+            if first.is_empty() && rest.is_empty() {
+                first = data;
+            } else {
+                // One piece needs no copy; the second begins one.
+                if !first.is_empty() {
+                    rest.extend_from_slice(&std::mem::take(&mut first));
+                }
+                rest.extend_from_slice(&data);
+            }
+        }
+        Ok(if rest.is_empty() { first } else { rest.freeze() })
+    }
+
+    /// The error for an answer that is not a 2xx. Its body only adds words, so no failure to read it matters.
+    pub(super) async fn refused(&self, name: &str, answer: Answer, deadline: Deadline) -> Error {
+        let Answer { status, headers, body } = answer;
+        let read = self.read_whole(body, name, deadline, REFUSAL_BYTES_MAX as u64).await.unwrap_or_default();
+        refusal::of(&self.app, name, status, &headers, &read)
+    }
+}
+
+/// Headers of an upstream's answer that travel on.
+fn pass_headers(from: &HeaderMap, to: &mut HeaderMap) {
+    for (name, value) in from {
+        let text = name.as_str();
+        if text.starts_with("x-ratelimit-") || text == "openai-processing-ms" || text == "openai-version" {
+            to.append(name.clone(), value.clone());
+        }
+    }
+}

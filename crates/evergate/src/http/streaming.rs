@@ -1,0 +1,105 @@
+//! A stream from its call to its response head.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use evergate_core::deadline::Limit;
+use evergate_core::{Deadline, Error, Fault};
+use evergate_upstream::Client;
+use http::Response;
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+
+use super::body::{Body, Stream};
+use super::fault::planted;
+use super::model_call::ModelCall;
+use super::relay::{Calling, Limits, Relay};
+use super::{refusal, respond};
+use crate::gate::Arrival;
+use crate::gate::pass::Pass;
+
+impl ModelCall {
+    pub(super) fn limits(&self, deadline: Deadline) -> Limits {
+        let timeouts = &self.app.sealed.config.timeouts;
+        let now = Instant::now();
+        Limits {
+            total: deadline,
+            first_token: Deadline::new(now, timeouts.first_token, Limit::FirstToken),
+            stream_total: Deadline::new(self.started, timeouts.stream_total, Limit::StreamTotal),
+            idle: timeouts.idle,
+            clock: self.app.clock.clone(),
+            event_bytes: usize::try_from(self.app.sealed.config.limits.event_bytes).unwrap_or(usize::MAX),
+        }
+    }
+
+    pub(super) async fn stream(
+        &self,
+        client: Arc<Client>,
+        name: &str,
+        body: Bytes,
+        deadline: Deadline,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Error> {
+        let limits = self.limits(deadline);
+        let call = self.call(body, deadline.min(limits.stream_total));
+        let asking = Self {
+            app: Arc::clone(&self.app),
+            headers: HeaderMap::new(),
+            arrival: Arrival::default(),
+            token: Arc::clone(&self.token),
+            own_id: None,
+            ..*self
+        };
+        let upstream = name.to_owned();
+        let calling: Calling = Box::pin(async move {
+            let answer = client.call(call).await.map_err(|failure| failure.error)?;
+            if !answer.status.is_success() {
+                return Err(asking.refused(&upstream, answer, deadline).await);
+            }
+            let kind = answer.headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+            if kind.get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream")) {
+                return Ok(answer.body);
+            }
+            let message = format!("the upstream \"{upstream}\" answered a stream request with something else");
+            Err(Error::new(Fault::UpstreamBadResponse, message))
+        });
+        let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
+        let on_error_event = Box::new(move |message: Option<&str>| refusal::of_object(&app, &upstream, message));
+        self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), pass).await
+    }
+
+    /// Waits with the response head until the first event, so that an early failure has a real status; longer than
+    /// `head_hold` it does not wait, so that clients and proxies see the answer begin.
+    pub(super) async fn hold_head(&self, mut relay: Relay, pass: &mut Pass) -> Result<Response<Body>, Error> {
+        let timeouts = &self.app.sealed.config.timeouts;
+        let first = std::future::poll_fn(|cx| {
+            loop {
+                match std::task::ready!(relay.poll_next(cx)) {
+                    // Comments alone do not commit: what follows may still be a refusal.
+                    Some(Ok(_)) if !relay.has_begun() => {}
+                    first => return std::task::Poll::Ready(first),
+                }
+            }
+        });
+        let first = match self.app.clock.timeout_at(Instant::now() + timeouts.head_hold, first).await {
+            Ok(Some(Ok(first))) => {
+                pass.note_first_token();
+                Some(first)
+            }
+            Ok(Some(Err(error))) => return Err(error),
+            Ok(None) => return Err(Error::new(Fault::UpstreamBadResponse, "the upstream's stream holds no event")),
+            Err(_) => Some(Bytes::from_static(b": waiting for the model\n\n")),
+        };
+        pass.record.usage = relay.usage().or(pass.record.usage);
+        Ok(respond::stream(Body::stream(Stream {
+            relay,
+            first,
+            token: Arc::clone(&self.token),
+            keepalive: timeouts.keepalive,
+            planted: planted(&self.headers),
+            pinger: None,
+            written_at: Instant::now(),
+            clock: self.app.clock.clone(),
+        })))
+    }
+}
