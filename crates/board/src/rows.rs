@@ -209,6 +209,7 @@ row! {
     } with {
         note: Text,
         panic_place: Text,
+        panic_offsets: Text,
     }
 }
 
@@ -269,6 +270,7 @@ impl ChildRow {
         self.set_inflight_high(0);
         self.set_panic_ns(0);
         self.panic_place.set("");
+        self.panic_offsets.set("");
         self.set_note("");
     }
 
@@ -289,9 +291,16 @@ impl ChildRow {
         self.panic_place.get()
     }
 
+    /// The calls that led there, as hexadecimal offsets into the program.
+    #[must_use]
+    pub fn panic_offsets(&self) -> String {
+        self.panic_offsets.get()
+    }
+
     /// Notes a panic, at a time in monotonic nanoseconds. Allocates nothing, as a panic hook must not.
-    pub fn set_panic(&self, place: &str, now: u64) {
+    pub fn set_panic(&self, place: &str, offsets: &str, now: u64) {
         self.panic_place.set(place);
+        self.panic_offsets.set(offsets);
         self.set_panic_ns(now);
     }
 }

@@ -143,6 +143,8 @@ pub struct Lost {
 pub struct Panicked {
     /// `FILE:LINE:COLUMN`.
     pub place: String,
+    /// The calls that led there, innermost first, as hexadecimal offsets into the program.
+    pub offsets: String,
     /// Milliseconds from it to the end: a caught one of long ago is not the cause of an end.
     pub age_ms: u64,
 }
@@ -279,6 +281,8 @@ impl ExitRecord {
             Some(panic) => {
                 out.push_str(",\"panic\":{\"place\":");
                 write_string(out, &panic.place);
+                out.push_str(",\"offsets\":");
+                write_string(out, &panic.offsets);
                 let _ = write!(out, ",\"age_ms\":{}}}", panic.age_ms);
             }
             None => out.push_str(",\"panic\":null"),
@@ -325,7 +329,7 @@ mod tests {
             connections_idle: 2,
             sent: vec!["TERM", "KILL"],
             running: Some("req_1".into()),
-            panic: Some(Panicked { place: "src/a.rs:1:2".into(), age_ms: 3 }),
+            panic: Some(Panicked { place: "src/a.rs:1:2".into(), offsets: "1f 2e".into(), age_ms: 3 }),
             oom_kills: Some(1),
             evidence: "its \"cgroup\"".into(),
             lost: vec![Lost { request_id: "req_1".into(), method: "POST".into(), ..Lost::default() }],

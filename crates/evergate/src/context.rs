@@ -1,5 +1,6 @@
 //! What belongs to one request and is passed along explicitly: its ids, its cancel token, its clock.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context as Task, Waker};
 
@@ -12,6 +13,7 @@ use evergate_core::{Cause, Error};
 pub struct Token {
     cause: CauseCell,
     waker: Mutex<Option<Waker>>,
+    is_accounted: AtomicBool,
 }
 
 impl Token {
@@ -22,6 +24,17 @@ impl Token {
         {
             waker.wake();
         }
+    }
+
+    /// The request has its record, or a pass that will write it.
+    pub fn account(&self) {
+        self.is_accounted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nobody needs to write a record when the request's handler is lost.
+    #[must_use]
+    pub fn is_accounted(&self) -> bool {
+        self.is_accounted.load(Ordering::Relaxed)
     }
 
     /// The cause, if it was cancelled.

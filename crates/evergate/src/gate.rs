@@ -232,6 +232,7 @@ impl Gate {
             return Err(Error::new(Fault::Overloaded, "the board has no row left for the request; try again"));
         };
         ticket.set_phase(InflightPhase::Route);
+        token.account();
         self.lock_live().insert(id.seq, Arc::clone(token));
         if *self.stage.borrow() == Stage::Cancelling {
             token.cancel(Cause::Draining);
@@ -253,8 +254,8 @@ impl Gate {
         (status, end): (u16, End),
         error: Option<&Error>,
     ) {
-        let record = Record::ended(id, arrival, started, (status, end), error);
-        self.write(&record, None);
+        let mut record = Record::ended(id, arrival, started, (status, end), error);
+        self.write(&mut record, None);
     }
 
     /// Shows on the board which request is being polled, 0 for none: a death then names the one that was running.

@@ -12,6 +12,7 @@ pub mod gate;
 pub mod http;
 pub mod lifespan;
 pub mod lives;
+pub mod panics;
 pub mod server;
 pub mod tasks;
 pub mod telemetry;

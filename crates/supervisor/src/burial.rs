@@ -68,9 +68,11 @@ fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]
         note: row.map(ChildRow::note).unwrap_or_default(),
         sent: dead.sent.clone(),
         running: row.and_then(|row| running(board, dead, row)),
-        panic: row
-            .filter(|_| panicked > 0)
-            .map(|row| Panicked { place: row.panic_place(), age_ms: ms_since(panicked) }),
+        panic: row.filter(|_| panicked > 0).map(|row| Panicked {
+            place: row.panic_place(),
+            offsets: row.panic_offsets(),
+            age_ms: ms_since(panicked),
+        }),
         oom_kills: finding.and_then(|finding| finding.kills),
         evidence: finding.map(|finding| finding.evidence.clone()).unwrap_or_default(),
         connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),

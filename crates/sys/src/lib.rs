@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod fd;
+mod frames;
 mod overflow;
 mod reap;
 mod signal;
@@ -15,6 +16,7 @@ mod tcp;
 mod time;
 
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
+pub use frames::call_offsets;
 pub use overflow::tcp_overflows;
 pub use reap::{Exit, Status, exit_of, peek_exit, reap};
 pub use signal::{Signals, Taken, is_alive, is_being_killed, kill_if_same, start_ticks};

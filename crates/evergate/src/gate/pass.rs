@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use evergate_board::{Board, ChildRow, InflightPhase, Ticket};
+use evergate_board::{ChildRow, InflightPhase, Ticket};
 use evergate_core::ids::RequestId;
 use evergate_core::json::Usage;
 use evergate_core::record::Access;
@@ -15,6 +15,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::load::Weight;
 use super::{Arrival, Gate};
 use crate::context::Token;
+use crate::http::fault::{Place, pass_by};
+use crate::panics;
+use crate::tasks::caught;
 use crate::telemetry::names::{self, End};
 
 /// What the access record and the counters will say of a request.
@@ -47,6 +50,7 @@ pub struct Record {
     backend_label: u16,
     end: Option<(u16, End)>,
     is_complete: bool,
+    is_counted: bool,
 }
 
 impl Record {
@@ -70,6 +74,7 @@ impl Record {
             backend_label: 0,
             end: None,
             is_complete: false,
+            is_counted: false,
         }
     }
 
@@ -184,11 +189,6 @@ impl Pass {
         self.set_end(status, End::Fault(error.fault));
     }
 
-    /// Counts a caught panic on the owner's row.
-    pub fn count_panic(&self, count: fn(&Board, u32)) {
-        count(&self.gate.board, self.gate.row);
-    }
-
     /// Its client reads nothing: what of the answer is not the kernel's yet never will be.
     pub fn stall(&self) {
         self.token.cancel(Cause::ClientStalled);
@@ -220,8 +220,19 @@ impl Drop for Pass {
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);
         }
-        // The record first, then the row: a death in between shows the request twice rather than never.
-        self.gate.write(&self.record, Some(&self.ticket));
+        if std::thread::panicking() && self.record.detail.is_empty() {
+            self.record.detail = panics::last();
+        }
+        // The record first, then the row: a death in between shows the request twice rather than never. A panic in it
+        // would end the connection, and with it the other requests on it.
+        let (gate, record, ticket) = (&self.gate, &mut *self.record, &self.ticket);
+        let is_written = caught(|| {
+            pass_by(Place::Pass);
+            gate.write(record, Some(ticket));
+        });
+        if !is_written {
+            gate.write_off(&mut self.record, &self.ticket);
+        }
         let mut live = self.gate.lock_live();
         live.remove(&self.record.id.seq);
         if live.is_empty() {
@@ -231,20 +242,38 @@ impl Drop for Pass {
 }
 
 impl Gate {
-    /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
-    /// it counts what is not marked as counted, and the clerk drops its second record of one request.
-    pub(super) fn write(&self, record: &Record, ticket: Option<&Ticket>) {
+    /// Counts a request, once, and says how it ended.
+    fn count(&self, record: &mut Record, ticket: Option<&Ticket>) -> (u16, End) {
         let (status, end) = record.end.unwrap_or((499, End::ClientGone));
-        let Some(series) = self.board.series(self.row) else { return };
-        let model_label = record.model_label;
         let end_code = names::status_and_end(status, end);
         if let Some(ticket) = ticket {
             ticket.set_end(end_code);
         }
-        series.add(names::key(names::REQUESTS, model_label, record.backend_label, end_code), 1);
+        if let Some(series) = self.board.series(self.row)
+            && !std::mem::replace(&mut record.is_counted, true)
+        {
+            series.add(names::key(names::REQUESTS, record.model_label, record.backend_label, end_code), 1);
+        }
         if let Some(ticket) = ticket {
             ticket.set_counted();
         }
+        (status, end)
+    }
+
+    /// Counts a request whose record could not be written for a panic.
+    fn write_off(&self, record: &mut Record, ticket: &Ticket) {
+        let _ = self.count(record, Some(ticket));
+        if let Some(series) = self.board.series(self.row) {
+            series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
+        }
+    }
+
+    /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
+    /// it counts what is not marked as counted, and the clerk drops its second record of one request.
+    pub(super) fn write(&self, record: &mut Record, ticket: Option<&Ticket>) {
+        let (status, end) = self.count(record, ticket);
+        let Some(series) = self.board.series(self.row) else { return };
+        let model_label = record.model_label;
         if let Some(ms) = record.first_token_ms {
             series.add(names::key(names::FIRST_TOKEN_BUCKET, model_label, names::first_token_bucket(ms), 0), 1);
             series.add(names::key(names::FIRST_TOKEN_SUM_US, model_label, 0, 0), (ms * 1000.0) as u64);

@@ -14,13 +14,14 @@ use evergate_core::{Error, Fault};
 use evergate_upstream::clock::{Clock, Sleep};
 use http_body::{Frame, SizeHint};
 
-use super::fault::{Moment, Planted, strike};
+use super::fault::{Bomb, Moment, Planted, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::pass::Pass;
+use crate::panics;
 use crate::server::shared::Shared;
 use crate::server::streams::Taken;
-use crate::tasks::count_panic;
+use crate::tasks::caught;
 use crate::telemetry::names::End;
 
 /// What the HTTP/2 library gets of a whole body at once, the least that is the largest frame everywhere (RFC 9113, 4.2):
@@ -76,6 +77,8 @@ pub struct Stream {
     pub keepalive: Duration,
     /// A fault to plant.
     pub planted: Option<Planted>,
+    /// Another.
+    pub bomb: Bomb,
     /// Sends comments; armed at the first silence.
     pub pinger: Option<Sleep>,
     /// Times the silence.
@@ -118,9 +121,16 @@ impl Body {
 
     /// The last byte was taken: the pass waits for the flush.
     fn finish(&mut self) {
-        self.content = Content::Done;
+        self.drop_content();
         if let (Some(pass), Some(active)) = (self.pass.take(), &self.active) {
             active.0.finish(pass);
+        }
+    }
+
+    /// A panic in it would end the connection, and with it the other requests on it.
+    fn drop_content(&mut self) {
+        if let Content::Stream(stream) = std::mem::replace(&mut self.content, Content::Done) {
+            caught(|| drop(stream));
         }
     }
 
@@ -139,10 +149,7 @@ impl Body {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(piece)) => piece,
             Err(_) => {
-                if let Some(pass) = &self.pass {
-                    pass.count_panic(count_panic);
-                }
-                Some(Err(Error::new(Fault::Internal, "an internal error ended the stream")))
+                Some(Err(Error::new(Fault::Internal, "an internal error ended the stream").detail(panics::last())))
             }
         };
         match piece {
@@ -197,6 +204,7 @@ impl Drop for Body {
         if let Some(pass) = self.pass.as_ref().filter(|_| is_stalled) {
             pass.stall();
         }
+        self.drop_content();
     }
 }
 

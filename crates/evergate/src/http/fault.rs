@@ -1,14 +1,25 @@
 //! Planted faults for drills: only in debug builds, and only where `EVERGATE_FAULT=1` stands in the environment.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use http::HeaderMap;
 
 /// A fault that a request asks for by `x-evergate-fault`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planted {
+    /// `panic-head`: panic before admission.
+    PanicHead,
     /// `panic-handler`: panic in the handler, after admission.
     PanicHandler,
     /// `panic-stream`: panic in the body, after the first piece.
     PanicStream,
+    /// `panic-drop`: panic while the handler's values are dropped, at its end.
+    PanicDrop,
+    /// `panic-drop-stream`: the same with the body of a stream.
+    PanicDropStream,
+    /// `panic-PLACE`: panic the next time that something passes this place: `pass` (the books of a request), `connection`
+    /// (before its next write), or the turn of a kept task (`beat`, `clock`, `sweep`, `accept`).
+    PanicAt(Place),
     /// `double-panic`: panic while a panic unwinds, which ends the process.
     DoublePanic,
     /// `abort`: end the process by ABRT.
@@ -23,9 +34,76 @@ pub enum Planted {
     SpinStream,
 }
 
+/// Where an armed panic waits for whoever comes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are those in `PanicAt`")]
+pub enum Place {
+    Pass,
+    Connection,
+    Beat,
+    Clock,
+    Sweep,
+    Accept,
+}
+
+/// Panics that wait, by place.
+static ARMED: [AtomicU32; 6] = [const { AtomicU32::new(0) }; 6];
+
+impl Place {
+    fn of(name: &str) -> Option<Self> {
+        Some(match name {
+            "pass" => Self::Pass,
+            "connection" => Self::Connection,
+            "beat" => Self::Beat,
+            "clock" => Self::Clock,
+            "sweep" => Self::Sweep,
+            "accept" => Self::Accept,
+            _ => return None,
+        })
+    }
+}
+
+/// Passes a place where a panic may have been armed.
+#[allow(clippy::panic, reason = "this is what the drill is for")]
+pub fn pass_by(place: Place) {
+    let take = |armed: u32| armed.checked_sub(1);
+    if cfg!(debug_assertions)
+        && ARMED
+            .get(place as usize)
+            .is_some_and(|armed| armed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok())
+    {
+        panic!("a planted fault in passing");
+    }
+}
+
+/// Panics when it is dropped, if that is what the request asked for.
+#[derive(Debug)]
+pub struct Bomb {
+    is_armed: bool,
+}
+
+impl Bomb {
+    /// Armed if `planted` is `fault`.
+    #[must_use]
+    pub fn new(planted: Option<Planted>, fault: Planted) -> Self {
+        Self { is_armed: cfg!(debug_assertions) && planted == Some(fault) }
+    }
+}
+
+impl Drop for Bomb {
+    #[allow(clippy::panic, reason = "this is what the drill is for")]
+    fn drop(&mut self) {
+        if cfg!(debug_assertions) && self.is_armed {
+            panic!("a planted fault in a drop");
+        }
+    }
+}
+
 /// Where a fault can strike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
+    /// Before the body is read.
+    Head,
     /// In the handler, after admission.
     Handler,
     /// In the body, after the first piece.
@@ -42,14 +120,20 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         return None;
     }
     Some(match headers.get("x-evergate-fault")?.to_str().ok()? {
+        "panic-head" => Planted::PanicHead,
         "panic-handler" => Planted::PanicHandler,
         "panic-stream" => Planted::PanicStream,
+        "panic-drop" => Planted::PanicDrop,
+        "panic-drop-stream" => Planted::PanicDropStream,
         "double-panic" => Planted::DoublePanic,
         "abort" => Planted::Abort,
         "eat" => Planted::Eat,
         "spin" => Planted::Spin,
         "spin-stream" => Planted::SpinStream,
-        other => Planted::Exit(other.strip_prefix("exit-")?.parse().ok()?),
+        other => match other.strip_prefix("panic-") {
+            Some(place) => Planted::PanicAt(Place::of(place)?),
+            None => Planted::Exit(other.strip_prefix("exit-")?.parse().ok()?),
+        },
     })
 }
 
@@ -57,12 +141,19 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
 #[allow(clippy::panic, clippy::exit, reason = "this is what the drill is for")]
 pub fn strike(planted: Option<Planted>, here: Moment) {
     match (planted, here) {
-        (Some(Planted::PanicHandler), Moment::Handler) | (Some(Planted::PanicStream), Moment::Stream) => {
-            panic!("a planted fault: {here:?}");
+        (Some(Planted::PanicHead), Moment::Head)
+        | (Some(Planted::PanicHandler), Moment::Handler)
+        | (Some(Planted::PanicStream), Moment::Stream) => {
+            panic!("a planted fault");
         }
         (Some(Planted::DoublePanic), Moment::Handler) => {
             let _second = PanicsInDrop;
             panic!("a planted fault: the first panic");
+        }
+        (Some(Planted::PanicAt(place)), Moment::Handler) => {
+            if let Some(armed) = ARMED.get(place as usize) {
+                armed.fetch_add(1, Ordering::Relaxed);
+            }
         }
         (Some(Planted::Abort), Moment::Handler) => std::process::abort(),
         (Some(Planted::Exit(code)), Moment::Handler) => std::process::exit(code.into()),

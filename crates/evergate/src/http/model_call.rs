@@ -17,7 +17,7 @@ use hyper::body::Incoming;
 
 use super::app::App;
 use super::body::Body;
-use super::fault::{Moment, planted, strike};
+use super::fault::{Bomb, Moment, Planted, planted, strike};
 use super::relay::Relay;
 use super::{intake, respond};
 use crate::context::{Token, cancelled};
@@ -77,6 +77,8 @@ pub type Outcome = (Result<Response<Body>, Error>, Option<Pass>);
 impl ModelCall {
     /// Serves it. What is awaited boxed here is rare or long: the way of a unary call is moved about whole.
     pub async fn run(self, body: Incoming) -> Outcome {
+        let planted = planted(&self.headers);
+        strike(planted, Moment::Head);
         let config = &self.app.sealed.config;
         if let Err(error) = intake::check_head(&self.headers, config) {
             return (Err(error), None);
@@ -97,8 +99,11 @@ impl ModelCall {
             Err(error) => return (Err(error), None),
         };
         pass.record.bytes_in = body.len() as u64;
-        strike(planted(&self.headers), Moment::Handler);
+        strike(planted, Moment::Handler);
+        let bomb = Bomb::new(planted, Planted::PanicDrop);
         let served = self.serve(body, deadline, &mut pass).await;
+        // Not by the end of the scope: the compiler leaks a value on its way out when a drop panics there (rust#47949).
+        drop(bomb);
         (served, Some(pass))
     }
 

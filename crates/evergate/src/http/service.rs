@@ -19,8 +19,9 @@ use super::respond;
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
+use crate::panics;
 use crate::server::shared::Shared;
-use crate::tasks::{Caught, count_panic};
+use crate::tasks::Caught;
 use crate::telemetry::names::End;
 use evergate_board::MasterPhase;
 
@@ -30,6 +31,15 @@ pub struct Service {
     app: Arc<App>,
     shared: Arc<Shared>,
     newcomer: Arc<Newcomer>,
+}
+
+/// What is known of a request by its head alone.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    id: RequestId,
+    path: Path,
+    method: &'static str,
+    started: Instant,
 }
 
 /// Where a request goes.
@@ -100,16 +110,13 @@ impl Service {
     async fn serve(
         self,
         request: Request<Incoming>,
-        (id, own_id): (RequestId, Option<HeaderValue>),
-        token: Arc<Token>,
+        Seen { id, path, method, started }: Seen,
+        (own_id, token): (Option<HeaderValue>, Arc<Token>),
         (refusal, active): (Option<Error>, Active),
     ) -> Response<Body> {
-        let started = Instant::now();
         let (head, body) = request.into_parts();
-        let path = Path::of(head.uri.path());
         let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
-        let mut arrival =
-            Arrival { client_id, tenant: String::new(), method: method_label(&head.method), route: path.label() };
+        let mut arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
         let (served, mut pass) = match refusal.map_or_else(|| self.judge(&head, path), Err) {
             Ok(tenant) => {
                 arrival.tenant = tenant;
@@ -128,6 +135,7 @@ impl Service {
                     Ok(response) => (response.status().as_u16(), End::Ok),
                     Err(error) => (error.status(), End::Fault(error.fault)),
                 };
+                token.account();
                 self.app.gate.record_unadmitted(id, arrival, started, (status, end), served.as_ref().err());
             }
         }
@@ -230,18 +238,19 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 
     fn call(&self, request: Request<Incoming>) -> Bounded {
         self.newcomer.has_sent();
-        let id = self.app.gate.next_id();
+        let (path, method) = (Path::of(request.uri().path()), method_label(request.method()));
+        let seen = Seen { id: self.app.gate.next_id(), path, method, started: Instant::now() };
         let token = Arc::new(Token::default());
         let is_h1 = request.version() <= Version::HTTP_11;
-        let own_id = HeaderValue::from_bytes(id.text().as_bytes()).ok();
+        let own_id = HeaderValue::from_bytes(seen.id.text().as_bytes()).ok();
         let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
         let ground = (self.shared.next_refusal(), Active::new(&self.shared));
-        let serving = self.clone().serve(request, (id, own_id), Arc::clone(&token), ground);
+        let serving = self.clone().serve(request, seen, (own_id, Arc::clone(&token)), ground);
         Bounded {
-            serving: Caught(Box::pin(serving)),
-            seq: id.seq,
+            serving: Caught::of(Box::pin(serving)),
+            seen,
             token,
             is_h1,
             echoed,
@@ -255,7 +264,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 /// wherever the handler waits.
 pub struct Bounded {
     serving: Caught<dyn Future<Output = Response<Body>> + Send>,
-    seq: u32,
+    seen: Seen,
     token: Arc<Token>,
     is_h1: bool,
     /// Goes on every answer: the client's own id, or ours.
@@ -265,6 +274,20 @@ pub struct Bounded {
 }
 
 impl Bounded {
+    /// After a panic: nothing is left of the handler, and of its pass only the record, if it had one.
+    fn lost(&self) -> Response<Body> {
+        let error = Error::new(Fault::Internal, "an internal error ended the request").detail(panics::last());
+        if !self.token.is_accounted() {
+            let Seen { id, path, method, started } = self.seen;
+            let echoed = self.echoed.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
+            let client_id = if echoed == id.text().as_str() { "" } else { echoed }.to_owned();
+            let arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
+            let end = (error.status(), End::Fault(error.fault));
+            self.app.gate.record_unadmitted(id, arrival, started, end, Some(&error));
+        }
+        self.answer(&error)
+    }
+
     fn answer(&self, error: &Error) -> Response<Body> {
         let mut response = respond::error(error);
         response.body_mut().hold(None, Active::new(&self.shared));
@@ -293,15 +316,12 @@ impl Future for Bounded {
         let mut response = if let Some(cause) = self.token.check(cx) {
             self.answer(&cancelled(cause))
         } else {
-            self.app.gate.set_running(self.seq);
+            self.app.gate.set_running(self.seen.id.seq);
             let polled = Pin::new(&mut self.serving).poll(cx);
             self.app.gate.set_running(0);
             match std::task::ready!(polled) {
                 Ok(response) => response,
-                Err(_) => {
-                    count_panic(self.app.gate.board(), self.app.gate.row());
-                    self.answer(&Error::new(Fault::Internal, "an internal error ended the request"))
-                }
+                Err(_) => self.lost(),
             }
         };
         self.say_connection(&mut response);

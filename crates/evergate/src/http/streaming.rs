@@ -11,7 +11,7 @@ use http::Response;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 
 use super::body::{Body, Stream};
-use super::fault::planted;
+use super::fault::{Bomb, Planted, planted};
 use super::model_call::ModelCall;
 use super::relay::{Calling, Limits, Relay};
 use super::{refusal, respond};
@@ -97,6 +97,7 @@ impl ModelCall {
             token: Arc::clone(&self.token),
             keepalive: timeouts.keepalive,
             planted: planted(&self.headers),
+            bomb: Bomb::new(planted(&self.headers), Planted::PanicDropStream),
             pinger: None,
             written_at: Instant::now(),
             clock: self.app.clock.clone(),

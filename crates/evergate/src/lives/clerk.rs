@@ -18,7 +18,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, timeout, timeout_at};
 
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
-use crate::tasks::{Tasks, note_panics};
+use crate::panics;
+use crate::tasks::{Caught, Tasks};
 
 mod access_log;
 mod admin;
@@ -45,20 +46,20 @@ pub fn run(args: &ChildArgs) -> u8 {
         }
     };
     let board = inherited.board.clone();
-    note_panics(&board, args.row);
+    panics::note("clerk", &board, (args.row, args.epoch));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build();
-    let outcome = runtime.and_then(|runtime| runtime.block_on(live(inherited, args.row)));
-    match outcome {
-        Ok(code) => code,
-        Err(error) => {
-            let why = format!("the start failed: {error}");
-            if let Some(row) = board.child(args.row) {
-                row.set_note(&why);
-            }
-            eprintln!("evergate: clerk: {why}");
-            code::SYSTEM
-        }
+    let outcome = runtime.map(|runtime| runtime.block_on(Caught::of(Box::pin(live(inherited, args.row)))));
+    let (why, code) = match outcome {
+        Ok(Ok(Ok(code))) => return code,
+        Ok(Ok(Err(error))) | Err(error) => (format!("the start failed: {error}"), code::SYSTEM),
+        // What workers write meanwhile waits in the pipe, which the master holds open.
+        Ok(Err(_)) => ("its main task panicked".to_owned(), code::INTERNAL),
+    };
+    if let Some(row) = board.child(args.row) {
+        row.set_note(&why);
     }
+    eprintln!("evergate: clerk: {why}");
+    code
 }
 
 /// How the clerk's time came to its end.
@@ -68,6 +69,8 @@ enum End {
     Told,
     /// The master is gone; workers may still be draining.
     Orphaned,
+    /// This kept task does nothing but panic.
+    Failed(&'static str),
 }
 
 async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
@@ -81,13 +84,14 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     let log = AccessLog::start(&folder, board.clone(), row)?;
     let mut pipe = Pipe::new(access)?;
     let mut repeats = Repeats::default();
-    let tasks = Tasks::new(board.clone(), row);
+    let tasks = Tasks::new("clerk");
     let doors = Doors::open(listeners, &board, &tasks)?;
-    let beat = tasks.spawn("beat", beat(board.clone(), row));
+    let beating = board.clone();
+    let beat = tasks.keep("beat", move || beat(beating.clone(), row));
     ready(&board, row);
     kick(&kick_fd);
 
-    let end = serve(&mut pipe, &mut repeats, &log, &mut signals, life).await?;
+    let end = serve(&mut pipe, &mut repeats, &log, &mut signals, (life, &tasks)).await?;
     if let Some(child) = board.child(row) {
         child.set_phase(Phase::Draining);
     }
@@ -95,6 +99,10 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     doors.close();
     let is_whole = finish(pipe, repeats, log, &shutdown, end).await;
     beat.abort();
+    if let (End::Failed(kind), Some(child)) = (end, board.child(row)) {
+        child.set_note(&format!("the task {kind} panicked again and again; the last {}", panics::last()));
+        return Ok(code::INTERNAL);
+    }
     Ok(if is_whole { code::OK } else { code::FORCED })
 }
 
@@ -121,15 +129,16 @@ async fn serve(
     repeats: &mut Repeats,
     log: &AccessLog,
     signals: &mut Signals,
-    life: OwnedFd,
+    (life, tasks): (OwnedFd, &Tasks),
 ) -> io::Result<End> {
     let mut gone = std::pin::pin!(master_gone(life));
     loop {
-        // All of these may be dropped at their await: signals stay pending, the life pipe stays closed, and the pipe
-        // takes bytes and keeps them in one poll.
+        // All of these may be dropped at their await: signals stay pending, the life pipe stays closed, a failed task
+        // stays failed, and the pipe takes bytes and keeps them in one poll.
         tokio::select! {
             _ = signals.term.recv() => return Ok(End::Told),
             _ = signals.quit.recv() => return Ok(End::Told),
+            kind = tasks.failed() => return Ok(End::Failed(kind)),
             outcome = &mut gone => return outcome.map(|()| End::Orphaned),
             _ = signals.reopen.recv() => log.reopen(),
             batch = pipe.next() => match batch {
@@ -144,7 +153,7 @@ async fn serve(
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
 async fn finish(mut pipe: Pipe, mut repeats: Repeats, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
     match end {
-        End::Told => log.write(repeats.without(pipe.rest())),
+        End::Told | End::Failed(_) => log.write(repeats.without(pipe.rest())),
         End::Orphaned => {
             // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
             let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
@@ -170,12 +179,13 @@ impl Doors {
         for fd in listeners {
             let desk = Arc::new(admin::Desk::new(board.clone(), local_ip(&fd)));
             let family = rustix::net::getsockname(&fd)?.address_family();
+            let own = tasks.clone();
             let task = if family == AddressFamily::UNIX {
-                let listener = UnixListener::from_std(StdUnixListener::from(fd))?;
-                tasks.spawn("admin", admin::serve_unix(listener, desk, tasks.clone()))
+                let listener = Arc::new(UnixListener::from_std(StdUnixListener::from(fd))?);
+                tasks.keep("admin", move || admin::serve_unix(Arc::clone(&listener), Arc::clone(&desk), own.clone()))
             } else {
-                let listener = TcpListener::from_std(StdTcpListener::from(fd))?;
-                tasks.spawn("admin", admin::serve_tcp(listener, desk, tasks.clone()))
+                let listener = Arc::new(TcpListener::from_std(StdTcpListener::from(fd))?);
+                tasks.keep("admin", move || admin::serve_tcp(Arc::clone(&listener), Arc::clone(&desk), own.clone()))
             };
             doors.push(task);
         }

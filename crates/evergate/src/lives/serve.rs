@@ -14,7 +14,7 @@ use crate::telemetry::names;
 const KERNEL_MIN: (u32, u32) = (5, 10);
 
 /// What children may see of the environment. Keys of upstreams are not in it: they travel in the sealed configuration.
-const VARIABLES: [&str; 7] = ["PATH", "HOME", "TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE"];
+const VARIABLES: [&str; 6] = ["PATH", "HOME", "TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR"];
 /// Fault injection of debug builds.
 const FAULT_PREFIX: &str = "EVERGATE_FAULT";
 

@@ -13,10 +13,12 @@ use tokio::sync::Semaphore;
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
+use crate::http::fault::{Place, pass_by};
 use crate::lifespan::{Lifespan, nothing};
+use crate::panics;
 use crate::server::accept::{Acceptor, Listener};
 use crate::server::tls;
-use crate::tasks::{Tasks, note_panics};
+use crate::tasks::{Caught, Tasks};
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names;
 
@@ -48,7 +50,7 @@ pub fn run(args: &ChildArgs) -> u8 {
         }
     };
     let board = inherited.board.clone();
-    note_panics(&board, args.row);
+    panics::note("worker", &board, (args.row, args.epoch));
     let failed = |reason: &str, code: u8| {
         eprintln!("evergate worker: {reason}");
         if let Some(child) = board.child(args.row) {
@@ -65,10 +67,13 @@ pub fn run(args: &ChildArgs) -> u8 {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("the runtime did not start: {error}"), code::SYSTEM),
     };
-    let lived = runtime.block_on(live(args, inherited));
+    let lived = runtime.block_on(Caught::of(Box::pin(live(args, inherited))));
     // A look-up that hangs in the system's resolver must not hold up the exit.
     runtime.shutdown_background();
-    lived.unwrap_or_else(|reason| failed(&reason, code::FAILED))
+    match lived {
+        Ok(lived) => lived.unwrap_or_else(|reason| failed(&reason, code::FAILED)),
+        Err(_) => failed("its main task panicked", code::INTERNAL),
+    }
 }
 
 struct Signals {
@@ -81,7 +86,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let shutdown = sealed.config.shutdown.clone();
     let boot = sealed.config.workers.boot_timeout;
     let kicker = Arc::new(kicker);
-    let tasks = Tasks::new(board.clone(), args.row);
+    let tasks = Tasks::new("worker");
     let mut lifespan = Lifespan::default();
     let failed = |failed: crate::lifespan::Failed| failed.to_string();
 
@@ -121,9 +126,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
 
     let listening = start_listening(args, &app, &tasks, tls, listeners, connections, &kicker);
     lifespan.start("listeners", boot, async { listening.map(|()| ((), nothing())) }).await.map_err(failed)?;
-    drop(tasks.spawn("beat", beat(board.clone(), args.row, Arc::clone(&app))));
-    drop(tasks.spawn("clock", run_clock(Arc::clone(&app))));
-    drop(tasks.spawn("sweep", sweep(Arc::clone(&app))));
+    keep_house(&tasks, args.row, &app);
 
     if let Some(child) = board.child(args.row) {
         child.set_beat_ns(monotonic_ns());
@@ -133,13 +136,37 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     }
     kick(&*kicker);
 
-    let is_quick = tokio::select! {
-        // Cancel-safe: `recv` loses no signal, and the master's end stays what it is.
-        _ = signals.term.recv() => false,
-        _ = signals.quit.recv() => true,
-        gone = master_gone(life) => { gone.map_err(|error| format!("the master's pipe cannot be watched: {error}"))?; false }
+    let why = tokio::select! {
+        // Cancel-safe: `recv` loses no signal, and the master's end and a failed task stay what they are.
+        _ = signals.term.recv() => Why::Told,
+        _ = signals.quit.recv() => Why::Hastened,
+        kind = tasks.failed() => Why::Failed(kind),
+        gone = master_gone(life) => {
+            gone.map_err(|error| format!("the master's pipe cannot be watched: {error}"))?;
+            Why::Told
+        }
     };
-    Ok(stop(args, &board, &gate, &mut signals, &mut lifespan, &shutdown, is_quick).await)
+    Ok(stop(args, &board, &gate, &mut signals, &mut lifespan, &shutdown, why).await)
+}
+
+/// Why a worker goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// The master says so, or is gone.
+    Told,
+    /// The same, without `drain`.
+    Hastened,
+    /// This kept task does nothing but panic. Requests may still finish: another worker is on its way.
+    Failed(&'static str),
+}
+
+/// Starts what a worker cannot do without.
+fn keep_house(tasks: &Tasks, row: u32, app: &Arc<App>) {
+    let of = || Arc::clone(app);
+    let (beating, timing, sweeping) = (of(), of(), of());
+    drop(tasks.keep("beat", move || beat(row, Arc::clone(&beating))));
+    drop(tasks.keep("clock", move || run_clock(Arc::clone(&timing))));
+    drop(tasks.keep("sweep", move || sweep(Arc::clone(&sweeping))));
 }
 
 fn start_listening(
@@ -167,12 +194,13 @@ fn start_listening(
     });
     for fd in listeners {
         let listener = Listener::adopt(fd).map_err(|error| format!("an inherited listener cannot be used: {error}"))?;
-        drop(tasks.spawn("accept", Arc::clone(&acceptor).run(listener)));
+        let (acceptor, listener) = (Arc::clone(&acceptor), Arc::new(listener));
+        drop(tasks.keep("accept", move || Arc::clone(&acceptor).run(Arc::clone(&listener))));
     }
     Ok(())
 }
 
-/// The stages of a stop: drain, cancel, cleanup. 0, or 75 if one of the last two ran out.
+/// The stages of a stop: drain, cancel, cleanup. 0, or 75 if one of the last two ran out, or 70 for a failed task.
 async fn stop(
     args: &ChildArgs,
     board: &Board,
@@ -180,7 +208,7 @@ async fn stop(
     signals: &mut Signals,
     lifespan: &mut Lifespan,
     shutdown: &evergate_core::config::Shutdown,
-    is_quick: bool,
+    why: Why,
 ) -> u8 {
     let enter = |phase| {
         if let Some(child) = board.child(args.row) {
@@ -191,7 +219,10 @@ async fn stop(
     enter(Phase::Draining);
     gate.enter(Stage::Draining);
     let mut notes: Vec<String> = Vec::new();
-    if !is_quick {
+    if let Why::Failed(kind) = why {
+        notes.push(format!("the task {kind} panicked again and again; the last {}", panics::last()));
+    }
+    if why != Why::Hastened {
         tokio::select! {
             // Cancel-safe: each only waits.
             () = drained(gate) => {}
@@ -228,7 +259,11 @@ async fn stop(
         eprintln!("evergate worker: {note}");
         child.set_note(&note);
     }
-    if overrun.is_empty() { code::OK } else { code::FORCED }
+    match why {
+        Why::Failed(_) => code::INTERNAL,
+        Why::Told | Why::Hastened if overrun.is_empty() => code::OK,
+        Why::Told | Why::Hastened => code::FORCED,
+    }
 }
 
 fn requests(count: usize) -> String {
@@ -256,13 +291,14 @@ async fn closed(gate: &Arc<Gate>) {
 }
 
 /// Shows that the runtime turns, how late it is, and what it weighs.
-async fn beat(board: Board, row: u32, app: Arc<App>) {
-    let load = app.gate.load();
+async fn beat(row: u32, app: Arc<App>) {
+    let (load, board) = (app.gate.load(), app.gate.board());
     let mut ticks = 0_u32;
     loop {
         let pause = if load.is_idle() { BEAT_IDLE } else { BEAT };
         let before = Instant::now();
         app.clock.sleep(pause).await;
+        pass_by(Place::Beat);
         let Some(child) = board.child(row) else { return };
         let lag = before.elapsed().saturating_sub(pause);
         child.set_beat_ns(monotonic_ns());
@@ -280,7 +316,12 @@ async fn beat(board: Board, row: u32, app: Arc<App>) {
 }
 
 async fn run_clock(app: Arc<App>) {
-    if let Err(error) = app.clock.clone().run().await {
+    let mut run = Box::pin(app.clock.clone().run());
+    let run = std::future::poll_fn(|cx| {
+        pass_by(Place::Clock);
+        run.as_mut().poll(cx)
+    });
+    if let Err(error) = run.await {
         eprintln!("evergate worker: the timers cannot be watched: {error}");
     }
 }
@@ -288,6 +329,7 @@ async fn run_clock(app: Arc<App>) {
 async fn sweep(app: Arc<App>) {
     loop {
         app.clock.sleep(SWEEP).await;
+        pass_by(Place::Sweep);
         for client in app.clients.values() {
             client.sweep().await;
         }

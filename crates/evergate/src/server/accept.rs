@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,8 @@ use super::stream::Stream;
 use crate::gate::load::{Load, Peer};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
-use crate::tasks::{Caught, Tasks, count_panic};
+use crate::http::fault::{Place, pass_by};
+use crate::tasks::{Caught, Tasks};
 use crate::telemetry::names;
 
 /// A listener as inherited.
@@ -29,6 +30,8 @@ use crate::telemetry::names;
 pub struct Listener {
     fd: AsyncFd<OwnedFd>,
     is_unix: bool,
+    /// Whether its queue was seen empty since the drain began.
+    is_seen_empty: AtomicBool,
 }
 
 impl Listener {
@@ -41,7 +44,7 @@ impl Listener {
         let is_unix = rustix::net::getsockname(&fd)?.address_family() == AddressFamily::UNIX;
         #[allow(deprecated, reason = "an owned descriptor is what it asks for; its successor is unsafe to call")]
         let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
-        Ok(Self { fd, is_unix })
+        Ok(Self { fd, is_unix, is_seen_empty: AtomicBool::new(false) })
     }
 
     fn accept(&self) -> io::Result<Accepted> {
@@ -94,10 +97,11 @@ const LOOK: Duration = Duration::from_millis(1);
 impl Acceptor {
     /// Accepts until the listener is shut. While draining it goes on, since what is queued was promised an answer. It
     /// ends when peers take what is queued, or at the first empty queue, unless the master is stopping everything.
-    pub async fn run(self: Arc<Self>, listener: Listener) {
+    pub async fn run(self: Arc<Self>, listener: Arc<Listener>) {
         let mut stage = self.app.gate.stage();
         let mut turn = Turn::default();
         loop {
+            pass_by(Place::Accept);
             // A place is taken before a connection: what is too many waits in the kernel's queue, where the master
             // sees it, and costs no memory here.
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
@@ -107,9 +111,9 @@ impl Acceptor {
                 _ = stage.changed() => continue,
             };
             match accepted {
-                None => return self.see_empty(&mut turn),
+                None => return self.see_empty(&listener),
                 Some(Ok(stream)) => self.start(stream, place).await,
-                Some(Err(error)) if is_shut(&error) => return self.see_empty(&mut turn),
+                Some(Err(error)) if is_shut(&error) => return self.see_empty(&listener),
                 // The connection died in the queue, or descriptors are short: the others must not wait for it.
                 Some(Err(error)) if is_short(&error) => tokio::time::sleep(PAUSE).await,
                 Some(Err(_)) => {}
@@ -130,7 +134,7 @@ impl Acceptor {
                 }
                 match counted(gate, || listener.accept()) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        self.see_empty(turn);
+                        self.see_empty(listener);
                         if !is_last_stop(gate) {
                             return None;
                         }
@@ -164,8 +168,8 @@ impl Acceptor {
         }
     }
 
-    fn see_empty(&self, turn: &mut Turn) {
-        if !std::mem::replace(&mut turn.has_seen_empty, true) && self.unseen.fetch_sub(1, Ordering::Relaxed) == 1 {
+    fn see_empty(&self, listener: &Listener) {
+        if !listener.is_seen_empty.swap(true, Ordering::Relaxed) && self.unseen.fetch_sub(1, Ordering::Relaxed) == 1 {
             (self.took_queue)();
         }
     }
@@ -179,7 +183,7 @@ impl Acceptor {
             series.add(names::key(names::CONNECTIONS, 0, 0, 0), 1);
         }
         let (app, tasks, stage, tls) = (Arc::clone(&self.app), self.tasks.clone(), gate.stage(), self.tls.clone());
-        let mut connection = Caught(Box::pin(async move {
+        let mut connection = Caught::of(Box::pin(async move {
             let _open = open;
             let stream = match (stream, tls) {
                 (Accepted::Unix(stream), _) => Stream::Unix(stream),
@@ -198,8 +202,8 @@ impl Acceptor {
         }));
         match poll_fn(|cx| Poll::Ready(Pin::new(&mut connection).poll(cx))).await {
             Poll::Pending => drop(self.tasks.spawn_caught("connection", connection)),
-            Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(_)) => count_panic(gate.board(), gate.row()),
+            // It is over; a panic has cut it.
+            Poll::Ready(_) => {}
         }
     }
 }
@@ -214,7 +218,6 @@ struct Turn {
     waited: (Duration, Duration),
     /// What all have accepted, as last looked at.
     accepted: u64,
-    has_seen_empty: bool,
 }
 
 impl Turn {

@@ -23,6 +23,7 @@ use super::head::{self, Chunks, Framing, HeadLimits};
 use super::shared::{Leaving, Shared};
 use super::stall::Stall;
 use super::stream::Stream;
+use crate::http::fault::{Place, pass_by};
 
 /// The HTTP/2 connection preface (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -446,6 +447,7 @@ impl ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        pass_by(Place::Connection);
         let this = self.get_mut();
         let Poll::Ready(written) = this.stream.poll_write(cx, bytes) else { return this.poll_stuck(cx) };
         this.stall.reset();

@@ -4,3 +4,4 @@ pub mod access;
 pub mod names;
 pub mod render;
 pub mod status;
+pub mod talk;

@@ -23,7 +23,7 @@ pub const TOKENS_OUT: u8 = 5;
 pub const EXITS: u8 = 6;
 /// Access records that could not be handed to the clerk.
 pub const ACCESS_DROPPED: u8 = 7;
-/// Caught panics.
+/// Panics.
 pub const PANICS: u8 = 8;
 /// Client connections accepted.
 pub const CONNECTIONS: u8 = 9;

@@ -166,7 +166,7 @@ impl Page<'_> {
 
     fn plain_counters(&mut self, sums: &Sums) {
         let panics = sums.total(names::PANICS);
-        self.single("evergate_panics_total", "counter", "Panics caught; each ended one request or task.", panics);
+        self.single("evergate_panics_total", "counter", "Panics; each ended one request or task.", panics);
         let records = sums.total(names::ACCESS_DROPPED).saturating_add(self.board.master().access_dropped());
         let help = "Access records that were not written.";
         self.single("evergate_access_records_dropped_total", "counter", help, records);

@@ -24,6 +24,7 @@ mod limits;
 mod metrics;
 mod overload;
 mod panics;
+mod panics_many;
 mod processes;
 mod recycling;
 mod reload;

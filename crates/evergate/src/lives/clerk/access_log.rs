@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use evergate_board::Board;
 use tokio::sync::oneshot;
 
+use crate::tasks::caught;
 use crate::telemetry::names;
 
 /// The log, in the state folder.
@@ -117,9 +118,17 @@ impl Writer {
 
     fn run(&mut self, inbox: &Receiver<Order>) {
         while let Ok(order) = inbox.recv() {
-            match order {
-                Order::Reopen => self.file = None,
-                Order::Write(lines) => self.write(&lines),
+            let lines = match order {
+                Order::Reopen => {
+                    self.file = None;
+                    continue;
+                }
+                Order::Write(lines) => lines,
+            };
+            // A panic ends neither the thread nor the log: the batch counts as lost, and the file is opened anew.
+            if !caught(|| self.write(&lines)) {
+                self.file = None;
+                self.drops.count(&lines);
             }
         }
     }

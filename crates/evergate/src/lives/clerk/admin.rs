@@ -46,7 +46,7 @@ impl Desk {
 }
 
 /// Accepts until the task is aborted.
-pub(super) async fn serve_tcp(listener: TcpListener, desk: Arc<Desk>, tasks: Tasks) {
+pub(super) async fn serve_tcp(listener: Arc<TcpListener>, desk: Arc<Desk>, tasks: Tasks) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         match listener.accept().await {
@@ -57,7 +57,7 @@ pub(super) async fn serve_tcp(listener: TcpListener, desk: Arc<Desk>, tasks: Tas
 }
 
 /// Accepts until the task is aborted.
-pub(super) async fn serve_unix(listener: UnixListener, desk: Arc<Desk>, tasks: Tasks) {
+pub(super) async fn serve_unix(listener: Arc<UnixListener>, desk: Arc<Desk>, tasks: Tasks) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         match listener.accept().await {
@@ -253,8 +253,8 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let desk = Arc::new(desk());
-            let tasks = Tasks::new(desk.board.clone(), 0);
-            let door = tasks.spawn("admin", serve_tcp(listener, desk, tasks.clone()));
+            let tasks = Tasks::new("clerk");
+            let door = tasks.spawn("admin", serve_tcp(Arc::new(listener), desk, tasks.clone()));
             let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
             client.write_all(b"HEAD /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
             let mut text = String::new();
