@@ -11,6 +11,8 @@ pub enum Limit {
     StreamTotal,
     /// `timeouts.connect`.
     Connect,
+    /// A model's `attempt`.
+    Attempt,
     /// `timeouts.first_token`.
     FirstToken,
     /// `timeouts.idle`.
@@ -25,6 +27,7 @@ impl Limit {
             Self::Total => "timeouts.total",
             Self::StreamTotal => "timeouts.stream_total",
             Self::Connect => "timeouts.connect",
+            Self::Attempt => "the model's attempt",
             Self::FirstToken => "timeouts.first_token",
             Self::Idle => "timeouts.idle",
         }

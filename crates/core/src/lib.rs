@@ -4,6 +4,7 @@
 //! Nothing here opens a socket or a file, starts a thread or reads the machine's clock; time is always passed in.
 #![forbid(unsafe_code)]
 
+pub mod attempts;
 pub mod cancel;
 pub mod chat;
 pub mod config;

@@ -9,6 +9,17 @@ pub const LINE_BYTES_MAX: usize = 4096;
 /// The end of a line that the master wrote; the clerk looks for it.
 const BY_MASTER: &str = ",\"by_master\":true}\n";
 
+/// One attempt of a request that came to several.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// The upstream that was called.
+    pub upstream: String,
+    /// How it ended: `ok`, a fault's code, `client_gone` ...
+    pub cause: &'static str,
+    /// Milliseconds from its begin to its end.
+    pub ms: f64,
+}
+
 /// What one request came to.
 #[derive(Clone, Debug, Default)]
 pub struct Access<'a> {
@@ -30,6 +41,8 @@ pub struct Access<'a> {
     pub backend: &'a str,
     /// Calls made to upstreams.
     pub attempts: u32,
+    /// The attempts, if there were several; the configuration allows eight. Not known of a request whose worker died.
+    pub path: &'a [Step],
     /// Status that was sent, 499 when the client left before one was, 0 when the worker died.
     pub status: u16,
     /// How it ended: `ok`, a fault's code, `client_gone`, `worker_lost`.
@@ -76,6 +89,7 @@ impl Access<'_> {
             write_string(out, cut(value, 256));
         }
         push_number(out, ",\"attempts\":", Some(self.attempts.into()));
+        self.write_path(out);
         push_number(out, ",\"status\":", Some(self.status.into()));
         out.push_str(if self.is_stream { ",\"stream\":true" } else { ",\"stream\":false" });
         push_number(out, ",\"bytes_in\":", Some(self.bytes_in));
@@ -94,9 +108,24 @@ impl Access<'_> {
         out.push_str(if self.is_by_master { BY_MASTER } else { "}\n" });
         if out.len() - start > LINE_BYTES_MAX {
             // Eight fields of 256 control characters each; keep the fact and drop the words.
-            let lean = Access { client_id: "", tenant: "", model: "", backend: "", detail: "", ..self.clone() };
+            let lean =
+                Access { client_id: "", tenant: "", model: "", backend: "", detail: "", path: &[], ..self.clone() };
             out.truncate(start);
             lean.write_line(out);
+        }
+    }
+
+    fn write_path(&self, out: &mut String) {
+        for (index, step) in self.path.iter().enumerate() {
+            out.push_str(if index == 0 { ",\"path\":[{\"upstream\":" } else { ",{\"upstream\":" });
+            write_string(out, cut(&step.upstream, 64));
+            out.push_str(",\"cause\":");
+            write_string(out, step.cause);
+            push_ms(out, ",\"ms\":", Some(step.ms));
+            out.push('}');
+        }
+        if !self.path.is_empty() {
+            out.push(']');
         }
     }
 }
@@ -145,5 +174,41 @@ mod tests {
             assert!(line.ends_with("}\n") && line.matches('\n').count() == 1);
             serde_json::from_str::<serde_json::Value>(line).unwrap();
         }
+    }
+
+    #[test]
+    fn the_path_of_the_most_attempts_fits_and_is_there_only_if_there_were_several() {
+        let step = |ms| Step { upstream: "u".repeat(64), cause: "upstream_connect_failed", ms };
+        let path: Vec<Step> = (0..8).map(|n| step(f64::from(n) * 1000.5)).collect();
+        let longest = "m".repeat(256);
+        let mut out = String::new();
+        Access {
+            path: &path,
+            attempts: 8,
+            model: &longest,
+            client_id: &longest,
+            tenant: &longest,
+            detail: &"d".repeat(4096),
+            ..Access::default()
+        }
+        .write_line(&mut out);
+        assert!(out.len() <= LINE_BYTES_MAX, "{}", out.len());
+        let line: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!((line["path"].as_array().unwrap().len(), &line["model"]), (8, &serde_json::json!(longest)));
+        assert_eq!(
+            line["path"][7],
+            serde_json::json!({
+                "upstream": "u".repeat(64), "cause": "upstream_connect_failed", "ms": 7003.5
+            })
+        );
+        // Names that no configuration lets through: the words go, the line stays whole.
+        let hostile = vec![Step { upstream: "\u{1}".repeat(64), cause: "ok", ms: 1.0 }; 20];
+        let mut out = String::new();
+        Access { path: &hostile, ..Access::default() }.write_line(&mut out);
+        assert!(out.len() <= LINE_BYTES_MAX, "{}", out.len());
+        assert!(serde_json::from_str::<serde_json::Value>(&out).unwrap()["path"].is_null());
+        let mut out = String::new();
+        Access { attempts: 1, ..Access::default() }.write_line(&mut out);
+        assert!(!out.contains("path"), "{out}");
     }
 }

@@ -1,9 +1,9 @@
 //! Which model is served where. Pure: the table is made once from the configuration.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::config::{Config, Model, Upstream};
+use crate::config::{Config, Model, Target, Upstream};
 use crate::error::{Error, Fault};
 
 /// Name of the built-in model, and of the target that stands for it in `[models]`.
@@ -39,17 +39,30 @@ pub enum Place<'a> {
         /// Its section.
         upstream: &'a Upstream,
         /// The model's name there.
-        model: Cow<'a, str>,
+        model: &'a str,
     },
 }
 
 /// The answer to "who serves this model?".
 #[derive(Clone, Debug, PartialEq)]
 pub struct Route<'a> {
-    /// Where it goes.
+    /// Where it goes first.
     pub target: Place<'a>,
+    /// Where it may go then.
+    pub fallback: Fallback<'a>,
     /// A label from a bounded set: the configured name, or `openai/*` for what is reached by an upstream's prefix.
     pub label: &'a str,
+}
+
+/// What may follow the first target.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Fallback<'a> {
+    /// In this order; none is `echo`.
+    pub targets: &'a [Target],
+    /// The model's `retry_unknown`.
+    pub retry_unknown: bool,
+    /// The model's `attempt`.
+    pub attempt: Option<Duration>,
 }
 
 impl Router {
@@ -80,11 +93,11 @@ impl Router {
             && let Some((name, reach)) = self.upstreams.get_key_value(prefix)
             && reach.upstream.any_model
         {
-            let target = Place::Upstream { name, upstream: &reach.upstream, model: Cow::Borrowed(rest) };
-            return Ok(Route { target, label: &reach.label });
+            let target = Place::Upstream { name, upstream: &reach.upstream, model: rest };
+            return Ok(Route { target, fallback: Fallback::default(), label: &reach.label });
         }
         if self.echo && model == ECHO {
-            return Ok(Route { target: Place::Echo, label: ECHO });
+            return Ok(Route { target: Place::Echo, fallback: Fallback::default(), label: ECHO });
         }
         Err(not_found(model))
     }
@@ -109,18 +122,18 @@ impl Router {
     }
 
     fn configured<'a>(&'a self, name: &'a str, entry: &'a Model) -> Result<Route<'a>, Error> {
-        // This version uses the first target; the configuration's check has made sure of it and of its upstream.
+        // The configuration's check has made sure of the targets and of their upstreams.
         let bug = |what| Error::new(Fault::Internal, "this model is misconfigured").detail(what);
-        let target = entry.targets.first().ok_or_else(|| bug("a checked model has no target"))?;
+        let (target, targets) = entry.targets.split_first().ok_or_else(|| bug("a checked model has no target"))?;
         if let Some((upstream, reach)) = self.upstreams.get_key_value(&target.upstream) {
-            let model = Cow::Borrowed(target.model.as_str());
             return Ok(Route {
-                target: Place::Upstream { name: upstream, upstream: &reach.upstream, model },
+                target: Place::Upstream { name: upstream, upstream: &reach.upstream, model: &target.model },
+                fallback: Fallback { targets, retry_unknown: entry.retry_unknown, attempt: entry.attempt },
                 label: name,
             });
         }
         if target.upstream == ECHO {
-            return Ok(Route { target: Place::Echo, label: name });
+            return Ok(Route { target: Place::Echo, fallback: Fallback::default(), label: name });
         }
         Err(bug("a checked target names no upstream"))
     }
@@ -157,7 +170,7 @@ mod tests {
     fn config(models: &[(&str, &str, &str)], echo: bool) -> Config {
         let model = |(name, upstream, model): &(&str, &str, &str)| {
             let target = Target { upstream: (*upstream).into(), model: (*model).into() };
-            ((*name).to_owned(), Model { targets: vec![target] })
+            ((*name).to_owned(), Model { targets: vec![target], retry_unknown: false, attempt: None })
         };
         let second = Duration::from_secs(1);
         Config {
@@ -217,7 +230,7 @@ mod tests {
         let route = router.route(model).ok()?;
         Some(match route.target {
             Place::Echo => ("echo", String::new(), route.label),
-            Place::Upstream { name, model, .. } => (name, model.into_owned(), route.label),
+            Place::Upstream { name, model, .. } => (name, model.to_owned(), route.label),
         })
     }
 
@@ -253,6 +266,23 @@ mod tests {
         let long = "é".repeat(1000);
         let message = router.route(&long).unwrap_err().message;
         assert!(message.contains(&format!("'{}...'", "é".repeat(NAME_CHARS_MAX))), "{message}");
+    }
+
+    #[test]
+    fn the_other_targets_follow_in_order_with_the_models_rules() {
+        let mut config = config(&[("gpt", "tiny", "small"), ("one", "tiny", "x")], false);
+        let entry = config.models.get_mut("gpt").unwrap();
+        let next = Target { upstream: "openai".into(), model: "large".into() };
+        entry.targets.push(next.clone());
+        (entry.retry_unknown, entry.attempt) = (true, Some(Duration::from_secs(2)));
+        let router = Router::new(&config);
+        assert_eq!(reached(&router, "gpt"), Some(("tiny", "small".to_owned(), "gpt")));
+        let fallback = router.route("gpt").unwrap().fallback;
+        let expected = Fallback { targets: &[next], retry_unknown: true, attempt: Some(Duration::from_secs(2)) };
+        assert_eq!(fallback, expected);
+        for alone in ["one", "openai/x"] {
+            assert_eq!(router.route(alone).unwrap().fallback, Fallback::default());
+        }
     }
 
     #[test]

@@ -136,6 +136,14 @@ targets = [ { upstream = "openai", model = "gpt-4o-mini-2024-07-18" } ]
 [models."it's\"quoted\""]
 targets = [ { upstream = "local" } ]
 
+[models.safe]
+targets = [ { upstream = "openai", model = "gpt-4o" }, { upstream = "corp" }, { upstream = "openai", model = "safe" } ]
+retry_unknown = true
+attempt = "4s"
+
+[models.plain]
+targets = [ { upstream = "local" }, { upstream = "corp" } ]
+
 [models.demo]
 targets = [ { upstream = "echo" } ]
 "#;
@@ -200,6 +208,12 @@ fn a_full_file_is_read_to_the_last_key() {
     assert!(matches!(&openai.base_url.transport, Transport::Https { port: 8443, .. }));
     assert!(!config.upstreams["local"].any_model && config.upstreams["socket"].any_model);
     assert_eq!(config.models["it's\"quoted\""].targets[0].model, "it's\"quoted\"");
+    let safe = &config.models["safe"];
+    let targets: Vec<_> = safe.targets.iter().map(|target| (&*target.upstream, &*target.model)).collect();
+    assert_eq!(targets, [("openai", "gpt-4o"), ("corp", "safe"), ("openai", "safe")]);
+    assert_eq!((safe.retry_unknown, safe.attempt), (true, Some(Duration::from_secs(4))));
+    let plain = &config.models["plain"];
+    assert_eq!((plain.retry_unknown, plain.attempt, plain.targets.len()), (false, None, 2));
     assert!(config.echo && config.upstreams["deepseek"].is_preset);
     let files: Vec<_> = loaded.sealed.files.keys().map(String::as_str).collect();
     assert_eq!(files, ["/etc/key.pem", "conf/ca.pem", "conf/cert.pem"]);
@@ -313,6 +327,11 @@ fn what_is_most_likely_not_meant_is_warned_about() {
     };
     warned("[shutdown]\ndrain = \"30s\"", "evergate.toml:1:2: settle, drain, cancel and cleanup add up to 34s");
     warned("[server]\nauth = \"keys\"\n[keys.a]\nsecret = { env = \"SHORT\" }", "evergate.toml:3:7: the key \"a\" is");
+    warned(
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\nattempt = \"10s\"\n\
+         targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
+        "evergate.toml:4:11: a stream's head goes out after timeouts.head_hold (10s), and no other target is tried",
+    );
     warned("[upstreams.u]\nbase_url = \"http://gpu1\"\napi_key = { env = \"SHORT\" }", "1:12: its api_key and every");
 }
 
@@ -360,7 +379,7 @@ proptest! {
         };
         config.upstreams.insert("u".into(), upstream);
         let target = evergate_core::config::Target { upstream: "u".into(), model: target };
-        config.models.insert(model, evergate_core::config::Model { targets: vec![target] });
+        config.models.insert(model, evergate_core::config::Model { targets: vec![target], retry_unknown: false, attempt: None });
         let text = effective(&config);
         // The built-in echo cannot stand beside another model of its name.
         if !config.models.contains_key("echo") {

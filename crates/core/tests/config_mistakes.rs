@@ -220,11 +220,44 @@ const TABLE: &[(&str, &str)] = &[
     ),
     (
         "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{ upstream = \"u\" }, { upstream = \"u\" }]",
-        "4:32: a second target is not in this version; keep the first one only",
+        "4:32: the model \"x\" of \"u\" is a target already: each is tried once",
     ),
     (
         "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{ upstream = \"u\" }, { upstream = \"echo\" }]",
         "4:32: \"echo\" can only be a model's only target",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{ upstream = \"echo\" }, { upstream = \"u\" }]",
+        "4:12: \"echo\" can only be a model's only target",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{upstream=\"u\",model=\"1\"},\
+         {upstream=\"u\",model=\"2\"},{upstream=\"u\",model=\"3\"},{upstream=\"u\",model=\"4\"},{upstream=\"u\",model=\"5\"},\
+         {upstream=\"u\",model=\"6\"},{upstream=\"u\",model=\"7\"},{upstream=\"u\",model=\"8\"},{upstream=\"u\",model=\"9\"}]",
+        "4:212: a model has at most 8 targets, not 9",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{ upstream = \"u\" }]\nretry_unknown = true",
+        "5:17: \"retry_unknown\" needs a second target to go on to",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\ntargets = [{ upstream = \"u\" }]\nattempt = \"5s\"",
+        "5:11: \"attempt\" needs a second target to go on to",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[timeouts]\ntotal = \"9s\"\n[models.x]\nattempt = \"9s\"\n\
+         targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
+        "6:11: \"attempt\" must be less than timeouts.total (9s), or no other target gets its turn",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\nattempt = \"0s\"\n\
+         targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
+        "4:11: \"attempt\" must be at least 1ms, not 0s",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\nretry_unknown = 1\n\
+         targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
+        "4:17: \"retry_unknown\" must be true or false, not an integer",
     ),
     ("[models.x]\ntargets = [{ upstream = \"echo\", weight = 2 }]", "2:33: \"weight\" is not in this version"),
 ];

@@ -323,7 +323,7 @@ fn timed_out(name: &str, limit: Limit) -> Error {
     let fault = match limit {
         Limit::FirstToken => Fault::FirstTokenTimeout,
         Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
-        Limit::Connect | Limit::Idle => Fault::UpstreamTimeout,
+        Limit::Connect | Limit::Attempt | Limit::Idle => Fault::UpstreamTimeout,
     };
     Error::new(fault, format!("the upstream \"{name}\" did not answer within {}", limit.key()))
 }

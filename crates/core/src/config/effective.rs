@@ -116,6 +116,13 @@ fn models(out: &mut String, config: &Config) -> fmt::Result {
             .map(|target| format!("{{ upstream = {}, model = {} }}", text(&target.upstream), text(&target.model)))
             .collect();
         writeln!(out, "\n[models.{}]\ntargets = [ {} ]", text(name), targets.join(", "))?;
+        // A model with one target has nothing to go on to, and may not say how.
+        if targets.len() > 1 {
+            writeln!(out, "retry_unknown = {}", model.retry_unknown)?;
+        }
+        if let Some(attempt) = model.attempt {
+            duration(out, "attempt", attempt)?;
+        }
     }
     Ok(())
 }

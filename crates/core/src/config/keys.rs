@@ -89,7 +89,7 @@ pub(super) static UPSTREAM: Shape = Shape {
 };
 pub(super) static MODEL: Shape = Shape {
     section: "models.NAME",
-    keys: &["targets"],
+    keys: &["targets", "retry_unknown", "attempt"],
     later: &["fallbacks", "aliases", "cache", "guardrails", "timeouts", "limits"],
 };
 pub(super) static TARGET: Shape =

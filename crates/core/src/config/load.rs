@@ -9,8 +9,7 @@ use super::mistake::{Mistake, Place, Report};
 use super::read::{Section, shown};
 use super::secrets::Vault;
 use super::sections::{self, is_local};
-use super::upstreams::{self};
-use super::{Auth, Config, Sealed, SecretRef, banner};
+use super::{Auth, Config, Sealed, SecretRef, banner, models, upstreams};
 use crate::plan::{Address, Plan};
 
 /// The variable whose value, if it is set and not empty, is required of clients as the key named `default`.
@@ -116,7 +115,8 @@ fn read<'a>(
     check_listen(root.report, &listen, auth, server.tls.as_ref().map(|(_, place)| *place));
     let admin = admin(root, &listen);
     let upstreams = upstreams::upstreams(root, vault, facts, sections::presets(root));
-    let (models, wants_echo) = upstreams::models(root, &upstreams);
+    let timeouts = sections::timeouts(root);
+    let (models, wants_echo) = models::models(root, &upstreams, &timeouts);
     let listen: Vec<Address> = listen.into_iter().map(|(address, _)| address).collect();
     let config = Config {
         server: super::Server {
@@ -129,7 +129,7 @@ fn read<'a>(
         keys,
         workers: sections::workers(root, overrides.workers, facts.cpus),
         limits: sections::limits(root),
-        timeouts: sections::timeouts(root),
+        timeouts,
         shutdown: sections::shutdown(root),
         upstreams: upstreams.found,
         models,

@@ -13,6 +13,7 @@ mod effective;
 mod keys;
 mod load;
 mod mistake;
+mod models;
 mod nearest;
 mod presets;
 mod read;
@@ -270,8 +271,14 @@ pub enum Transport {
 /// `[models."NAME"]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// Tried in order; at least one. This version uses the first.
+    /// Tried in order; at least one, at most eight, none twice.
     pub targets: Vec<Target>,
+    /// Whether the next target is tried when an upstream closed the connection after the request was written and before
+    /// a byte of an answer: it may have worked, and sent its bill.
+    pub retry_unknown: bool,
+    /// The longest that an attempt may take until its first byte while another target is left; none leaves it to the
+    /// other limits.
+    pub attempt: Option<Duration>,
 }
 
 /// One place where a model is served.

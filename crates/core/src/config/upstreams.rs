@@ -1,15 +1,15 @@
-//! `[upstreams.NAME]`, the presets beside them, and `[models."NAME"]`.
+//! `[upstreams.NAME]` and the presets beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::keys::{MODEL, ROOTS, TARGET, UPSTREAM};
+use super::keys::{ROOTS, UPSTREAM};
 use super::load::Facts;
 use super::mistake::{Place, Report};
 use super::nearest::nearest;
 use super::presets::{Preset, presets};
-use super::read::{Section, Value, shown};
+use super::read::{Section, shown};
 use super::secrets::Vault;
-use super::{BaseUrl, Model, Roots, Target, Upstream};
+use super::{BaseUrl, Roots, Upstream};
 
 /// The built-in model's name, as an upstream and as a model.
 pub(super) const ECHO: &str = "echo";
@@ -126,77 +126,9 @@ fn roots<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Roots {
     file.map_or(Roots::Bundled, Roots::File)
 }
 
-/// The models of the file; the built-in one is not among them, but its being wanted is the second part.
-pub(super) fn models(root: &Section<'_>, upstreams: &Upstreams) -> (BTreeMap<String, Model>, bool) {
-    let mut models = BTreeMap::new();
-    let mut wants_echo = false;
-    for (name, section) in root.named("models", &MODEL) {
-        let is_visible = |byte: u8| byte.is_ascii_graphic();
-        if !(1..=128).contains(&name.len()) || !name.bytes().all(is_visible) {
-            let text = format!("the model name \"{}\" must be 1 to 128 visible ASCII characters", shown(name));
-            section.report.mistake(section.place, text);
-        }
-        let targets = targets(name, &section, upstreams);
-        let is_echo = targets.iter().any(|target| target.upstream == ECHO);
-        wants_echo |= is_echo;
-        // `[models.echo]` on the built-in model is that model itself, not a second one.
-        let is_built_in = is_echo && name == ECHO;
-        if !is_built_in && !targets.is_empty() {
-            models.insert(name.into(), Model { targets });
-        }
-    }
-    (models, wants_echo)
-}
-
-fn targets(name: &str, section: &Section<'_>, upstreams: &Upstreams) -> Vec<Target> {
-    let report = section.report;
-    let wanted = "a list such as [ { upstream = \"openai\", model = \"gpt-4o-mini\" } ]";
-    let Some(value) = section.get("targets") else {
-        report.mistake(section.place, format!("\"targets\" is missing: {wanted}"));
-        return Vec::new();
-    };
-    let Some(items) = value.items(report, wanted) else { return Vec::new() };
-    if items.is_empty() {
-        report.mistake(value.place, format!("\"targets\" must not be empty; write {wanted}"));
-    }
-    let found: Vec<(Target, Place)> =
-        items.iter().filter_map(|item| Some((target(name, report, item, upstreams)?, item.place))).collect();
-    let echo = found.iter().find(|(target, _)| target.upstream == ECHO);
-    match (items.get(1), echo) {
-        (Some(_), Some((_, place))) => {
-            report.mistake(*place, "\"echo\" can only be a model's only target: it would hide that the others failed");
-        }
-        (Some(second), None) => {
-            report.mistake(second.place, "a second target is not in this version; keep the first one only");
-        }
-        (None, _) => {}
-    }
-    found.into_iter().map(|(target, _)| target).collect()
-}
-
-fn target<'a>(name: &str, report: &'a Report<'a>, item: &Value<'a>, upstreams: &Upstreams) -> Option<Target> {
-    let section =
-        item.section(report, &TARGET, "a table such as { upstream = \"openai\", model = \"gpt-4o-mini\" }")?;
-    if section.get("upstream").is_none() {
-        report.mistake(item.place, "the target lacks \"upstream\"");
-    }
-    let model = match section.get("model") {
-        None => name,
-        Some(value) => {
-            let text = value.text(report)?;
-            if !(1..=256).contains(&text.len()) || text.chars().any(char::is_control) {
-                report.mistake(value.place, "the target's \"model\" must be 1 to 256 bytes without control characters");
-            }
-            text
-        }
-    };
-    let (upstream, place) = section.text("upstream")?;
-    upstreams.check(report, upstream, place);
-    Some(Target { upstream: upstream.into(), model: model.into() })
-}
-
 impl Upstreams {
-    fn check(&self, report: &Report<'_>, name: &str, place: Place) {
+    /// Complains about a target that names none of them.
+    pub(super) fn check(&self, report: &Report<'_>, name: &str, place: Place) {
         if name == ECHO || self.found.contains_key(name) || self.written.contains(name) {
             return;
         }

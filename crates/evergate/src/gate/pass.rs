@@ -8,7 +8,7 @@ use std::time::Instant;
 use evergate_board::{ChildRow, InflightPhase, Ticket};
 use evergate_core::ids::RequestId;
 use evergate_core::json::Usage;
-use evergate_core::record::Access;
+use evergate_core::record::{Access, Step};
 use evergate_core::{Cause, Error, Fault};
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -32,6 +32,10 @@ pub struct Record {
     backend: String,
     /// Calls made.
     attempts: u32,
+    /// Attempts that have failed, of a request with several targets.
+    path: Vec<Step>,
+    /// When the attempt that is not on the path yet began; none with a single target.
+    attempt_began: Option<Instant>,
     /// Whether it is a stream.
     pub is_stream: bool,
     /// Request body.
@@ -63,6 +67,8 @@ impl Record {
             model: String::new(),
             backend: String::new(),
             attempts: 0,
+            path: Vec::new(),
+            attempt_began: None,
             is_stream: false,
             bytes_in: 0,
             bytes_out: 0,
@@ -75,6 +81,14 @@ impl Record {
             end: None,
             is_complete: false,
             is_counted: false,
+        }
+    }
+
+    /// Puts the attempt under way on the path, if it belongs there.
+    fn close_attempt(&mut self, cause: &'static str) {
+        if let Some(began) = self.attempt_began.take() {
+            let ms = began.elapsed().as_secs_f64() * 1000.0;
+            self.path.push(Step { upstream: self.backend.clone(), cause, ms });
         }
     }
 
@@ -145,6 +159,32 @@ impl Pass {
         self.record.backend_label = self.gate.board.label(name);
         self.record.attempts += u32::from(is_call == IsCall::Yes);
         self.ticket.set_backend(self.record.backend_label, self.record.attempts);
+    }
+
+    /// Says that an attempt of several that may come begins now.
+    pub fn begin_attempt(&mut self) {
+        self.record.attempt_began = Some(Instant::now());
+    }
+
+    /// Notes that the attempt under way has failed.
+    pub fn end_attempt(&mut self, fault: Fault) {
+        self.record.close_attempt(fault.row().code);
+    }
+
+    /// The attempts that have failed so far.
+    #[must_use]
+    pub fn path(&self) -> &[Step] {
+        &self.record.path
+    }
+
+    /// Another attempt follows one that failed with `fault`: what that one had begun is not the answer's, and it is counted
+    /// here, since the request's own count tells of the last one only.
+    pub fn go_on(&mut self, fault: Fault) {
+        self.record.first_token_ms = None;
+        if let Some(series) = self.gate.board.series(self.gate.row) {
+            let end = names::status_and_end(0, End::Fault(fault));
+            series.add(names::key(names::ATTEMPTS, 0, self.record.backend_label, end), 1);
+        }
     }
 
     /// Shows on the board that this request is being worked on, until [`Pass::rest`].
@@ -220,6 +260,9 @@ impl Drop for Pass {
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);
         }
+        if let Some((_, end)) = self.record.end.filter(|_| !self.record.path.is_empty()) {
+            self.record.close_attempt(end.name());
+        }
         if std::thread::panicking() && self.record.detail.is_empty() {
             self.record.detail = panics::last();
         }
@@ -293,6 +336,7 @@ impl Gate {
             model: &record.model,
             backend: &record.backend,
             attempts: record.attempts,
+            path: if record.attempts > 1 { &record.path } else { &[] },
             status,
             cause: end.name(),
             is_stream: record.is_stream,

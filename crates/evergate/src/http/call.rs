@@ -1,17 +1,17 @@
 //! One call to an upstream: what it is sent of the client's request, and its whole answer or its refusal.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use evergate_core::attempts::{How, Reached};
 use evergate_core::deadline::Limit;
 use evergate_core::json::scan_answer;
-use evergate_core::router::Route;
 use evergate_core::{Deadline, Error, Fault, traceparent};
-use evergate_upstream::{Answer, AnswerBody, Call, Client};
+use evergate_upstream::{Answer, AnswerBody, Call};
 use http::Response;
 use http::header::{HeaderMap, HeaderName};
 
+use super::attempts::{Attempt, Failure};
 use super::body::Body;
 use super::model_call::ModelCall;
 use super::{refusal, respond};
@@ -27,16 +27,11 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Most bytes of an upstream's error answer that are read.
-const REFUSAL_BYTES_MAX: usize = 64 * 1024;
+const REFUSAL_BYTES_MAX: u64 = 64 * 1024;
+/// How long they may take: the status is known, and another target may be waiting for its turn.
+const REFUSAL_TIME: Duration = Duration::from_secs(2);
 
 impl ModelCall {
-    pub(super) fn client(&self, route: &Route<'_>, name: &str) -> Result<Arc<Client>, Error> {
-        self.app.clients.get(name).map(Arc::clone).ok_or_else(|| {
-            Error::new(Fault::Internal, "the model's upstream is not there")
-                .detail(format!("{} -> {name}", route.label))
-        })
-    }
-
     pub(super) fn call(&self, body: Bytes, deadline: Deadline) -> Call {
         let mut headers = HeaderMap::new();
         let (mut parent, mut state, mut parents) = (None, None, 0);
@@ -65,15 +60,9 @@ impl ModelCall {
     }
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
-    pub(super) async fn whole(
-        &self,
-        client: &Client,
-        name: &str,
-        body: Bytes,
-        deadline: Deadline,
-        pass: &mut Pass,
-    ) -> Result<Response<Body>, Error> {
-        let answer = client.call(self.call(body, deadline)).await.map_err(|failure| failure.error)?;
+    pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
+        let Attempt { client, name, body, deadline, first_by } = attempt;
+        let answer = client.call(self.call(body, first_by)).await?;
         pass.note_first_token();
         if !answer.status.is_success() {
             return Err(Box::pin(self.refused(name, answer, deadline)).await);
@@ -81,16 +70,17 @@ impl ModelCall {
         let limits = &self.app.sealed.config.limits;
         let (status, headers) = (answer.status, answer.headers);
         let body = self.read_whole(answer.body, name, deadline, limits.answer_bytes).await?;
+        let broken = |error| Failure::new(Reached::Answer, error);
         let bad = |message: String| Error::new(Fault::UpstreamBadResponse, message);
-        let seen = scan_answer(&body).map_err(|broken| {
-            bad(format!("the upstream \"{name}\" sent an answer that is not JSON"))
-                .detail(format!("byte {}: expected {}", broken.at, broken.expected))
+        let seen = scan_answer(&body).map_err(|found| {
+            let error = bad(format!("the upstream \"{name}\" sent an answer that is not JSON"));
+            broken(error.detail(format!("byte {}: expected {}", found.at, found.expected)))
         })?;
         if seen.has_error {
-            return Err(refusal::of_object(&self.app, name, seen.error_message.as_deref()));
+            return Err(broken(refusal::of_object(&self.app, name, seen.error_message.as_deref())));
         }
         if !seen.has_choices_or_data {
-            return Err(bad(format!("the upstream \"{name}\" sent an answer without choices or data")));
+            return Err(broken(bad(format!("the upstream \"{name}\" sent an answer without choices or data"))));
         }
         pass.record.usage = seen.usage;
         let mut response = respond::json(status, body);
@@ -104,26 +94,27 @@ impl ModelCall {
         name: &str,
         deadline: Deadline,
         bytes_max: u64,
-    ) -> Result<Bytes, Error> {
+    ) -> Result<Bytes, Failure> {
         let mut first = Bytes::new();
         let mut rest = BytesMut::new();
         loop {
             let idle = Deadline::new(Instant::now(), self.app.sealed.config.timeouts.idle, Limit::Idle);
             let until = deadline.min(idle);
             let data = match self.app.clock.timeout_at(until.at(), body.data()).await {
-                Ok(Some(data)) => data?,
+                Ok(Some(data)) => data.map_err(|error| Failure::new(Reached::Answer, error))?,
                 Ok(None) => break,
                 Err(_) => {
                     let fault =
                         if until.limit() == Limit::Idle { Fault::UpstreamTimeout } else { Fault::DeadlineExceeded };
                     let message =
                         format!("the upstream \"{name}\" did not finish its answer within {}", until.limit().key());
-                    return Err(Error::new(fault, message));
+                    return Err(Failure::new(Reached::Answer, Error::new(fault, message)));
                 }
             };
             if (first.len() + rest.len() + data.len()) as u64 > bytes_max {
                 let message = format!("the upstream \"{name}\" sent more than {bytes_max} bytes (limits.answer)");
-                return Err(Error::new(Fault::UpstreamBadResponse, message));
+                let error = Error::new(Fault::UpstreamBadResponse, message);
+                return Err(Failure { error, how: How::TooLarge });
             }
             if first.is_empty() && rest.is_empty() {
                 first = data;
@@ -138,11 +129,13 @@ impl ModelCall {
         Ok(if rest.is_empty() { first } else { rest.freeze() })
     }
 
-    /// The error for an answer that is not a 2xx. Its body only adds words, so no failure to read it matters.
-    pub(super) async fn refused(&self, name: &str, answer: Answer, deadline: Deadline) -> Error {
+    /// The failure for an answer that is not a 2xx. Its body only adds words, so no failure to read it matters.
+    pub(super) async fn refused(&self, name: &str, answer: Answer, deadline: Deadline) -> Failure {
         let Answer { status, headers, body } = answer;
-        let read = self.read_whole(body, name, deadline, REFUSAL_BYTES_MAX as u64).await.unwrap_or_default();
-        refusal::of(&self.app, name, status, &headers, &read)
+        let until = deadline.min(Deadline::new(Instant::now(), REFUSAL_TIME, Limit::Idle));
+        let read = self.read_whole(body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
+        let error = refusal::of(&self.app, name, status, &headers, &read);
+        Failure { error, how: How::Status(status.as_u16()) }
     }
 }
 

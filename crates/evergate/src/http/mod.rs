@@ -1,6 +1,7 @@
 //! What is said on a client connection: dispatch, checks, the model endpoints and the bodies of answers.
 
 pub mod app;
+mod attempts;
 pub mod auth;
 pub mod body;
 mod call;

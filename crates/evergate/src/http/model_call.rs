@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use evergate_board::InflightPhase;
 use evergate_core::chat::{self, Chunks, Reply};
 use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
@@ -16,6 +15,7 @@ use http::{Response, StatusCode};
 use hyper::body::Incoming;
 
 use super::app::App;
+use super::attempts::Asked;
 use super::body::Body;
 use super::fault::{Bomb, Moment, Planted, planted, strike};
 use super::relay::Relay;
@@ -139,19 +139,12 @@ impl ModelCall {
         match &route.target {
             Place::Echo => Box::pin(self.echo(&body, &asked, pass)).await,
             Place::Upstream { name, model, .. } => {
-                let body = if **model == *asked.model {
-                    body.clone()
-                } else {
-                    json::splice(&body, asked.model_span.clone(), model).into()
-                };
-                let client = self.client(&route, name)?;
-                pass.set_backend(name, IsCall::Yes);
-                pass.enter(InflightPhase::Wait);
-                if pass.record.is_stream {
-                    Box::pin(self.stream(client, name, body, deadline, pass)).await
-                } else {
-                    self.whole(&client, name, body, deadline, pass).await
+                let asked = Asked { body: &body, request: &asked, deadline };
+                if route.fallback.targets.is_empty() && !pass.record.is_stream {
+                    let attempt = self.begin((name, model), &asked, pass)?;
+                    return self.whole(attempt, pass).await.map_err(|failure| failure.error);
                 }
+                Box::pin(self.attempt_each((name, model), route.fallback, &asked, pass)).await
             }
         }
     }
@@ -176,15 +169,10 @@ impl ModelCall {
             let tokens = chat::count_tokens(&reply.text);
             let chunks = if is_chat { Chunks::chat(reply) } else { Chunks::text(reply) };
             pass.record.usage = Some(json::Usage { tokens_in: tokens, tokens_out: tokens, is_suspect: false });
-            return self
-                .hold_head(
-                    Relay::echo(
-                        chunks,
-                        self.limits(Deadline::new(self.started, self.app.sealed.config.timeouts.total, Limit::Total)),
-                    ),
-                    pass,
-                )
-                .await;
+            let timeouts = &self.app.sealed.config.timeouts;
+            let limits = self.limits(Deadline::new(self.started, timeouts.total, Limit::Total));
+            let held = self.hold_head(Relay::echo(chunks, limits), Instant::now() + timeouts.head_hold, pass).await;
+            return held.map_err(|failure| failure.error);
         }
         let answer = if is_chat { chat::completion(&reply) } else { chat::text_completion(&reply) };
         pass.note_first_token();

@@ -11,6 +11,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use evergate_core::attempts::{How, Reached};
 use evergate_core::chat::Chunks;
 use evergate_core::deadline::Limit;
 use evergate_core::json::{Chunk, Usage, scan_answer, scan_chunk};
@@ -19,13 +20,15 @@ use evergate_core::{Deadline, Error, Fault};
 use evergate_upstream::AnswerBody;
 use evergate_upstream::clock::{Clock, Sleep};
 
+use super::attempts::Failure;
+
 /// Pieces read behind `[DONE]` before the connection is given up.
 const AFTER_DONE_PIECES_MAX: u8 = 4;
 /// How long the end of the framing may follow `[DONE]`; the client has everything and waits for our end meanwhile.
 const AFTER_DONE: Duration = Duration::from_millis(5);
 
 /// A call on its way to a stream's head.
-pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Error>> + Send>>;
+pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Failure>> + Send>>;
 
 /// Makes the client's error of an error event's message, with every secret taken out of it.
 pub type OnErrorEvent = Box<dyn Fn(Option<&str>) -> Error + Send>;
@@ -67,6 +70,8 @@ pub struct Relay {
     source: Source,
     upstream: String,
     on_error_event: OnErrorEvent,
+    /// Of what ended it, if that was an error.
+    how: How,
     limits: Limits,
     splitter: Splitter,
     seen: Seen,
@@ -114,6 +119,7 @@ impl Relay {
             source,
             upstream,
             on_error_event,
+            how: How::Broken,
             splitter: Splitter::new(limits.event_bytes),
             limits,
             seen: Seen::default(),
@@ -127,6 +133,12 @@ impl Relay {
     #[must_use]
     pub fn has_begun(&self) -> bool {
         self.seen.any
+    }
+
+    /// How it failed, after an error.
+    #[must_use]
+    pub fn how(&self) -> How {
+        self.how
     }
 
     /// Usage, once an event has told it.
@@ -154,7 +166,10 @@ impl Relay {
                 }
                 Source::Calling(calling) => calling.as_mut().poll(cx).map(|called| match called {
                     Ok(body) => self.source = Source::Reading(body),
-                    Err(error) => self.ready.push_back(Err(error)),
+                    Err(Failure { error, how }) => {
+                        self.how = how;
+                        self.ready.push_back(Err(error));
+                    }
                 }),
                 Source::Reading(body) => body.poll_data(cx).map(|data| self.take(data)),
                 Source::Closing { body, until, pieces } => {
@@ -178,7 +193,9 @@ impl Relay {
                 Poll::Ready(()) => self.piece_at = Instant::now(),
                 Poll::Pending => {
                     let Poll::Ready(limit) = self.poll_limit(cx) else { return Poll::Pending };
-                    self.ready.push_back(Err(self.overrun(limit)));
+                    let error = self.overrun(limit);
+                    self.how = How::of(Reached::Answer, error.fault);
+                    self.ready.push_back(Err(error));
                 }
             }
         }
@@ -282,6 +299,7 @@ impl Relay {
                 "the upstream \"{}\" sent an event larger than {bytes_max} bytes (limits.event)",
                 self.upstream
             );
+            self.how = How::TooLarge;
             self.ready.push_back(Err(Error::new(Fault::UpstreamBadResponse, message)));
         }
     }
@@ -334,10 +352,10 @@ impl Relay {
         let fault = match limit {
             Limit::FirstToken => Fault::FirstTokenTimeout,
             Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
-            Limit::Connect | Limit::Idle => Fault::UpstreamTimeout,
+            Limit::Connect | Limit::Attempt | Limit::Idle => Fault::UpstreamTimeout,
         };
         let what = match limit {
-            Limit::FirstToken => "sent no event within",
+            Limit::FirstToken | Limit::Attempt => "sent no event within",
             Limit::Idle => "was silent for longer than",
             _ => "did not finish within",
         };

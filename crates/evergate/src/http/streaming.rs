@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use evergate_core::attempts::Reached;
 use evergate_core::deadline::Limit;
 use evergate_core::{Deadline, Error, Fault};
-use evergate_upstream::Client;
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 
+use super::attempts::{Attempt, Failure};
 use super::body::{Body, Stream};
 use super::fault::{Bomb, Planted, planted};
 use super::model_call::ModelCall;
@@ -34,14 +35,13 @@ impl ModelCall {
 
     pub(super) async fn stream(
         &self,
-        client: Arc<Client>,
-        name: &str,
-        body: Bytes,
-        deadline: Deadline,
+        attempt: Attempt<'_>,
+        head_by: Instant,
         pass: &mut Pass,
-    ) -> Result<Response<Body>, Error> {
-        let limits = self.limits(deadline);
-        let call = self.call(body, deadline.min(limits.stream_total));
+    ) -> Result<Response<Body>, Failure> {
+        let Attempt { client, name, body, deadline, first_by } = attempt;
+        let limits = self.limits(first_by);
+        let call = self.call(body, first_by.min(limits.stream_total));
         let asking = Self {
             app: Arc::clone(&self.app),
             headers: HeaderMap::new(),
@@ -52,7 +52,7 @@ impl ModelCall {
         };
         let upstream = name.to_owned();
         let calling: Calling = Box::pin(async move {
-            let answer = client.call(call).await.map_err(|failure| failure.error)?;
+            let answer = client.call(call).await?;
             if !answer.status.is_success() {
                 return Err(asking.refused(&upstream, answer, deadline).await);
             }
@@ -61,16 +61,21 @@ impl ModelCall {
                 return Ok(answer.body);
             }
             let message = format!("the upstream \"{upstream}\" answered a stream request with something else");
-            Err(Error::new(Fault::UpstreamBadResponse, message))
+            Err(Failure::new(Reached::Answer, Error::new(Fault::UpstreamBadResponse, message)))
         });
         let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
         let on_error_event = Box::new(move |message: Option<&str>| refusal::of_object(&app, &upstream, message));
-        self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), pass).await
+        self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), head_by, pass).await
     }
 
-    /// Waits with the response head until the first event, so that an early failure has a real status; longer than
-    /// `head_hold` it does not wait, so that clients and proxies see the answer begin.
-    pub(super) async fn hold_head(&self, mut relay: Relay, pass: &mut Pass) -> Result<Response<Body>, Error> {
+    /// Waits with the response head until the first event, so that an early failure has a real status, or another
+    /// target its turn; not beyond `head_by`, so that clients and proxies see the answer begin.
+    pub(super) async fn hold_head(
+        &self,
+        mut relay: Relay,
+        head_by: Instant,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Failure> {
         let timeouts = &self.app.sealed.config.timeouts;
         let first = std::future::poll_fn(|cx| {
             loop {
@@ -81,13 +86,16 @@ impl ModelCall {
                 }
             }
         });
-        let first = match self.app.clock.timeout_at(Instant::now() + timeouts.head_hold, first).await {
+        let first = match self.app.clock.timeout_at(head_by, first).await {
             Ok(Some(Ok(first))) => {
                 pass.note_first_token();
                 Some(first)
             }
-            Ok(Some(Err(error))) => return Err(error),
-            Ok(None) => return Err(Error::new(Fault::UpstreamBadResponse, "the upstream's stream holds no event")),
+            Ok(Some(Err(error))) => return Err(Failure { error, how: relay.how() }),
+            Ok(None) => {
+                let error = Error::new(Fault::UpstreamBadResponse, "the upstream's stream holds no event");
+                return Err(Failure::new(Reached::Answer, error));
+            }
             Err(_) => Some(Bytes::from_static(b": waiting for the model\n\n")),
         };
         pass.record.usage = relay.usage().or(pass.record.usage);

@@ -36,6 +36,10 @@ pub const LOOP_LAG_BUCKET: u8 = 10;
 /// Sum of it in microseconds.
 pub const LOOP_LAG_SUM_US: u8 = 11;
 
+/// Attempts that failed and were followed by another: upstream label (b), cause (c, see `status_and_end`, status 0). The
+/// last attempt of a request is among `REQUESTS`.
+pub const ATTEMPTS: u8 = 12;
+
 /// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
 /// millisecond late by its own granularity.
 pub const LOOP_LAG_BUCKETS_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];

@@ -18,6 +18,7 @@ pub fn prometheus(board: &Board) -> String {
     let sums = Sums::read(board);
     let mut page = Page { board, out: String::with_capacity(8 << 10) };
     page.requests(&sums);
+    page.attempts(&sums);
     page.first_token(&sums);
     page.tokens(&sums);
     page.loop_lag(&sums);
@@ -97,6 +98,26 @@ impl Page<'_> {
             let status = status.to_string();
             let labels = [("model", &*model), ("upstream", &*upstream), ("status", &*status), ("cause", end.name())];
             self.sample(NAME, &labels, value);
+        }
+    }
+
+    /// Every call: those that another one followed have a counter of their own, a request's last one ended as it did.
+    fn attempts(&mut self, sums: &Sums) {
+        const NAME: &str = "evergate_attempts_total";
+        self.head(NAME, "counter", "Calls to upstreams by upstream and cause of their end.");
+        let mut calls: BTreeMap<(u16, &str), u64> = BTreeMap::new();
+        for (key, value) in sums.of(names::REQUESTS).chain(sums.of(names::ATTEMPTS)) {
+            if let Some((_, end)) = names::split_status_and_end(key.c) {
+                let sum = calls.entry((key.b, end.name())).or_default();
+                *sum = sum.saturating_add(value);
+            }
+        }
+        for ((label, cause), value) in calls {
+            let upstream = self.board.label_text(label);
+            // Requests that nobody was called for, and those that are answered within the process.
+            if !upstream.is_empty() && *upstream != *"echo" {
+                self.sample(NAME, &[("upstream", &upstream), ("cause", cause)], value);
+            }
         }
     }
 
@@ -321,6 +342,32 @@ mod tests {
         let labels = r#"model="say \"a\\b\"",upstream="tiny""#;
         has(&text, &format!(r#"evergate_requests_total{{{labels},status="200",cause="ok"}} 5"#));
         has(&text, &format!(r#"evergate_requests_total{{{labels},status="504",cause="deadline_exceeded"}} 1"#));
+    }
+
+    #[test]
+    fn attempts_are_those_that_others_followed_and_the_last_of_each_request() {
+        let board = board();
+        let (model, series) = (board.label("m"), board.series(1).unwrap());
+        let [first, second, echo] = ["first", "second", "echo"].map(|name| board.label(name));
+        let failed = names::End::Fault(Fault::UpstreamFailed);
+        let count = |metric, upstream, status, end, count| {
+            let a = if metric == names::REQUESTS { model } else { 0 };
+            series.add(names::key(metric, a, upstream, names::status_and_end(status, end)), count);
+        };
+        count(names::ATTEMPTS, first, 0, failed, 3);
+        count(names::REQUESTS, first, 502, failed, 2);
+        count(names::REQUESTS, second, 200, names::End::Ok, 4);
+        count(names::REQUESTS, echo, 200, names::End::Ok, 9);
+        count(names::REQUESTS, 0, 404, names::End::Fault(Fault::ModelNotFound), 9);
+        let text = prometheus(&board);
+        let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("evergate_attempts_total")).collect();
+        assert_eq!(
+            lines,
+            [
+                r#"evergate_attempts_total{upstream="first",cause="upstream_failed"} 5"#,
+                r#"evergate_attempts_total{upstream="second",cause="ok"} 4"#,
+            ]
+        );
     }
 
     #[test]

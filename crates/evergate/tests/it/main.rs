@@ -37,5 +37,8 @@ mod streams;
 mod streams_broken;
 mod support;
 mod systemd;
+mod targets;
+mod targets_load;
+mod targets_stops;
 mod upstream;
 mod upstream_faults;

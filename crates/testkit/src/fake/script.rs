@@ -26,6 +26,8 @@ pub enum Script {
     EchoRequest,
     /// `hold`: nothing until [`crate::FakeUpstream::release`], then a right answer.
     Hold,
+    /// `hold-fail`: nothing until [`crate::FakeUpstream::release`], then status 500.
+    HoldFail,
     /// `hold-mid`: the first half, then nothing until [`crate::FakeUpstream::release`], then the rest.
     HoldMid,
 
@@ -45,6 +47,14 @@ pub enum Script {
     ResetMid,
     /// `eof-mid`, `truncated`: the first half, then FIN, against the framing's promise.
     EofMid,
+    /// `eof-head`: a head with status 200, then FIN, against the framing's promise.
+    EofHead,
+    /// `no-events`: a head with status 200 and a body that ends in order, with nothing in it.
+    NoEvents,
+    /// `two-lengths`: a right answer whose head has two differing lengths.
+    TwoLengths,
+    /// `stalled-500`: the head of a status 500, then silence.
+    Stalled500,
     /// `stale`: a right answer that promises keep-alive, then FIN.
     Stale,
 
@@ -114,6 +124,7 @@ impl Script {
             "tools" => Self::Tools,
             "echo-request" => Self::EchoRequest,
             "hold" => Self::Hold,
+            "hold-fail" => Self::HoldFail,
             "hold-mid" => Self::HoldMid,
             "never-headers" => Self::NeverHeaders,
             "silent" => Self::Silent,
@@ -123,6 +134,10 @@ impl Script {
             "reset-early" => Self::ResetEarly,
             "reset-mid" => Self::ResetMid,
             "eof-mid" | "truncated" => Self::EofMid,
+            "eof-head" => Self::EofHead,
+            "no-events" => Self::NoEvents,
+            "two-lengths" => Self::TwoLengths,
+            "stalled-500" => Self::Stalled500,
             "stale" => Self::Stale,
             "html" => Self::Html(200),
             "empty" => Self::Empty,

@@ -78,6 +78,14 @@ fn whatever_was_asked(script: &Script) -> Option<Vec<Step>> {
         Script::NeverHeaders => vec![Step::Silence],
         Script::CloseEarly => vec![Step::Close],
         Script::ResetEarly => vec![Step::Reset],
+        Script::HoldFail => [vec![Step::Hold], json_answer(500, &answer::error(500))].concat(),
+        Script::TwoLengths => {
+            let head = head(200, "application/json", "content-length: 2\r\ncontent-length: 3\r\n");
+            vec![Step::Send((head + "{} ").into_bytes()), Step::Close]
+        }
+        Script::Stalled500 => {
+            vec![Step::Send(head(500, "application/json", "content-length: 9\r\n").into_bytes()), Step::Silence]
+        }
         Script::Status(status, retry_after) => {
             let field = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
             whole(*status, "application/json", &field, &answer::error(*status).to_string())
@@ -116,6 +124,8 @@ fn unary(script: &Script, answer: &Answer) -> Vec<Step> {
         Script::IdleMid => vec![Step::Send(head), first, Step::Silence],
         Script::ResetMid => vec![Step::Send(head), first, Step::Reset],
         Script::EofMid => vec![Step::Send(head), first, Step::Close],
+        Script::EofHead => vec![Step::Send(head), Step::Close],
+        Script::NoEvents => whole(200, "application/json", "", ""),
         Script::Stale => vec![right(), Step::Close],
         Script::BadJson | Script::HalfEvent => whole(200, "application/json", "", "{\"choices\": [oops"),
         Script::HalfEmoji => whole(200, "application/json", "", &body.replacen("Hello", "half \\ud83d", 1)),
@@ -148,6 +158,8 @@ fn events(script: &Script, answer: &Answer) -> Vec<Step> {
         Script::IdleMid => [head, first, vec![Step::Silence]].concat(),
         Script::ResetMid => [head, first, vec![Step::Reset]].concat(),
         Script::EofMid => [head, first, vec![Step::Close]].concat(),
+        Script::EofHead => [head, vec![Step::Close]].concat(),
+        Script::NoEvents => [head, vec![end()]].concat(),
         Script::Stale => [head, first, rest, finish(), vec![Step::Close]].concat(),
         Script::BadJson => [head, first, extra("data: {\"choices\": [oops\n\n"), rest, finish()].concat(),
         Script::HalfEmoji => {

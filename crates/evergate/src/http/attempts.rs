@@ -1,0 +1,168 @@
+//! One request, its targets one after the other: each is called once at most, within the request's one deadline, until
+//! one answers or the rule of `core/attempts.rs` says that no other may be asked.
+//!
+//! Holds INV-ATTEMPT-1 (ARCHITECTURE.md).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use evergate_board::InflightPhase;
+use evergate_core::attempts::{Ended, How, Next, Reached, Verdict, name_tried, next};
+use evergate_core::deadline::Limit;
+use evergate_core::router::Fallback;
+use evergate_core::{Deadline, Error, Fault, json};
+use evergate_upstream::{Client, Phase};
+use http::Response;
+
+use super::body::Body;
+use super::model_call::ModelCall;
+use crate::context::cancelled;
+use crate::gate::pass::{IsCall, Pass};
+
+/// A failed attempt.
+#[derive(Debug)]
+pub struct Failure {
+    /// For the client and the records.
+    pub error: Error,
+    /// Decides whether another target may be asked.
+    pub how: How,
+}
+
+impl Failure {
+    /// A failure whose error tells, with how far the attempt came, what kind it is.
+    #[must_use]
+    pub fn new(reached: Reached, error: Error) -> Self {
+        Self { how: How::of(reached, error.fault), error }
+    }
+}
+
+impl From<evergate_upstream::Failure> for Failure {
+    fn from(failure: evergate_upstream::Failure) -> Self {
+        let reached = match failure.phase {
+            Phase::Connect => Reached::Nothing,
+            Phase::Sent => Reached::Request,
+        };
+        Self::new(reached, failure.error)
+    }
+}
+
+/// What a client has asked for.
+pub(super) struct Asked<'a> {
+    /// Its body.
+    pub(super) body: &'a Bytes,
+    /// What was read of it.
+    pub(super) request: &'a json::Request,
+    /// The request's end: one for all attempts.
+    pub(super) deadline: Deadline,
+}
+
+/// One attempt under way.
+pub(super) struct Attempt<'a> {
+    /// The upstream's connections.
+    pub(super) client: Arc<Client>,
+    /// The upstream's name.
+    pub(super) name: &'a str,
+    /// The request's body with the target's name of the model.
+    pub(super) body: Bytes,
+    /// The request's end.
+    pub(super) deadline: Deadline,
+    /// The same, or the end of the model's `attempt` where that is earlier: until the first byte.
+    pub(super) first_by: Deadline,
+}
+
+impl ModelCall {
+    /// Begins an attempt. Every call to an upstream comes this way, and from here on it is on the board.
+    pub(super) fn begin<'a>(
+        &self,
+        (name, model): (&'a str, &str),
+        asked: &Asked<'_>,
+        pass: &mut Pass,
+    ) -> Result<Attempt<'a>, Error> {
+        let client = self.app.clients.get(name).map(Arc::clone).ok_or_else(|| {
+            Error::new(Fault::Internal, "the model's upstream is not there").detail(format!("{model} of {name}"))
+        })?;
+        let body = if *model == *asked.request.model {
+            asked.body.clone()
+        } else {
+            json::splice(asked.body, asked.request.model_span.clone(), model).into()
+        };
+        pass.set_backend(name, IsCall::Yes);
+        pass.enter(InflightPhase::Wait);
+        Ok(Attempt { client, name, body, deadline: asked.deadline, first_by: asked.deadline })
+    }
+
+    /// Calls the targets in order. Dropping it between two of them, or within one, leaves no call behind.
+    pub(super) async fn attempt_each(
+        &self,
+        first: (&str, &str),
+        fallback: Fallback<'_>,
+        asked: &Asked<'_>,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Error> {
+        let mut targets = fallback.targets.iter().map(|target| (&*target.upstream, &*target.model));
+        let mut target = first;
+        let mut verdict = Verdict::default();
+        // One time for the head, too: a second attempt does not keep a client waiting for a second `head_hold`.
+        let head_by = Instant::now() + self.app.sealed.config.timeouts.head_hold;
+        loop {
+            let following = targets.next();
+            let mut attempt = self.begin(target, asked, pass)?;
+            if let Some(limit) = fallback.attempt.filter(|_| following.is_some()) {
+                attempt.first_by = asked.deadline.min(Deadline::new(Instant::now(), limit, Limit::Attempt));
+            }
+            if !fallback.targets.is_empty() {
+                pass.begin_attempt();
+            }
+            let answered = if pass.record.is_stream {
+                self.stream(attempt, head_by, pass).await
+            } else {
+                self.whole(attempt, pass).await
+            };
+            let Failure { error, how } = match answered {
+                Ok(response) => return Ok(response),
+                Err(failure) => failure,
+            };
+            let fault = error.fault;
+            pass.end_attempt(fault);
+            let next = next(&Ended {
+                how,
+                // Whatever the client has seen of a stream, that stream's body has taken over.
+                is_visible: false,
+                is_last: following.is_none(),
+                cancelled: self.token.cause(),
+                has_time: !asked.deadline.is_past(Instant::now()),
+                retry_unknown: fallback.retry_unknown,
+            });
+            let told = match (next, following) {
+                (Next::Target, Some(following)) => {
+                    pass.go_on(fault);
+                    verdict.add(error);
+                    target = following;
+                    continue;
+                }
+                (Next::Cancelled(cause), _) => cancelled(cause),
+                (Next::OutOfTime, _) => out_of_time(asked.deadline),
+                (Next::Best, _) => {
+                    verdict.add(error);
+                    verdict.into_error()
+                }
+                (Next::This | Next::Target, _) => error,
+            };
+            return Err(explained(told, pass));
+        }
+    }
+}
+
+fn out_of_time(deadline: Deadline) -> Error {
+    let message = format!("{} was over before the next upstream could be called", deadline.limit().key());
+    Error::new(Fault::DeadlineExceeded, message)
+}
+
+/// Names the attempts, if there were several.
+fn explained(mut error: Error, pass: &Pass) -> Error {
+    if let path @ [_, _, ..] = pass.path() {
+        name_tried(&mut error, path.iter().map(|step| (&*step.upstream, step.cause)));
+    }
+    error
+}
