@@ -6,17 +6,17 @@ const HEX: &[u8; 16] = b"0123456789abcdef";
 pub fn push_decimal(out: &mut String, value: u64) {
     // 20 digits hold the largest.
     let mut digits = [b'0'; 20];
-    let mut rest = value;
-    let mut count = 0;
-    for digit in digits.iter_mut().rev() {
+    let (mut rest, mut at) = (value, digits.len());
+    while let Some(digit) = at.checked_sub(1).and_then(|at| digits.get_mut(at)) {
+        at -= 1;
         *digit = b'0' | (rest % 10) as u8;
         rest /= 10;
-        count += 1;
         if rest == 0 {
             break;
         }
     }
-    out.extend(digits.iter().skip(digits.len() - count).map(|digit| char::from(*digit)));
+    let text = digits.get(at..).and_then(|digits| std::str::from_utf8(digits).ok());
+    out.push_str(text.unwrap_or_default());
 }
 
 /// Writes `value` over the whole of `digits` in lower-case hexadecimal; what does not fit falls off on the left.

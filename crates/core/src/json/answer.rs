@@ -1,14 +1,11 @@
 //! An upstream's whole answer, read leniently: what its client makes of it is the client's business.
 
 use super::escape::{inner, unescape};
-use super::scan::{Broken, Rules, Scanner, Stop};
+use super::scan::{Broken, Scanner, Stop};
 use super::usage::{self, Usage};
 
 /// Most characters that are taken of an upstream's error message.
 const MESSAGE_CHARS_MAX: usize = 512;
-
-/// For answers: half an emoji, raw control characters and any depth (one bit a level) are passed through.
-pub(super) const LENIENT: Rules = Rules { depth_max: u32::MAX, is_strict: false };
 
 /// What the gateway reads of a whole answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,7 +29,7 @@ pub struct Answer {
 pub fn scan_answer(body: &[u8]) -> Result<Answer, Broken> {
     let mut answer = Answer::default();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
-    let mut scanner = Scanner::new(body, LENIENT);
+    let mut scanner = Scanner::lenient(body);
     scanner.space();
     let walked = scanner.members::<Stop>(|scanner, key| {
         match &*scanner.name(key) {

@@ -4,7 +4,6 @@ use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
 
-use super::answer::LENIENT;
 use super::escape::inner;
 use super::scan::{Scanner, Stop};
 use super::usage::{self, Usage};
@@ -56,7 +55,7 @@ fn is_text_only(data: &[u8]) -> bool {
 
 fn walk(data: &[u8]) -> Result<Chunk, Stop> {
     let mut chunk = Chunk { is_object: true, ..Chunk::default() };
-    let mut scanner = Scanner::new(data, LENIENT);
+    let mut scanner = Scanner::lenient(data);
     scanner.members::<Stop>(|scanner, key| {
         match &*scanner.name(key) {
             b"usage" => chunk.usage = usage::read(scanner)?,

@@ -33,24 +33,45 @@ fn long(bytes: &[u8]) -> usize {
 /// How many of the first bytes are neither quote nor backslash.
 #[inline]
 pub(super) fn unquoted_length(bytes: &[u8]) -> usize {
-    // Most strings are keys and short words.
-    let Some(group) = bytes.first_chunk::<8>() else {
-        return bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
-    };
-    let word = u64::from_le_bytes(*group);
-    let found = is_byte(word, b'"') | is_byte(word, b'\\');
-    if found != 0 {
-        return (found.trailing_zeros() / 8) as usize;
+    // Most strings are keys and short words: four groups, then the vector search, whose call alone costs as much.
+    let mut at = 0;
+    while let Some(group) = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>) {
+        let word = u64::from_le_bytes(*group);
+        let found = is_byte(word, b'"') | is_byte(word, b'\\');
+        if found != 0 {
+            return at + (found.trailing_zeros() / 8) as usize;
+        }
+        at += 8;
+        if at == 32 {
+            break;
+        }
     }
-    let rest = bytes.get(8..).unwrap_or_default();
-    8 + memchr::memchr2(b'"', b'\\', rest).unwrap_or(rest.len())
+    let rest = bytes.get(at..).unwrap_or_default();
+    at + memchr::memchr2(b'"', b'\\', rest).unwrap_or(rest.len())
 }
 
-/// Whether any byte is a control character below the blank.
-pub(super) fn has_control(bytes: &[u8]) -> bool {
+/// What kinds of bytes a text has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kinds {
+    /// All are below 0x80, so that it is UTF-8 too.
+    pub is_ascii: bool,
+    /// Some are control characters below the blank.
+    pub has_control: bool,
+}
+
+/// Looks at every byte once.
+pub(super) fn kinds(bytes: &[u8]) -> Kinds {
     let (groups, rest) = bytes.as_chunks::<64>();
-    let lowest = |bytes: &[u8]| bytes.iter().fold(u8::MAX, |low, byte| low.min(*byte));
-    groups.iter().any(|group| lowest(group) < 0x20) || lowest(rest) < 0x20
+    let (mut lowest, mut any) = ([u8::MAX; 64], [0_u8; 64]);
+    for group in groups {
+        for ((low, any), byte) in lowest.iter_mut().zip(&mut any).zip(group) {
+            *low = (*low).min(*byte);
+            *any |= *byte;
+        }
+    }
+    let low = lowest.iter().chain(rest).fold(u8::MAX, |low, byte| low.min(*byte));
+    let any = any.iter().chain(rest).fold(0, |any, byte| any | *byte);
+    Kinds { is_ascii: any < 0x80, has_control: low < 0x20 }
 }
 
 #[inline]
@@ -99,7 +120,7 @@ mod tests {
     fn quotes_and_controls_are_found_at_every_place() {
         for length in 0..200 {
             let mut text = vec![b' '; length];
-            assert!(!has_control(&text));
+            assert_eq!(kinds(&text), Kinds { is_ascii: true, has_control: false });
             assert_eq!(unquoted_length(&text), length);
             for at in 0..length {
                 for byte in [b'"', b'\\', b'!', b'#', b'[', b']', 0xa2, 0xdc] {
@@ -108,7 +129,9 @@ mod tests {
                     assert_eq!(unquoted_length(&text), expected, "{byte:#x} at {at} of {length}");
                 }
                 text[at] = 0x1f;
-                assert!(has_control(&text));
+                assert_eq!(kinds(&text), Kinds { is_ascii: true, has_control: true });
+                text[at] = 0x80;
+                assert_eq!(kinds(&text), Kinds { is_ascii: false, has_control: false });
                 text[at] = b' ';
             }
         }

@@ -5,7 +5,8 @@
 use std::ops::Range;
 
 use super::escape::{inner, unescape};
-use super::scan::{Rules, Scanner, Stop};
+use super::plain::{Kinds, kinds};
+use super::scan::{Key, Scanner, Stop};
 use crate::error::{Error, Fault};
 
 /// Keys that decide where a request goes and what it may cost. Doubled, an upstream could read another value than we.
@@ -38,9 +39,9 @@ pub struct Request {
 /// param: a doubled routing key, a `model` that is missing, empty or no string, a `stream` that is neither boolean nor
 /// null.
 pub fn scan_request(body: &[u8], limits: &Limits) -> Result<Request, Error> {
-    check_text(body)?;
+    let kinds = check_text(body)?;
     let mut found = Found::default();
-    let mut scanner = Scanner::new(body, Rules { depth_max: limits.depth, is_strict: true });
+    let mut scanner = Scanner::strict(body, limits.depth, kinds.has_control);
     scanner.space();
     let walked = scanner.members(|scanner, key| found.member(scanner, key)).and_then(|()| Ok(scanner.end()?));
     match walked {
@@ -70,15 +71,19 @@ pub fn splice(body: &[u8], span: Range<usize>, model: &str) -> Vec<u8> {
     out
 }
 
-fn check_text(body: &[u8]) -> Result<(), Error> {
+fn check_text(body: &[u8]) -> Result<Kinds, Error> {
     if body.is_empty() {
         return Err(Error::new(Fault::InvalidJson, "the request body is empty; send a JSON object"));
     }
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(invalid("the request body begins with a byte order mark; send JSON without one (byte 0)"));
     }
+    let kinds = kinds(body);
+    if kinds.is_ascii {
+        return Ok(kinds);
+    }
     match std::str::from_utf8(body) {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(kinds),
         Err(error) => Err(invalid(format!("the request body is not valid UTF-8 at byte {}", error.valid_up_to()))),
     }
 }
@@ -114,7 +119,7 @@ struct Found {
 }
 
 impl Found {
-    fn member(&mut self, scanner: &mut Scanner<'_>, key: Range<usize>) -> Result<(), Halt> {
+    fn member(&mut self, scanner: &mut Scanner<'_>, key: Key) -> Result<(), Halt> {
         let name = scanner.name(key);
         let known = ROUTING.iter().zip(&mut self.seen).find(|(routing, _)| routing.as_bytes() == &*name);
         let Some((routing, seen)) = known else {

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::escape::{code_unit, inner, is_high, is_low, unescape};
-use super::plain::{has_control, plain_length, unquoted_length};
+use super::plain::{plain_length, unquoted_length};
 
 /// The longest key that is compared with an escape in it: 32 characters of six bytes each. No key we read is longer.
 const ESCAPED_KEY_BYTES_MAX: usize = 6 * 32;
@@ -33,11 +33,20 @@ pub(super) enum Stop {
 
 /// How exact the bytes have to be.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rules {
+struct Rules {
     /// Most open brackets.
-    pub depth_max: u32,
+    depth_max: u32,
     /// Whether lone surrogate escapes and raw control characters in strings are refused.
-    pub is_strict: bool,
+    is_strict: bool,
+}
+
+/// A member's key.
+#[derive(Debug)]
+pub(super) struct Key {
+    /// Where it stands, quotes included.
+    span: Range<usize>,
+    /// It has no escapes, for certain.
+    is_plain: bool,
 }
 
 /// A place in the bytes.
@@ -52,10 +61,16 @@ pub(super) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    pub(super) fn new(bytes: &'a [u8], rules: Rules) -> Self {
+    /// For answers: half an emoji, raw control characters and any depth (one bit a level) are passed through.
+    pub(super) fn lenient(bytes: &'a [u8]) -> Self {
+        let rules = Rules { depth_max: u32::MAX, is_strict: false };
+        Self { bytes, at: 0, depth: 0, rules, is_wary: false }
+    }
+
+    /// For a text with control characters or without.
+    pub(super) fn strict(bytes: &'a [u8], depth_max: u32, has_control: bool) -> Self {
         // Line ends between values make it wary too; what programs send has none.
-        let is_wary = rules.is_strict && has_control(bytes);
-        Self { bytes, at: 0, depth: 0, rules, is_wary }
+        Self { bytes, at: 0, depth: 0, rules: Rules { depth_max, is_strict: true }, is_wary: has_control }
     }
 
     /// The next byte.
@@ -70,8 +85,16 @@ impl<'a> Scanner<'a> {
     }
 
     /// Skips white space.
-    #[inline]
+    #[inline(always)]
     pub(super) fn space(&mut self) {
+        // What programs send has hardly any.
+        if self.peek().is_none_or(|byte| byte <= b' ') {
+            self.space_rest();
+        }
+    }
+
+    #[inline(never)]
+    fn space_rest(&mut self) {
         while let Some(b' ' | b'\n' | b'\r' | b'\t') = self.peek() {
             self.at += 1;
         }
@@ -83,11 +106,10 @@ impl<'a> Scanner<'a> {
         if self.at < self.bytes.len() { self.broken("the end of the text") } else { Ok(()) }
     }
 
-    /// Walks the members of the object that begins here. `each` gets the span of a key, quotes included, and takes
-    /// exactly one value.
+    /// Walks the members of the object that begins here. `each` gets a key and takes exactly one value.
     pub(super) fn members<E: From<Stop>>(
         &mut self,
-        mut each: impl FnMut(&mut Self, Range<usize>) -> Result<(), E>,
+        mut each: impl FnMut(&mut Self, Key) -> Result<(), E>,
     ) -> Result<(), E> {
         self.open(b'{', "an object")?;
         if self.close(b'}') {
@@ -144,6 +166,7 @@ impl<'a> Scanner<'a> {
 
     /// Takes a whole scalar, an empty bracket pair, or an opening bracket with what stands before its first value;
     /// says whether a value has to follow at once.
+    #[inline(always)]
     fn begin_value(&mut self, nest: &mut Nest) -> Result<bool, Stop> {
         self.space();
         match self.peek() {
@@ -169,6 +192,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes a number or a literal.
+    #[inline(always)]
     fn scalar(&mut self) -> Result<(), Stop> {
         match self.peek() {
             Some(b'-' | b'0'..=b'9') => self.number(),
@@ -180,6 +204,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes what may stand after a value, closing brackets included; says whether the outermost one is closed.
+    #[inline(always)]
     fn end_values(&mut self, nest: &mut Nest) -> Result<bool, Stop> {
         while let Some(is_object) = nest.last() {
             self.space();
@@ -200,27 +225,35 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes a string and returns its span, quotes included.
+    #[inline(always)]
     pub(super) fn string(&mut self) -> Result<Range<usize>, Stop> {
         let start = self.at;
+        self.text().map(|_| start..self.at)
+    }
+
+    /// Takes a string and says whether it stands for itself, without an escape; "no" is only a guess.
+    #[inline(always)]
+    fn text(&mut self) -> Result<bool, Stop> {
         self.take(b'"', "a string")?;
         if !self.is_wary {
             self.at += unquoted_length(self.bytes.get(self.at..).unwrap_or_default());
             if self.peek() == Some(b'"') {
                 self.at += 1;
-                return Ok(start..self.at);
+                return Ok(true);
             }
         }
-        self.string_rest(start)
+        self.text_rest().map(|()| false)
     }
 
     /// Takes the rest of a string that has something in it besides plain bytes.
-    fn string_rest(&mut self, start: usize) -> Result<Range<usize>, Stop> {
+    #[inline(never)]
+    fn text_rest(&mut self) -> Result<(), Stop> {
         loop {
             self.at += plain_length(self.bytes.get(self.at..).unwrap_or_default());
             match self.peek() {
                 Some(b'"') => {
                     self.at += 1;
-                    return Ok(start..self.at);
+                    return Ok(());
                 }
                 Some(b'\\') => self.escape()?,
                 Some(0..0x20) if self.rules.is_strict => return self.broken("no control character inside a string"),
@@ -255,6 +288,7 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
+    #[inline(always)]
     fn number(&mut self) -> Result<(), Stop> {
         if self.peek() == Some(b'-') {
             self.at += 1;
@@ -277,6 +311,7 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
+    #[inline(always)]
     fn digits(&mut self) -> Result<(), Stop> {
         let start = self.at;
         while let Some(b'0'..=b'9') = self.peek() {
@@ -286,6 +321,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes `word` if it stands here.
+    #[inline(always)]
     pub(super) fn literal(&mut self, word: &'static [u8]) -> Result<(), Stop> {
         if !self.bytes.get(self.at..).is_some_and(|rest| rest.starts_with(word)) {
             return self.broken("a value");
@@ -295,26 +331,31 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes a key and its colon.
-    fn key(&mut self) -> Result<Range<usize>, Stop> {
+    #[inline(always)]
+    fn key(&mut self) -> Result<Key, Stop> {
         self.space();
         if self.peek() != Some(b'"') {
             return self.broken("a key in quotes");
         }
-        let key = self.string()?;
+        let start = self.at;
+        let is_plain = self.text()?;
+        let span = start..self.at;
         self.space();
         self.take(b':', "':'")?;
-        Ok(key)
+        Ok(Key { span, is_plain })
     }
 
-    /// The name that the key at `span` stands for, escapes resolved; a key too long to matter is left as it is.
-    pub(super) fn name(&self, span: Range<usize>) -> Cow<'a, [u8]> {
-        let inner = inner(self.slice(span));
-        if inner.len() > ESCAPED_KEY_BYTES_MAX || !inner.contains(&b'\\') {
+    /// The name that a key stands for, escapes resolved; a key too long to matter is left as it is.
+    #[inline]
+    pub(super) fn name(&self, key: Key) -> Cow<'a, [u8]> {
+        let inner = inner(self.slice(key.span));
+        if key.is_plain || inner.len() > ESCAPED_KEY_BYTES_MAX || !inner.contains(&b'\\') {
             return Cow::Borrowed(inner);
         }
         Cow::Owned(unescape(inner).into_bytes())
     }
 
+    #[inline(always)]
     fn open(&mut self, bracket: u8, expected: &'static str) -> Result<(), Stop> {
         let at = self.at;
         self.take(bracket, expected)?;
@@ -327,6 +368,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Takes a closing bracket if it stands here.
+    #[inline(always)]
     fn close(&mut self, bracket: u8) -> bool {
         let is_here = self.peek() == Some(bracket);
         if is_here {
@@ -336,6 +378,7 @@ impl<'a> Scanner<'a> {
         is_here
     }
 
+    #[inline(always)]
     fn take(&mut self, byte: u8, expected: &'static str) -> Result<(), Stop> {
         if self.peek() != Some(byte) {
             return self.broken(expected);
@@ -353,20 +396,20 @@ impl<'a> Scanner<'a> {
 /// Which brackets are open, one bit each: set for an object.
 #[derive(Debug, Default)]
 struct Nest {
-    /// The innermost 128 at most.
-    bits: u128,
+    /// The innermost 64 at most.
+    bits: u64,
     /// How many there are.
     depth: u32,
-    /// What did not fit, in groups of 128.
-    outer: Vec<u128>,
+    /// What did not fit, in groups of 64.
+    outer: Vec<u64>,
 }
 
 impl Nest {
     fn push(&mut self, is_object: bool) {
-        if self.depth > 0 && self.depth.is_multiple_of(128) {
+        if self.depth > 0 && self.depth.is_multiple_of(64) {
             self.outer.push(self.bits);
         }
-        self.bits = self.bits << 1 | u128::from(is_object);
+        self.bits = self.bits << 1 | u64::from(is_object);
         self.depth += 1;
     }
 
@@ -378,7 +421,7 @@ impl Nest {
         self.bits >>= 1;
         self.depth = self.depth.saturating_sub(1);
         if self.depth > 0
-            && self.depth.is_multiple_of(128)
+            && self.depth.is_multiple_of(64)
             && let Some(bits) = self.outer.pop()
         {
             self.bits = bits;

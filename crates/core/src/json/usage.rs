@@ -57,21 +57,24 @@ fn count(value: &[u8]) -> Option<Count> {
     if value == b"null" {
         return None;
     }
-    let text = std::str::from_utf8(value).unwrap_or_default();
     let suspect = |tokens| Some(Count { tokens, is_suspect: true });
-    if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return match text.parse() {
-            Ok(tokens) if tokens <= TOKENS_MAX => Some(Count { tokens, is_suspect: false }),
-            _ => suspect(TOKENS_MAX),
-        };
+    if value.iter().all(u8::is_ascii_digit) {
+        let tokens = digits(value);
+        return if tokens <= TOKENS_MAX { Some(Count { tokens, is_suspect: false }) } else { suspect(TOKENS_MAX) };
     }
     // `12.0` is 12 from a sloppy server; an exponent, a sign or a string is nothing to bill by.
-    match text.split_once('.') {
-        Some((whole, part)) if part.bytes().all(|byte| byte.is_ascii_digit()) && !whole.starts_with('-') => {
-            suspect(whole.parse().unwrap_or(TOKENS_MAX).min(TOKENS_MAX))
+    let point = value.iter().position(|byte| *byte == b'.').unwrap_or(value.len());
+    match value.split_at(point) {
+        (whole, [b'.', part @ ..]) if whole.iter().chain(part).all(u8::is_ascii_digit) => {
+            suspect(digits(whole).min(TOKENS_MAX))
         }
         _ => suspect(0),
     }
+}
+
+/// The number that ASCII digits stand for, or the largest if it is larger.
+fn digits(digits: &[u8]) -> u64 {
+    digits.iter().fold(0, |value: u64, digit| value.saturating_mul(10).saturating_add(u64::from(digit & 15)))
 }
 
 #[cfg(test)]
