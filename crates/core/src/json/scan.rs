@@ -1,7 +1,8 @@
 //! The scanner: walks JSON (RFC 8259) byte by byte and builds nothing.
 //!
 //! Nothing here recurses on the input: `skip_value` keeps one bit per open bracket, and `members` and `items` nest only
-//! as deep as the code that calls them.
+//! as deep as the code that calls them. The small steps are inlined by order: left to itself the compiler calls them, which
+//! made an answer's walk a quarter longer (measured in instructions).
 
 use std::borrow::Cow;
 use std::ops::Range;
