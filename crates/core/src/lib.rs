@@ -1,5 +1,5 @@
 //! What Evergate knows without touching the world: errors and their one table, deadlines, causes of an end, the SSE
-//! codec, the JSON scanner, configuration, the router and the text of records.
+//! codec, the judge of HTTP/1 heads, the JSON scanner, configuration, the router and the text of records.
 //!
 //! Nothing here opens a socket or a file, starts a thread or reads the machine's clock; time is always passed in.
 #![forbid(unsafe_code)]
@@ -7,12 +7,14 @@
 pub mod attempts;
 pub mod cancel;
 pub mod chat;
+pub mod chunked;
 pub mod config;
 mod count;
 pub mod deadline;
 pub mod digits;
 pub mod error;
 pub mod exit;
+pub mod head;
 pub mod ids;
 pub mod inherit;
 pub mod json;

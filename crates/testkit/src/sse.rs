@@ -52,21 +52,28 @@ impl Event {
     }
 }
 
-/// Collects bytes and gives the events they complete.
+/// Collects bytes and gives the events they complete, by the rules of the WHATWG HTML standard, 9.2.6. It is slow and
+/// plain on purpose, so that it can judge the gateway's own.
 #[derive(Debug, Default)]
 pub struct Reader {
     rest: Vec<u8>,
+    has_begun: bool,
 }
 
 impl Reader {
-    /// Takes bytes and returns the events that are whole now.
+    /// Takes bytes and returns the events that are whole now. A blank line alone is none.
     pub fn push(&mut self, bytes: &[u8], at: Instant) -> Vec<Event> {
         self.rest.extend_from_slice(bytes);
         let mut events = Vec::new();
         let mut start = 0;
         while let Some(length) = event_end(&self.rest[start..]) {
-            events.push(parse(&self.rest[start..start + length], at));
+            let raw = &self.rest[start..start + length];
             start += length;
+            let text = if self.has_begun { raw } else { raw.strip_prefix(b"\xef\xbb\xbf").unwrap_or(raw) };
+            self.has_begun = true;
+            if !text.iter().all(|byte| matches!(byte, b'\r' | b'\n')) {
+                events.push(parse(raw, text, at));
+            }
         }
         self.rest.drain(..start);
         events
@@ -85,23 +92,24 @@ pub fn text_of(events: &[Event]) -> String {
     events.iter().map(Event::text).collect()
 }
 
-/// Where the first blank line ends; LF and CRLF only, which is what servers send.
+/// Where the first blank line ends. Lines end with LF, CRLF or CR.
 fn event_end(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
-    while let Some(length) = bytes[at..].iter().position(|&byte| byte == b'\n') {
-        let line = &bytes[at..at + length];
-        at += length + 1;
-        if line.is_empty() || line == b"\r" {
+    while let Some(length) = bytes[at..].iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
+        let end = at + length;
+        let is_pair = bytes[end..].starts_with(b"\r\n");
+        at = end + 1 + usize::from(is_pair);
+        if length == 0 {
             return Some(at);
         }
     }
     None
 }
 
-fn parse(raw: &[u8], at: Instant) -> Event {
-    let text = String::from_utf8_lossy(raw);
+fn parse(raw: &[u8], text: &[u8], at: Instant) -> Event {
+    let text = String::from_utf8_lossy(text);
     let (mut name, mut data, mut is_comment) = (None, Vec::new(), true);
-    for line in text.lines().map(|line| line.trim_end_matches('\r')).filter(|line| !line.is_empty()) {
+    for line in text.split(['\r', '\n']).filter(|line| !line.is_empty()) {
         let (field, value) = line.split_once(':').unwrap_or((line, ""));
         let value = value.strip_prefix(' ').unwrap_or(value);
         is_comment &= field.is_empty();

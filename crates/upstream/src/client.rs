@@ -13,7 +13,10 @@ use bytes::Bytes;
 use evergate_core::config::BaseUrl;
 use evergate_core::deadline::Limit;
 use evergate_core::{Deadline, Error, Fault};
-use http::header::{AUTHORIZATION, CONTENT_ENCODING, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{
+    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+    USER_AGENT,
+};
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::client::conn::http1;
@@ -242,6 +245,10 @@ impl Client {
             let message = format!("the upstream \"{name}\" compressed its answer although it was not asked to");
             return Err(sent(Error::new(Fault::UpstreamBadResponse, message)));
         }
+        if is_framed_twice(&head.headers) {
+            let message = format!("the upstream \"{name}\" framed its answer in more than one way");
+            return Err(sent(Error::new(Fault::UpstreamBadResponse, message)));
+        }
         let body = AnswerBody::new(body, connection, Arc::clone(&self.pool));
         Ok(Answer { status: head.status, headers: head.headers, body })
     }
@@ -294,6 +301,18 @@ impl Client {
             http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(|error| failed(broken(name, &error)))?;
         Ok(Connection { sender, driver: Some(Box::pin(driver)), filter: Filter::new(), idle_since: Instant::now() })
     }
+}
+
+/// Whether two readers could see two ends of this answer (RFC 9112, 6.3): the library below takes one of them. What
+/// follows on such a connection is somebody's choice, so it must not be kept.
+fn is_framed_twice(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let coding = codings.next();
+    let length = lengths.next();
+    coding.is_some_and(|coding| length.is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+        || codings.next().is_some()
+        || lengths.next().is_some()
 }
 
 /// Moves a connection forward; an end of it is seen by whoever waits for something from it.

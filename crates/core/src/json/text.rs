@@ -55,6 +55,9 @@ fn tokens(items: &[Value]) -> String {
 
 fn from_messages(messages: &Value) -> Result<String, Error> {
     let messages = messages.as_array().ok_or_else(|| wrong("messages", "must be an array"))?;
+    if !messages.iter().all(Value::is_object) {
+        return Err(wrong("messages", "must hold objects only"));
+    }
     let is_user = |message: &&Value| message.get("role").and_then(Value::as_str) == Some("user");
     let message = messages.iter().rfind(is_user).or(messages.last());
     let message = message.ok_or_else(|| wrong("messages", "must not be empty"))?;

@@ -121,14 +121,14 @@ fn no_stranger(hosts: &[String], head: &Parts) -> Result<(), Error> {
     {
         return refuse("while auth is off, the Host header must be a loopback name; add others to server.hosts");
     }
-    if let Some(origin) = head.headers.get(ORIGIN) {
+    for origin in head.headers.get_all(ORIGIN) {
         let own =
             |scheme: &str| authority.is_some_and(|own| origin.as_bytes() == format!("{scheme}://{own}").as_bytes());
         if !own("http") && !own("https") {
             return refuse("while auth is off, requests from web pages of another origin are refused");
         }
     }
-    if head.headers.get(SEC_FETCH_SITE).is_some_and(|site| site == "cross-site" || site == "same-site") {
+    if head.headers.get_all(SEC_FETCH_SITE).iter().any(|site| site != "same-origin" && site != "none") {
         return refuse("while auth is off, cross-site requests are refused");
     }
     Ok(())

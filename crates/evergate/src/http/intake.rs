@@ -6,8 +6,7 @@ use bytes::{Bytes, BytesMut};
 use evergate_core::config::Config;
 use evergate_core::{Error, Fault};
 use evergate_upstream::clock::Clock;
-use http::HeaderMap;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -25,7 +24,8 @@ pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
     if length.is_some_and(|length| length > config.limits.body_bytes) {
         return Err(too_large(config.limits.body_bytes));
     }
-    if headers.get(CONTENT_ENCODING).is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+    let is_plain = |encoding: &HeaderValue| encoding.as_bytes().eq_ignore_ascii_case(b"identity");
+    if !headers.get_all(CONTENT_ENCODING).iter().all(is_plain) {
         return Err(Error::new(
             Fault::UnsupportedMediaType,
             "a compressed request body is not supported; send it plain",

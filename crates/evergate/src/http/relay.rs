@@ -250,22 +250,25 @@ impl Relay {
             if event.is_comment || seen.done || seen.error.is_some() {
                 return;
             }
-            seen.any = true;
             if event.is_done() {
+                seen.any = true;
                 seen.done = true;
                 seen.done_at = event.raw.end;
                 return;
             }
             if !event.has_data {
+                seen.any = true;
                 return;
             }
             let chunk: Chunk = scan_chunk(&event.data);
             let is_error_event = event.event == Some(b"error");
             if chunk.has_error || is_error_event {
                 let message = scan_answer(&event.data).ok().and_then(|answer| answer.error_message);
+                // Not begun, if nothing came before: a comment in the same piece does not cost the real status.
                 seen.error = Some((message, event.raw.start));
                 return;
             }
+            seen.any = true;
             seen.finish |= chunk.finish;
             seen.usage = chunk.usage.or(seen.usage);
         });

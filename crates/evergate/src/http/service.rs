@@ -156,6 +156,9 @@ impl Service {
             return Self::check_method(head, path).map(|()| String::new());
         }
         let tenant = self.app.door.enter(head)?.to_owned();
+        if path == Path::Unknown && head.method == Method::CONNECT {
+            return Self::check_method(head, path).map(|()| tenant);
+        }
         if path == Path::Unknown {
             let message = "there is nothing at this path; the API is under /v1, such as /v1/chat/completions";
             return Err(Error::new(Fault::NotFound, message));

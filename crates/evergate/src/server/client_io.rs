@@ -14,12 +14,13 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
+use evergate_core::chunked::Chunks;
+use evergate_core::head::{self, Framing, HeadLimits};
 use evergate_core::{Error, Fault};
 use evergate_upstream::clock::{Clock, Sleep};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::{Frames, SHUTDOWN_ACK};
-use super::head::{self, Chunks, Framing, HeadLimits};
 use super::shared::{Leaving, Shared};
 use super::stall::Stall;
 use super::stream::Stream;

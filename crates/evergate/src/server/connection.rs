@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use evergate_board::MasterPhase;
 use evergate_core::config::Config;
+use evergate_core::head::HeadLimits;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
 use super::client_io::{ClientIo, IoLimits};
-use super::head::HeadLimits;
 use super::shared::{Leaving, Shared};
 use super::stream::Stream;
 use super::streams::Streams;
@@ -40,13 +40,16 @@ pub fn limits(config: &Config) -> IoLimits {
         head: HeadLimits {
             bytes: size(config.limits.header_bytes),
             fields: config.limits.headers as usize,
-            uri_bytes: size(config.limits.uri_bytes),
+            uri_bytes: size(config.limits.uri_bytes).min(HYPER_URI_BYTES_MAX),
         },
         header_timeout: config.timeouts.header,
         idle_timeout: config.timeouts.client_idle,
         stall_timeout: config.timeouts.client_stall,
     }
 }
+
+/// Longest request target that hyper takes; beyond it, its answer is its own.
+const HYPER_URI_BYTES_MAX: usize = u16::MAX as usize - 1;
 
 /// Most header fields that hyper takes when nothing is said (`http1::Builder::max_headers`).
 const HYPER_HEADERS_MAX: u32 = 100;

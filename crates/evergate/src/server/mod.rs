@@ -4,7 +4,6 @@ pub mod accept;
 pub mod client_io;
 pub mod connection;
 mod frames;
-pub mod head;
 pub mod shared;
 mod stall;
 pub mod stream;

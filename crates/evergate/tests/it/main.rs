@@ -19,6 +19,7 @@ mod exits;
 mod framing;
 mod h2_wire;
 mod healing;
+mod hostile;
 mod http2;
 mod limits;
 mod metrics;

@@ -59,7 +59,8 @@ fn serve_requests(link: &mut Link, log: &Log, number: usize) -> Option<How> {
             state.requests.push(recorded);
             state.requests.len() - 1
         });
-        let played = play(link, log, &plan(&request, index, number));
+        let staged = log.look(|state| state.staged.get(&request.model()).cloned());
+        let played = play(link, log, &staged.unwrap_or_else(|| plan(&request, index, number)));
         let how = match &played {
             Played::ToTheEnd => How::Answered,
             Played::Close | Played::Reset => How::Broken,

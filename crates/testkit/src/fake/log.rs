@@ -4,6 +4,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::request::Request;
+use super::steps::Step;
 use crate::link::{EndHandle, Gone};
 
 /// How a request's life at the fake ended.
@@ -67,6 +68,8 @@ pub(super) struct State {
     pub(super) connections: Vec<Connection>,
     /// By connection, while it lives.
     pub(super) handles: Vec<Option<EndHandle>>,
+    /// Answers that the test gave, by the model's name.
+    pub(super) staged: std::collections::HashMap<String, Vec<Step>>,
     pub(super) is_released: bool,
     pub(super) is_over: bool,
 }

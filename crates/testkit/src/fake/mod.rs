@@ -28,6 +28,7 @@ pub use script::Script;
 use crate::link::Link;
 use crate::tls::Identity;
 use log::Log;
+use steps::Step;
 
 /// A running fake upstream; ends, with its connections, when dropped.
 pub struct FakeUpstream {
@@ -37,6 +38,17 @@ pub struct FakeUpstream {
     /// Closing it ends the accepting thread.
     wake: Option<UnixStream>,
     accepting: Option<JoinHandle<()>>,
+}
+
+/// What becomes of the connection behind a staged answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// It is kept.
+    Keep,
+    /// It ends in order.
+    Close,
+    /// It is reset.
+    Reset,
 }
 
 enum Listener {
@@ -92,6 +104,17 @@ impl FakeUpstream {
     /// Lets go what `hold` and `hold-mid` hold, now and from now on.
     pub fn release(&self) {
         self.log.change(|state| state.is_released = true);
+    }
+
+    /// Answers requests for the model `name` with these bytes, head and framing included, each piece in a write of its own.
+    pub fn stage(&self, name: &str, pieces: Vec<Vec<u8>>, then: Then) {
+        let end = match then {
+            Then::Keep => None,
+            Then::Close => Some(Step::Close),
+            Then::Reset => Some(Step::Reset),
+        };
+        let steps = pieces.into_iter().map(Step::Send).chain(end).collect();
+        self.log.change(|state| state.staged.insert(name.to_owned(), steps));
     }
 
     /// Makes `hold` and `hold-mid` hold again.

@@ -1,0 +1,140 @@
+//! The framing of a chunked body (RFC 9112, 7.1), followed to find where it ends.
+
+use crate::error::{Error, Fault};
+
+/// Follows a chunked body to find where it ends; the bytes themselves are judged again by the HTTP library.
+#[derive(Debug, Default)]
+pub struct Chunks {
+    state: State,
+    /// Bytes of size lines and trailers so far in the current one.
+    line_bytes: usize,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    SizeStart,
+    Size(u64),
+    Extension(u64),
+    SizeLf(u64),
+    Data(u64),
+    DataCr,
+    DataLf,
+    TrailerStart,
+    Trailer,
+    TrailerLf,
+    EndLf,
+    Done,
+}
+
+/// Longest size line with its extension, and longest trailer line.
+const LINE_BYTES_MAX: usize = 4096;
+/// Most digits of a size, zeros in front counted: more are only sent to be read differently by others.
+const DIGITS_MAX: usize = 16;
+
+impl Chunks {
+    /// Takes the bytes that belong to this body; returns how many, and whether the body is complete.
+    ///
+    /// # Errors
+    /// `malformed_request` for a framing that RFC 9112, 7.1 does not allow.
+    pub fn take(&mut self, bytes: &[u8]) -> Result<(usize, bool), Error> {
+        let mut at = 0;
+        while at < bytes.len() && !matches!(self.state, State::Done) {
+            if let State::Data(left) = self.state {
+                let here = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len() - at);
+                at += here;
+                let left = left - here as u64;
+                self.state = if left == 0 { State::DataCr } else { State::Data(left) };
+                continue;
+            }
+            let Some(byte) = bytes.get(at) else { break };
+            self.step(*byte)?;
+            at += 1;
+        }
+        Ok((at, matches!(self.state, State::Done)))
+    }
+
+    fn step(&mut self, byte: u8) -> Result<(), Error> {
+        use State as S;
+        self.line_bytes += 1;
+        if self.line_bytes > LINE_BYTES_MAX {
+            return Err(refuse("a chunk's size line or a trailer is too long"));
+        }
+        let next = match (&self.state, byte) {
+            (S::SizeStart, _) => S::Size(hex(0, byte)?),
+            (S::Size(n), b'\r') => S::SizeLf(*n),
+            (S::Size(n), b';' | b' ' | b'\t') => S::Extension(*n),
+            (S::Size(n), _) if self.line_bytes <= DIGITS_MAX => S::Size(hex(*n, byte)?),
+            (S::Extension(n), b'\r') => S::SizeLf(*n),
+            (S::Extension(n), byte) if is_text(byte) => S::Extension(*n),
+            (S::SizeLf(0), b'\n') => S::TrailerStart,
+            (S::SizeLf(n), b'\n') => S::Data(*n),
+            (S::DataCr, b'\r') => S::DataLf,
+            (S::DataLf, b'\n') => S::SizeStart,
+            (S::TrailerStart, b'\r') => S::EndLf,
+            (S::Trailer, b'\r') => S::TrailerLf,
+            (S::TrailerStart | S::Trailer, byte) if is_text(byte) => S::Trailer,
+            (S::TrailerLf, b'\n') => S::TrailerStart,
+            (S::EndLf, b'\n') => S::Done,
+            _ => return Err(refuse("the chunked body breaks its own framing")),
+        };
+        if matches!(next, S::SizeStart | S::Data(_) | S::TrailerStart) {
+            self.line_bytes = 0;
+        }
+        self.state = next;
+        Ok(())
+    }
+}
+
+/// No control character but a tab.
+fn is_text(byte: u8) -> bool {
+    byte == b'\t' || (byte >= 0x20 && byte != 0x7f)
+}
+
+fn hex(so_far: u64, byte: u8) -> Result<u64, Error> {
+    let digit = char::from(byte).to_digit(16).ok_or_else(|| refuse("a chunk's size is not a hexadecimal number"))?;
+    if so_far >> 60 != 0 {
+        return Err(refuse("a chunk's size is too large"));
+    }
+    Ok(so_far << 4 | u64::from(digit))
+}
+
+fn refuse(message: &'static str) -> Error {
+    Error::new(Fault::MalformedRequest, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_end_where_they_end_for_every_split() {
+        let body = b"5;ext=1\r\nhello\r\n0\r\nTrailer: x\r\n\r\nGET /next";
+        let end = body.len() - "GET /next".len();
+        for split in 0..=body.len() {
+            let mut chunks = Chunks::default();
+            let (first, done) = chunks.take(&body[..split]).unwrap();
+            let total = if done { first } else { first + chunks.take(&body[split..]).unwrap().0 };
+            assert_eq!(total, end, "{split}");
+        }
+    }
+
+    #[test]
+    fn broken_chunks_are_refused() {
+        for bad in [
+            &b"x\r\n"[..],
+            b"\r\n",
+            b"5\nhello",
+            b"1\r\nab\r\n",
+            b"fffffffffffffffff\r\n",
+            b"0\r\n\n",
+            b"-1\r\n",
+            b"1;\0\r\n",
+            b"00000000000000001\r\n",
+        ] {
+            assert!(Chunks::default().take(bad).is_err(), "{bad:?}");
+        }
+        let long = [b"1;".to_vec(), vec![b'x'; LINE_BYTES_MAX]].concat();
+        assert!(Chunks::default().take(&long).is_err());
+    }
+}
