@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::Fault;
+
 /// The limit that a deadline came from, named in the error when it passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
@@ -13,6 +15,8 @@ pub enum Limit {
     Connect,
     /// A model's `attempt`.
     Attempt,
+    /// `timeouts.dns`.
+    Dns,
     /// `timeouts.first_token`.
     FirstToken,
     /// `timeouts.idle`.
@@ -28,8 +32,19 @@ impl Limit {
             Self::StreamTotal => "timeouts.stream_total",
             Self::Connect => "timeouts.connect",
             Self::Attempt => "the model's attempt",
+            Self::Dns => "timeouts.dns",
             Self::FirstToken => "timeouts.first_token",
             Self::Idle => "timeouts.idle",
+        }
+    }
+
+    /// What its passing is to the client.
+    #[must_use]
+    pub const fn fault(self) -> Fault {
+        match self {
+            Self::Total | Self::StreamTotal => Fault::DeadlineExceeded,
+            Self::FirstToken => Fault::FirstTokenTimeout,
+            Self::Connect | Self::Dns | Self::Attempt | Self::Idle => Fault::UpstreamTimeout,
         }
     }
 }

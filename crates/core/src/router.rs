@@ -207,6 +207,7 @@ mod tests {
                 total: second,
                 stream_total: second,
                 connect: second,
+                dns: second,
                 first_token: second,
                 idle: second,
                 head_hold: second,

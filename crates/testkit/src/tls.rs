@@ -37,6 +37,18 @@ impl Identity {
         }
     }
 
+    /// Makes one whose time is over.
+    #[must_use]
+    pub fn expired() -> Self {
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let mut params = rcgen::CertificateParams::new(names).expect("names for a certificate");
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let cert = params.self_signed(&key).expect("self-signed certificate");
+        Self { cert_pem: cert.pem(), key_pem: key.serialize_pem(), cert: cert.der().clone(), key: key.serialize_der() }
+    }
+
     /// Writes `cert.pem` and `key.pem` into `folder` and returns their paths.
     pub fn write_to(&self, folder: &Path) -> (PathBuf, PathBuf) {
         let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));

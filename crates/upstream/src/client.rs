@@ -24,8 +24,9 @@ use hyper_util::rt::TokioIo;
 
 use crate::answer::AnswerBody;
 use crate::clock::Clock;
-use crate::connect::connect;
+use crate::connect::{ConnectError, Connector};
 use crate::io::UpstreamIo;
+use crate::resolve::Resolver;
 use crate::tls::Trust;
 use crate::wake::Filter;
 
@@ -44,8 +45,14 @@ pub struct Settings {
     pub authorization: Option<HeaderValue>,
     /// What its certificate is checked against.
     pub trust: Trust,
+    /// Finds its addresses.
+    pub resolver: Resolver,
+    /// Told what no retry mends, for people to see; at most once a minute.
+    pub complain: fn(&str),
     /// `timeouts.connect`.
     pub connect: Duration,
+    /// `timeouts.dns`.
+    pub dns: Duration,
     /// `timeouts.upstream_idle`.
     pub idle: Duration,
     /// `limits.upstream_idle`.
@@ -115,6 +122,7 @@ pub struct Client {
     /// What stands in the request line for each path that can be called.
     targets: Vec<(&'static str, Uri)>,
     pool: Arc<Pool>,
+    complained: Mutex<Option<Instant>>,
 }
 
 /// Idle connections, last in first out, so that the spare ones grow old and go.
@@ -149,6 +157,8 @@ impl Pool {
 }
 
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("evergate/", env!("CARGO_PKG_VERSION")));
+/// Between two complaints of one client.
+const COMPLAIN: Duration = Duration::from_secs(60);
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 impl Client {
@@ -169,7 +179,7 @@ impl Client {
             idle_max: settings.idle_max,
             open: Arc::new(AtomicU32::new(0)),
         });
-        Ok(Self { settings, host, targets, pool })
+        Ok(Self { settings, host, targets, pool, complained: Mutex::new(None) })
     }
 
     /// Open connections, busy and idle.
@@ -201,7 +211,7 @@ impl Client {
     /// Sends the call and waits for the answer's head. Dropping the future closes the connection.
     ///
     /// # Errors
-    /// `upstream_connect_failed`, `upstream_timeout` (connect), `first_token_timeout`, `deadline_exceeded`,
+    /// `upstream_connect_failed`, `overloaded` (no local port), `upstream_timeout` (connect, dns), `first_token_timeout`, `deadline_exceeded`,
     /// `upstream_disconnected`, `upstream_bad_response` (framing, a content encoding that was not asked for).
     pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
         let mut request = self.request(&call)?;
@@ -288,18 +298,33 @@ impl Client {
         let name = &self.settings.name;
         let until = deadline.min(Deadline::new(Instant::now(), self.settings.connect, Limit::Connect));
         let failed = |error| Failure { error, phase: Phase::Connect };
-        let opening = connect(&self.settings.base_url.transport, &self.settings.trust, &self.pool.open);
-        let io = match self.settings.clock.timeout_at(until.at(), opening).await {
-            Ok(Ok(io)) => io,
-            Ok(Err(error)) => {
-                let message = format!("no connection to the upstream \"{name}\" could be made");
-                return Err(failed(Error::new(Fault::UpstreamConnectFailed, message).detail(error)));
-            }
-            Err(_) => return Err(failed(timed_out(name, until.limit()))),
+        let settings = &self.settings;
+        let connector = Connector {
+            transport: &settings.base_url.transport,
+            trust: &settings.trust,
+            resolver: &settings.resolver,
+            clock: &settings.clock,
+            dns: settings.dns,
+            open: &self.pool.open,
         };
+        let io = connector.connect(until).await.map_err(|error| {
+            self.complain(&error);
+            failed(error.error(name))
+        })?;
         let (sender, driver) =
             http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(|error| failed(broken(name, &error)))?;
         Ok(Connection { sender, driver: Some(Box::pin(driver)), filter: Filter::new(), idle_since: Instant::now() })
+    }
+
+    /// A certificate that is not right stays so until somebody does something about it.
+    fn complain(&self, error: &ConnectError) {
+        let ConnectError::Tls(why) = error else { return };
+        let mut complained = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if complained.is_none_or(|at| at.elapsed() >= COMPLAIN) {
+            *complained = Some(Instant::now());
+            let name = &self.settings.name;
+            (self.settings.complain)(&format!("no connection to the upstream \"{name}\" could be made: tls: {why}"));
+        }
     }
 }
 
@@ -339,12 +364,7 @@ async fn is_usable(connection: &mut Connection) -> bool {
 }
 
 fn timed_out(name: &str, limit: Limit) -> Error {
-    let fault = match limit {
-        Limit::FirstToken => Fault::FirstTokenTimeout,
-        Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
-        Limit::Connect | Limit::Attempt | Limit::Idle => Fault::UpstreamTimeout,
-    };
-    Error::new(fault, format!("the upstream \"{name}\" did not answer within {}", limit.key()))
+    Error::new(limit.fault(), format!("the upstream \"{name}\" did not answer within {}", limit.key()))
 }
 
 /// The error of a connection that failed after the request was handed to it.

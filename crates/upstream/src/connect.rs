@@ -1,83 +1,171 @@
-//! Opening a connection: name, TCP or Unix socket, TLS. The caller bounds the whole by `timeouts.connect`.
+//! Opening a connection: name, TCP or Unix socket, TLS; each step within its limit.
 
-use std::fmt;
-use std::net::IpAddr;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
 
 use evergate_core::config::Transport;
+use evergate_core::deadline::Limit;
+use evergate_core::{Deadline, Error, Fault};
+use rustls::CertificateError;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
+use crate::clock::Clock;
+use crate::dial::dial;
 use crate::io::UpstreamIo;
+use crate::resolve::{Resolver, Unresolved};
 use crate::tls::Trust;
 
-/// What failed, for the records; the client only learns that no connection could be made.
+/// What failed.
 #[derive(Debug)]
-pub(crate) struct ConnectError {
-    step: &'static str,
-    cause: String,
+pub(crate) enum ConnectError {
+    /// The name has no address.
+    Name(Arc<str>),
+    /// Nobody answers at the address.
+    Refused(io::Error),
+    /// Every local port towards the address is taken.
+    NoPort(io::Error),
+    /// The peer is not who it should be, or speaks no TLS.
+    Tls(String),
+    /// A limit came first.
+    Late(Step, Limit),
+}
+
+/// What was being waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Name,
+    Connection,
+    Tls,
 }
 
 impl ConnectError {
-    fn new(step: &'static str, cause: impl fmt::Display) -> Self {
-        Self { step, cause: cause.to_string() }
-    }
-}
-
-impl fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.step, self.cause)
-    }
-}
-
-/// Opens a connection.
-pub(crate) async fn connect(
-    transport: &Transport,
-    trust: &Trust,
-    open: &Arc<AtomicU32>,
-) -> Result<UpstreamIo, ConnectError> {
-    match transport {
-        Transport::Unix { path } => {
-            let stream = UnixStream::connect(path).await.map_err(|error| ConnectError::new("connect", error))?;
-            Ok(UpstreamIo::unix(stream, open))
-        }
-        Transport::Http { host, port } => Ok(UpstreamIo::tcp(tcp(host, *port).await?, open)),
-        Transport::Https { host, port } => {
-            let config = trust.config().map_err(|error| ConnectError::new("tls", error))?;
-            let name = ServerName::try_from(host.clone()).map_err(|error| ConnectError::new("tls", error))?;
-            let stream = tcp(host, *port).await?;
-            let stream = TlsConnector::from(config)
-                .connect(name, stream)
-                .await
-                .map_err(|error| ConnectError::new("tls", error))?;
-            Ok(UpstreamIo::tls(stream, open))
-        }
-    }
-}
-
-/// Tries the addresses of a name in the resolver's order (RFC 6724) and gives the last one's error.
-async fn tcp(host: &str, port: u16) -> Result<TcpStream, ConnectError> {
-    let stream = if let Ok(address) = host.parse::<IpAddr>() {
-        TcpStream::connect((address, port)).await.map_err(|error| ConnectError::new("connect", error))?
-    } else {
-        let addresses =
-            tokio::net::lookup_host((host, port)).await.map_err(|error| ConnectError::new("resolve", error))?;
-        let mut last = ConnectError::new("resolve", "the name has no address");
-        let mut found = None;
-        for address in addresses {
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    found = Some(stream);
-                    break;
-                }
-                Err(error) => last = ConnectError::new("connect", error),
+    /// For the client, which learns no addresses and nothing of certificates; those are the record's.
+    pub(crate) fn error(&self, name: &str) -> Error {
+        let (fault, message) = match self {
+            Self::Late(step, limit) => (limit.fault(), late(name, *step, *limit)),
+            Self::NoPort(_) => {
+                (Fault::Overloaded, format!("there is no free port for a connection to the upstream \"{name}\""))
             }
+            Self::Name(_) | Self::Refused(_) | Self::Tls(_) => {
+                (Fault::UpstreamConnectFailed, format!("no connection to the upstream \"{name}\" could be made"))
+            }
+        };
+        let error = Error::new(fault, message);
+        match self {
+            Self::Name(why) => error.detail(format_args!("resolve: {why}")),
+            Self::Refused(why) | Self::NoPort(why) => error.detail(format_args!("connect: {why}")),
+            Self::Tls(why) => error.detail(format_args!("tls: {why}")),
+            Self::Late(..) => error,
         }
-        found.ok_or(last)?
+    }
+}
+
+fn late(name: &str, step: Step, limit: Limit) -> String {
+    let key = limit.key();
+    match step {
+        Step::Name => format!("no address of the upstream \"{name}\" was found within {key}"),
+        Step::Connection => format!("the upstream \"{name}\" did not take a connection within {key}"),
+        Step::Tls => format!("the upstream \"{name}\" did not finish the TLS handshake within {key}"),
+    }
+}
+
+/// Opens connections to one upstream.
+#[derive(Clone, Copy)]
+pub(crate) struct Connector<'a> {
+    pub(crate) transport: &'a Transport,
+    pub(crate) trust: &'a Trust,
+    pub(crate) resolver: &'a Resolver,
+    pub(crate) clock: &'a Clock,
+    /// `timeouts.dns`.
+    pub(crate) dns: Duration,
+    /// Counts open connections.
+    pub(crate) open: &'a Arc<AtomicU32>,
+}
+
+impl Connector<'_> {
+    /// Opens one.
+    pub(crate) async fn connect(self, until: Deadline) -> Result<UpstreamIo, ConnectError> {
+        match self.transport {
+            Transport::Unix { path } => {
+                let stream = self.within(until, Step::Connection, UnixStream::connect(path)).await?;
+                Ok(UpstreamIo::unix(stream.map_err(ConnectError::Refused)?, self.open))
+            }
+            Transport::Http { host, port } => Ok(UpstreamIo::tcp(self.tcp(host, *port, until).await?, self.open)),
+            Transport::Https { host, port } => Ok(UpstreamIo::tls(self.tls(host, *port, until).await?, self.open)),
+        }
+    }
+
+    async fn within<F: Future>(self, until: Deadline, step: Step, future: F) -> Result<F::Output, ConnectError> {
+        let ended = self.clock.timeout_at(until.at(), future).await;
+        ended.map_err(|_| ConnectError::Late(step, until.limit()))
+    }
+
+    async fn tls(self, host: &str, port: u16, until: Deadline) -> Result<TlsStream<TcpStream>, ConnectError> {
+        let config = self.trust.config().map_err(ConnectError::Tls)?;
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| ConnectError::Tls(error.to_string()))?;
+        let stream = self.tcp(host, port, until).await?;
+        let shaken = self.within(until, Step::Tls, TlsConnector::from(config).connect(name, stream)).await?;
+        shaken.map_err(|error| ConnectError::Tls(tls_words(&error)))
+    }
+
+    async fn tcp(self, host: &str, port: u16, until: Deadline) -> Result<TcpStream, ConnectError> {
+        let addresses = match host.parse::<IpAddr>() {
+            Ok(address) => Arc::from([address]),
+            Err(_) => self.resolve(host, until).await?,
+        };
+        let dialled = self.within(until, Step::Connection, dial(&addresses, port, self.clock)).await?;
+        let stream = dialled.map_err(|error| refused(error, &addresses, port))?;
+        // Requests and events are small and complete when written: waiting for more only adds latency.
+        stream.set_nodelay(true).map_err(ConnectError::Refused)?;
+        Ok(stream)
+    }
+
+    async fn resolve(self, host: &str, until: Deadline) -> Result<Arc<[IpAddr]>, ConnectError> {
+        let until = until.min(Deadline::new(Instant::now(), self.dns, Limit::Dns));
+        self.resolver.resolve(host, until).await.map_err(|unresolved| match unresolved {
+            Unresolved::Failed(why) => ConnectError::Name(why),
+            Unresolved::Late => ConnectError::Late(Step::Name, until.limit()),
+        })
+    }
+}
+
+/// EADDRNOTAVAIL has two meanings (connect(2), ip(7)): no port is free, or this machine has no address of that family.
+/// Connecting a datagram socket sends nothing, needs no port of TCP's, and tells them apart.
+fn refused(error: io::Error, addresses: &[IpAddr], port: u16) -> ConnectError {
+    let has_source = |address: &IpAddr| {
+        let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
+        match UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(SocketAddr::new(*address, port))) {
+            Ok(()) => true,
+            // Nor is there a port for datagrams.
+            Err(error) => error.kind() == io::ErrorKind::AddrInUse,
+        }
     };
-    // Requests and events are small and complete when written: waiting for more only adds latency.
-    stream.set_nodelay(true).map_err(|error| ConnectError::new("connect", error))?;
-    Ok(stream)
+    if error.kind() == io::ErrorKind::AddrNotAvailable && addresses.iter().any(has_source) {
+        ConnectError::NoPort(error)
+    } else {
+        ConnectError::Refused(error)
+    }
+}
+
+/// The library's words behind one that can be searched for.
+fn tls_words(error: &io::Error) -> String {
+    let kind = match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(why)) => match why {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => "not_valid_yet",
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => "wrong_name",
+            CertificateError::UnknownIssuer => "unknown_authority",
+            CertificateError::Revoked => "revoked",
+            _ => "certificate",
+        },
+        _ => "handshake",
+    };
+    format!("{kind}: {error}")
 }

@@ -9,10 +9,13 @@ mod answer;
 mod client;
 pub mod clock;
 mod connect;
+mod dial;
 mod io;
+mod resolve;
 mod tls;
 mod wake;
 
 pub use answer::AnswerBody;
 pub use client::{Answer, Call, Client, Failure, Phase, Settings};
+pub use resolve::{LookUp, LookUps, Resolver, look_up};
 pub use tls::Trust;

@@ -62,6 +62,7 @@ fn times(out: &mut String, config: &Config) -> fmt::Result {
         ("total", timeouts.total),
         ("stream_total", timeouts.stream_total),
         ("connect", timeouts.connect),
+        ("dns", timeouts.dns),
         ("first_token", timeouts.first_token),
         ("idle", timeouts.idle),
         ("head_hold", timeouts.head_hold),

@@ -66,6 +66,7 @@ pub(super) static TIMEOUTS: Shape = Shape {
         "total",
         "stream_total",
         "connect",
+        "dns",
         "first_token",
         "idle",
         "head_hold",

@@ -170,6 +170,8 @@ pub struct Timeouts {
     pub stream_total: Duration,
     /// Name, TCP and TLS of an upstream connection; default 5 s.
     pub connect: Duration,
+    /// The addresses of an upstream's name, within `connect`; default 2 s.
+    pub dns: Duration,
     /// From the request's last byte to the answer's first token; default 60 s.
     pub first_token: Duration,
     /// Between two pieces of an answer; default 120 s.

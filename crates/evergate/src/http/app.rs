@@ -6,12 +6,13 @@ use std::sync::Arc;
 use evergate_core::config::{Roots, Sealed, Upstream};
 use evergate_core::router::Router;
 use evergate_upstream::clock::Clock;
-use evergate_upstream::{Client, Settings, Trust};
+use evergate_upstream::{Client, Resolver, Settings, Trust};
 use http::HeaderValue;
 
 use super::auth::Door;
 use super::model_call::Endpoint;
 use crate::gate::Gate;
+use crate::lives::dns_fault;
 
 /// A worker's common ground.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub struct App {
     pub started_s: u64,
     /// Watches over limits; somebody must run it.
     pub clock: Clock,
+    /// Finds upstreams' addresses.
+    pub resolver: Resolver,
 }
 
 impl App {
@@ -39,9 +42,10 @@ impl App {
     /// Says which part of it cannot be used.
     pub fn new(sealed: Sealed, gate: Arc<Gate>) -> Result<Self, String> {
         let clock = Clock::new().map_err(|error| format!("no timer could be made: {error}"))?;
+        let resolver = dns_fault::resolver(&clock);
         let mut clients = BTreeMap::new();
         for (name, upstream) in &sealed.config.upstreams {
-            clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, &clock)?));
+            clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, (&clock, &resolver))?));
         }
         Ok(Self {
             router: Router::new(&sealed.config),
@@ -51,6 +55,7 @@ impl App {
             started_s: evergate_sys::unix_ms() / 1000,
             sealed,
             clock,
+            resolver,
         })
     }
 
@@ -74,7 +79,12 @@ impl App {
     }
 }
 
-fn client(name: &str, upstream: &Upstream, sealed: &Sealed, clock: &Clock) -> Result<Client, String> {
+fn client(
+    name: &str,
+    upstream: &Upstream,
+    sealed: &Sealed,
+    (clock, resolver): (&Clock, &Resolver),
+) -> Result<Client, String> {
     let authorization = match &upstream.api_key {
         None => None,
         Some(reference) => {
@@ -93,12 +103,15 @@ fn client(name: &str, upstream: &Upstream, sealed: &Sealed, clock: &Clock) -> Re
     let config = &sealed.config;
     Client::new(Settings {
         clock: clock.clone(),
+        resolver: resolver.clone(),
+        complain: |text| eprintln!("evergate worker: {text}"),
         paths: &Endpoint::UPSTREAM_PATHS,
         name: name.to_owned(),
         base_url: upstream.base_url.clone(),
         authorization,
         trust: Trust::new(upstream.roots.clone(), pem),
         connect: config.timeouts.connect,
+        dns: config.timeouts.dns,
         idle: config.timeouts.upstream_idle,
         idle_max: config.limits.upstream_idle as usize,
     })

@@ -352,16 +352,11 @@ impl Relay {
     }
 
     fn overrun(&self, limit: Limit) -> Error {
-        let fault = match limit {
-            Limit::FirstToken => Fault::FirstTokenTimeout,
-            Limit::Total | Limit::StreamTotal => Fault::DeadlineExceeded,
-            Limit::Connect | Limit::Attempt | Limit::Idle => Fault::UpstreamTimeout,
-        };
         let what = match limit {
             Limit::FirstToken | Limit::Attempt => "sent no event within",
             Limit::Idle => "was silent for longer than",
             _ => "did not finish within",
         };
-        Error::new(fault, format!("the upstream \"{}\" {what} {}", self.upstream, limit.key()))
+        Error::new(limit.fault(), format!("the upstream \"{}\" {what} {}", self.upstream, limit.key()))
     }
 }

@@ -36,9 +36,6 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// How long connections that are being closed may take: `ClientIo` reads on for half a second behind its own end.
 const CLOSING: Duration = Duration::from_secs(1);
 
-/// Threads for name look-ups, the only blocking work of a worker.
-const BLOCKING_THREADS: usize = 8;
-
 /// Lives it; gives the exit code.
 #[must_use]
 pub fn run(args: &ChildArgs) -> u8 {
@@ -60,16 +57,14 @@ pub fn run(args: &ChildArgs) -> u8 {
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_name("evergate-dns")
+        // Nothing of a worker goes there; look-ups of names have threads of their own.
+        .max_blocking_threads(1)
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("the runtime did not start: {error}"), code::SYSTEM),
     };
     let lived = runtime.block_on(Caught::of(Box::pin(live(args, inherited))));
-    // A look-up that hangs in the system's resolver must not hold up the exit.
-    runtime.shutdown_background();
     match lived {
         Ok(lived) => lived.unwrap_or_else(|reason| failed(&reason, code::FAILED)),
         Err(_) => failed("its main task panicked", code::INTERNAL),
@@ -305,6 +300,7 @@ async fn beat(row: u32, app: Arc<App>) {
         child.set_loop_lag_us(u32::try_from(lag.as_micros()).unwrap_or(u32::MAX));
         if let Some(series) = board.series(row) {
             names::count_loop_lag(&series, lag);
+            names::count_look_ups(&series, app.resolver.take_counts());
         }
         load.beat();
         child.set_upstream_connections(app.upstream_connections());

@@ -8,6 +8,7 @@ use std::time::Duration;
 use evergate_board::{Board, Inflight, Series, SeriesKey};
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::{Cause, Fault};
+use evergate_upstream::LookUps;
 
 /// Requests by model label (a), upstream label (b), status and cause (c, see `status_and_end`).
 pub const REQUESTS: u8 = 1;
@@ -39,6 +40,11 @@ pub const LOOP_LAG_SUM_US: u8 = 11;
 /// Attempts that failed and were followed by another: upstream label (b), cause (c, see `status_and_end`, status 0). The
 /// last attempt of a request is among `REQUESTS`.
 pub const ATTEMPTS: u8 = 12;
+/// Look-ups of upstreams' names: how they ended (a, index in `LOOK_UPS`).
+pub const DNS_LOOK_UPS: u8 = 40;
+
+/// Ends of look-ups by their label index.
+pub const LOOK_UPS: [&str; 3] = ["ok", "failed", "late"];
 
 /// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
 /// millisecond late by its own granularity.
@@ -139,6 +145,15 @@ pub fn count_loop_lag(series: &Series<'_>, lag: Duration) {
     let at = LOOP_LAG_BUCKETS_MS.iter().position(|bound| ms <= u128::from(*bound));
     series.add(key(LOOP_LAG_BUCKET, at.unwrap_or(LOOP_LAG_BUCKETS_MS.len()) as u16, 0, 0), 1);
     series.add(key(LOOP_LAG_SUM_US, 0, 0, 0), u64::try_from(lag.as_micros()).unwrap_or(u64::MAX));
+}
+
+/// Counts look-ups of names.
+pub fn count_look_ups(series: &Series<'_>, counts: LookUps) {
+    for (index, count) in (0..).zip([counts.ok, counts.failed, counts.late]) {
+        if count > 0 {
+            series.add(key(DNS_LOOK_UPS, index, 0, 0), count);
+        }
+    }
 }
 
 /// A key.

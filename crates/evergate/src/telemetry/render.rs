@@ -194,11 +194,21 @@ impl Page<'_> {
         let connections = sums.total(names::CONNECTIONS);
         let help = "Client connections accepted.";
         self.single("evergate_client_connections_total", "counter", help, connections);
+        self.look_ups(sums);
         let overflows = self.board.master().queue_overflows();
         let help = "Connects that a full accept queue turned away; their clients tried again a second later.";
         self.single("evergate_listen_overflows_total", "counter", help, overflows);
         let help = "Counts that found no place on the board, so that other counters are too low.";
         self.single("evergate_series_dropped_total", "counter", help, sums.dropped);
+    }
+
+    fn look_ups(&mut self, sums: &Sums) {
+        let name = "evergate_dns_lookups_total";
+        self.head(name, "counter", "Look-ups of upstreams' names; one that is late counts again when it ends.");
+        for (index, result) in (0_u16..).zip(names::LOOK_UPS) {
+            let found = sums.of(names::DNS_LOOK_UPS).find(|(key, _)| key.a == index);
+            self.sample(name, &[("result", result)], found.map_or(0, |(_, value)| value));
+        }
     }
 
     /// What the master counts.
@@ -264,7 +274,7 @@ struct Alive {
 impl Alive {
     fn read(board: &Board) -> Self {
         // Phases that workers can be in are there with 0 too: a series that comes and goes cannot be alerted on.
-        let phases = ["booting", "ready", "draining", "cancelling", "cleaning", "ghost"];
+        let phases = ["booting", "ready", "draining", "cancelling", "cleaning"];
         let mut alive = Self {
             inflight: Inflights::default(),
             connections: 0,

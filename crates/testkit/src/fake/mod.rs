@@ -9,7 +9,7 @@ mod script;
 mod steps;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -62,6 +62,16 @@ impl FakeUpstream {
     pub fn start() -> Self {
         let (listener, address) = loopback();
         Self::run(Listener::Tcp(listener, None), address.to_string(), format!("http://{address}/v1"))
+    }
+
+    /// Plain HTTP at that address, whose port must be free.
+    ///
+    /// # Panics
+    /// When it is not.
+    #[must_use]
+    pub fn start_at(address: &str) -> Self {
+        let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("bind {address}: {error}"));
+        Self::run(Listener::Tcp(listener, None), address.to_owned(), format!("http://{address}/v1"))
     }
 
     /// HTTPS on a free loopback port, with that certificate.
@@ -200,6 +210,40 @@ impl Drop for FakeUpstream {
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
         }
+    }
+}
+
+/// An address that answers no connect: its listener's queue is full, and the kernel drops what comes beyond it.
+pub struct BlackHole {
+    address: String,
+    _listener: TcpListener,
+    /// Fill the queue.
+    _waiting: Vec<TcpStream>,
+}
+
+impl BlackHole {
+    /// At that address.
+    ///
+    /// # Panics
+    /// When it cannot be bound, or goes on taking connects.
+    #[must_use]
+    pub fn at(address: &str) -> Self {
+        let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("bind {address}: {error}"));
+        // The second listen(2) only sets the queue's length.
+        rustix::net::listen(&listener, 0).expect("a short queue");
+        let address = listener.local_addr().expect("own address");
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            waiting.push(stream);
+            assert!(waiting.len() < 16, "a queue of none takes everybody");
+        }
+        Self { address: address.to_string(), _listener: listener, _waiting: waiting }
+    }
+
+    /// `HOST:PORT`.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
     }
 }
 

@@ -81,6 +81,13 @@ impl Response {
         value["error"]["code"].as_str().unwrap_or_default().to_owned()
     }
 
+    /// `error.message` of a JSON error; empty when there is none.
+    #[must_use]
+    pub fn error_message(&self) -> String {
+        let value: Value = serde_json::from_slice(&self.body).unwrap_or_default();
+        value["error"]["message"].as_str().unwrap_or_default().to_owned()
+    }
+
     /// `choices[0].message.content` of a chat completion, empty if it has none.
     #[must_use]
     pub fn content(&self) -> String {
