@@ -15,7 +15,7 @@ use evergate_core::inherit::code;
 use rustix::net::AddressFamily;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{Instant, MissedTickBehavior, timeout, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
 use crate::panics;
@@ -32,6 +32,11 @@ use repeats::Repeats;
 
 /// Between two beats; the master gets nervous after `hang_timeout`, a second at least.
 const BEAT: Duration = Duration::from_millis(250);
+/// How long admin connections have to be answered once no more are accepted. With `cleanup` it stays below what the master
+/// gives, which is a second more than that.
+const DRAIN: Duration = Duration::from_secs(1);
+/// The least that the log has to be closed, when answers have taken the time.
+const CLOSE_TIME_MIN: Duration = Duration::from_millis(200);
 /// Beats between two looks at the resident set, which costs a read of procfs.
 const BEATS_PER_RSS: u32 = 8;
 
@@ -97,7 +102,9 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     }
     // First, because a successor waits for the port.
     doors.close();
-    let is_whole = finish(pipe, repeats, log, &shutdown, end).await;
+    let began = Instant::now();
+    doors.drain(&mut pipe, &mut repeats, &log, began + DRAIN.min(shutdown.cleanup + DRAIN / 2)).await;
+    let is_whole = finish(pipe, repeats, log, &shutdown, (end, began)).await;
     beat.abort();
     if let (End::Failed(kind), Some(child)) = (end, board.child(row)) {
         child.set_note(&format!("the task {kind} panicked again and again; the last {}", panics::last()));
@@ -151,7 +158,13 @@ async fn serve(
 }
 
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
-async fn finish(mut pipe: Pipe, mut repeats: Repeats, log: AccessLog, shutdown: &Shutdown, end: End) -> bool {
+async fn finish(
+    mut pipe: Pipe,
+    mut repeats: Repeats,
+    log: AccessLog,
+    shutdown: &Shutdown,
+    (end, began): (End, Instant),
+) -> bool {
     match end {
         End::Told | End::Failed(_) => log.write(repeats.without(pipe.rest())),
         End::Orphaned => {
@@ -162,7 +175,11 @@ async fn finish(mut pipe: Pipe, mut repeats: Repeats, log: AccessLog, shutdown: 
             }
         }
     }
-    let is_whole = timeout(shutdown.cleanup, log.close()).await.is_ok();
+    let last = match end {
+        End::Told | End::Failed(_) => (began + shutdown.cleanup).max(Instant::now() + CLOSE_TIME_MIN),
+        End::Orphaned => Instant::now() + shutdown.cleanup,
+    };
+    let is_whole = timeout_at(last, log.close()).await.is_ok();
     if !is_whole {
         // The process ends; what the disk did not take in this time is lost, and this says so.
         let _ = writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time");
@@ -171,7 +188,7 @@ async fn finish(mut pipe: Pipe, mut repeats: Repeats, log: AccessLog, shutdown: 
 }
 
 /// The open admin listeners.
-struct Doors(Vec<tokio::task::JoinHandle<()>>);
+struct Doors(Vec<(tokio::task::JoinHandle<()>, Arc<admin::Desk>)>);
 
 impl Doors {
     fn open(listeners: Vec<OwnedFd>, board: &Board, tasks: &Tasks) -> io::Result<Self> {
@@ -179,7 +196,7 @@ impl Doors {
         for fd in listeners {
             let desk = Arc::new(admin::Desk::new(board.clone(), local_ip(&fd)));
             let family = rustix::net::getsockname(&fd)?.address_family();
-            let own = tasks.clone();
+            let (own, kept) = (tasks.clone(), Arc::clone(&desk));
             let task = if family == AddressFamily::UNIX {
                 let listener = Arc::new(UnixListener::from_std(StdUnixListener::from(fd))?);
                 tasks.keep("admin", move || admin::serve_unix(Arc::clone(&listener), Arc::clone(&desk), own.clone()))
@@ -187,14 +204,35 @@ impl Doors {
                 let listener = Arc::new(TcpListener::from_std(StdTcpListener::from(fd))?);
                 tasks.keep("admin", move || admin::serve_tcp(Arc::clone(&listener), Arc::clone(&desk), own.clone()))
             };
-            doors.push(task);
+            doors.push((task, kept));
         }
         Ok(Self(doors))
     }
 
     /// No more connections; those that are there may finish.
-    fn close(self) {
-        self.0.iter().for_each(tokio::task::JoinHandle::abort);
+    fn close(&self) {
+        self.0.iter().for_each(|(task, _)| task.abort());
+    }
+
+    /// Waits until everybody who was let in has an answer, and goes on taking records meanwhile: workers do not wait for
+    /// a pipe that is full. Who connects now waits for the next clerk.
+    async fn drain(&self, pipe: &mut Pipe, repeats: &mut Repeats, log: &AccessLog, until: Instant) {
+        let mut answered = std::pin::pin!(async {
+            for (_, desk) in &self.0 {
+                desk.is_empty().await;
+            }
+        });
+        loop {
+            // The pipe takes bytes and keeps them in one poll; the other two are kept outside the loop.
+            tokio::select! {
+                () = &mut answered => return,
+                () = tokio::time::sleep_until(until) => return,
+                batch = pipe.next() => match batch {
+                    Some(batch) => log.write(repeats.without(batch)),
+                    None => return,
+                },
+            }
+        }
     }
 }
 

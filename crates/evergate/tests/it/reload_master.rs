@@ -1,8 +1,13 @@
 //! What reloads leave in the master, and what a validation that hangs does to it. Numbers are lines of the specification of
 //! supervision.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use evergate_testkit::driver::is_alive;
-use evergate_testkit::{Evergate, wait_for, wait_until};
+use evergate_testkit::raw::get_request;
+use evergate_testkit::wait::try_wait_for;
+use evergate_testkit::{Evergate, Raw, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -31,6 +36,58 @@ fn s18_a_hundred_reloads_leave_the_master_as_it_was() {
         assert!(now.is_like(first), "{first:?} {now:?}");
     }
     println!("after {reloads} reloads {first:?}");
+}
+
+/// A reload replaces the clerk. Whoever it has let in is answered, also one that has not asked yet; the others wait for the next.
+#[test]
+fn s18_no_scrape_is_lost_in_twenty_reloads() {
+    let gateway = echo();
+    let (admin, is_over) = (gateway.admin(), AtomicBool::new(false));
+    let scrape = |fields: &str, pause: Duration| {
+        let mut raw = Raw::try_connect(&admin).map_err(|error| error.to_string())?;
+        let began = Instant::now();
+        // It was let in a while ago when it asks.
+        try_wait_for(pause, || None::<()>);
+        // A client that the machine made wait has no claim on a clerk that waits for a second.
+        let is_late = began.elapsed() > pause + Duration::from_millis(400);
+        let sent = raw.try_send(&get_request("/metrics", fields)).map_err(|_| "reset before it asked".to_owned());
+        let answer = sent.and_then(|()| raw.try_read_response(LIMIT));
+        match answer {
+            Ok(response) if response.status == 200 && response.text().ends_with('\n') => {
+                assert_eq!(response.header("connection"), Some("close"));
+                Ok(())
+            }
+            Ok(response) => Err(format!("status {}", response.status)),
+            Err(_) if is_late => Ok(()),
+            Err(why) => Err(why),
+        }
+    };
+    let client = |fields: &'static str, pause_ms: u64| {
+        let (mut done, mut failed) = (0_u32, Vec::new());
+        while !is_over.load(Ordering::Relaxed) {
+            match scrape(fields, Duration::from_millis(pause_ms)) {
+                Ok(()) => done += 1,
+                Err(why) => failed.push(why),
+            }
+        }
+        assert!(failed.is_empty(), "{} of {} scrapes failed: {failed:?}", failed.len(), done);
+        done
+    };
+    std::thread::scope(|scope| {
+        let clients = [("", 0), ("Connection: keep-alive\r\n", 0), ("", 50), ("Connection: keep-alive\r\n", 100)]
+            .map(|(fields, pause)| scope.spawn(move || client(fields, pause)));
+        for _ in 0..20 {
+            assert!(gateway.cli(&["reload"]).status.success());
+            // Each of them has met this clerk before it goes.
+            try_wait_for(Duration::from_millis(150), || None::<()>);
+        }
+        is_over.store(true, Ordering::Relaxed);
+        for client in clients {
+            assert!(client.join().unwrap() > 20);
+        }
+    });
+    let clerks = gateway.exits().iter().filter(|record| record["kind"] == "clerk").count();
+    assert!(clerks >= 19, "{clerks}");
 }
 
 /// A file that is never read to its end: the master waits for it beside its work, and the reader does not outlive either.

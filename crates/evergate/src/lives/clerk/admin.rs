@@ -23,7 +23,7 @@ use crate::telemetry::render::prometheus;
 use crate::telemetry::status::snapshot;
 
 /// Connections at a time; more wait in the accept queue.
-const CONNECTIONS_MAX: usize = 64;
+const CONNECTIONS_MAX: u32 = 64;
 /// A request head, from its connection on.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// A whole connection, which is one request: nobody keeps a place by reading slowly.
@@ -37,18 +37,25 @@ pub(super) struct Desk {
     board: Board,
     /// The listener's own address; none on a Unix socket, which no browser reaches.
     ip: Option<IpAddr>,
+    /// One for each connection.
+    places: Arc<Semaphore>,
 }
 
 impl Desk {
     pub(super) fn new(board: Board, ip: Option<IpAddr>) -> Self {
-        Self { board, ip }
+        Self { board, ip, places: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)) }
+    }
+
+    /// Waits until nobody is connected. Nobody may be let in any more.
+    pub(super) async fn is_empty(&self) {
+        // It is never closed.
+        let _ = self.places.acquire_many(CONNECTIONS_MAX).await;
     }
 }
 
 /// Accepts until the task is aborted.
 pub(super) async fn serve_tcp(listener: Arc<TcpListener>, desk: Arc<Desk>, tasks: Tasks) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+    while let Ok(place) = Arc::clone(&desk.places).acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => start(stream, place, &desk, &tasks),
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
@@ -58,8 +65,7 @@ pub(super) async fn serve_tcp(listener: Arc<TcpListener>, desk: Arc<Desk>, tasks
 
 /// Accepts until the task is aborted.
 pub(super) async fn serve_unix(listener: Arc<UnixListener>, desk: Arc<Desk>, tasks: Tasks) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+    while let Ok(place) = Arc::clone(&desk.places).acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => start(stream, place, &desk, &tasks),
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
