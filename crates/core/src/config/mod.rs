@@ -16,6 +16,7 @@ mod mistake;
 mod models;
 mod nearest;
 mod presets;
+pub mod process;
 mod read;
 mod secrets;
 mod sections;
