@@ -5,7 +5,10 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
+use crate::tasks::Caught;
+
+/// What stops a resource.
+pub type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Started resources, in order.
 #[derive(Default)]
@@ -20,15 +23,45 @@ pub struct Failed {
     pub resource: &'static str,
     /// What it said.
     pub reason: String,
-    /// Resources started before it that could not be stopped in time.
+    /// How stopping what had started before it went.
+    pub left: Left,
+}
+
+/// What did not stop as it should.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Out of time.
     pub overrun: Vec<&'static str>,
+    /// Panicked; the others were stopped all the same.
+    pub panicked: Vec<&'static str>,
+}
+
+impl Left {
+    /// Whether everything has stopped as it should.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.overrun.is_empty() && self.panicked.is_empty()
+    }
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut gap = "";
+        for (what, names) in [("out of time", &self.overrun), ("panicked", &self.panicked)] {
+            if !names.is_empty() {
+                write!(f, "{gap}{what}: {}", names.join(", "))?;
+                gap = "; ";
+            }
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} did not start: {}", self.resource, self.reason)?;
-        if !self.overrun.is_empty() {
-            write!(f, " (and did not stop in time: {})", self.overrun.join(", "))?;
+        if !self.left.is_nothing() {
+            write!(f, " (stopping what had started: {})", self.left)?;
         }
         Ok(())
     }
@@ -45,30 +78,33 @@ impl Lifespan {
         bound: Duration,
         start: impl Future<Output = Result<(T, Stop), String>>,
     ) -> Result<T, Failed> {
-        let reason = match tokio::time::timeout(bound, start).await {
-            Ok(Ok((started, stop))) => {
+        let reason = match tokio::time::timeout(bound, Caught::of(Box::pin(start))).await {
+            Ok(Ok(Ok((started, stop)))) => {
                 self.started.push((resource, bound, stop));
                 return Ok(started);
             }
-            Ok(Err(reason)) => reason,
+            Ok(Ok(Err(reason))) => reason,
+            Ok(Err(_)) => "it panicked".to_owned(),
             Err(_) => format!("not done within {} ms", bound.as_millis()),
         };
-        let overrun = self.stop(bound).await;
-        Err(Failed { resource, reason, overrun })
+        let left = self.stop(bound).await;
+        Err(Failed { resource, reason, left })
     }
 
-    /// Stops everything in reverse order, each within its own bound and all within `total`; gives the names of those
-    /// that ran out of time. What comes after `total` is not waited for but still dropped.
-    pub async fn stop(&mut self, total: Duration) -> Vec<&'static str> {
+    /// Stops everything in reverse order, each within its own bound and all within `total`. What comes after `total` is
+    /// not waited for but still begun, and dropped.
+    pub async fn stop(&mut self, total: Duration) -> Left {
         let end = tokio::time::Instant::now() + total;
-        let mut overrun = Vec::new();
+        let mut left = Left::default();
         while let Some((resource, bound, stop)) = self.started.pop() {
             let until = end.min(tokio::time::Instant::now() + bound);
-            if tokio::time::timeout_at(until, stop).await.is_err() {
-                overrun.push(resource);
+            match tokio::time::timeout_at(until, Caught::of(stop)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => left.panicked.push(resource),
+                Err(_) => left.overrun.push(resource),
             }
         }
-        overrun
+        left
     }
 }
 
@@ -104,7 +140,29 @@ mod tests {
             lifespan.start("first", SECOND, async { resource(&log, "first") }).await.unwrap();
             let stuck = async { Ok(((), Box::pin(std::future::pending()) as Stop)) };
             lifespan.start("stuck", SECOND, stuck).await.unwrap();
-            assert_eq!(lifespan.stop(5 * SECOND).await, ["stuck"]);
+            let left = lifespan.stop(5 * SECOND).await;
+            assert_eq!((left.overrun.as_slice(), left.panicked.len()), (&["stuck"][..], 0));
+            assert_eq!(*log.lock().unwrap(), ["first", "stop"]);
+        });
+    }
+
+    #[test]
+    fn a_panic_in_a_stop_or_a_start_keeps_nobody_else_from_stopping() {
+        run(async {
+            let log = Arc::default();
+            let mut lifespan = Lifespan::default();
+            lifespan.start("first", SECOND, async { resource(&log, "first") }).await.unwrap();
+            fn explode() {
+                panic!("made for the test");
+            }
+            let bomb = async move { Ok(((), Box::pin(async move { explode() }) as Stop)) };
+            lifespan.start("bomb", SECOND, bomb).await.unwrap();
+            let failed =
+                lifespan.start::<()>("third", SECOND, async { panic!("made for the test") }).await.unwrap_err();
+            assert_eq!(
+                failed.to_string(),
+                "third did not start: it panicked (stopping what had started: panicked: bomb)"
+            );
             assert_eq!(*log.lock().unwrap(), ["first", "stop"]);
         });
     }

@@ -14,7 +14,7 @@ use evergate_core::{Error, Fault};
 use evergate_upstream::clock::{Clock, Sleep};
 use http_body::{Frame, SizeHint};
 
-use super::fault::{Bomb, Moment, Planted, strike};
+use super::fault::{Bomb, Moment, Planted, is_stuck, strike};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::pass::Pass;
@@ -210,6 +210,9 @@ impl Drop for Body {
 
 impl Stream {
     fn poll(&mut self, cx: &mut Context<'_>, mut pass: Option<&mut Pass>) -> Poll<Option<Result<Bytes, Error>>> {
+        if self.first.is_none() && is_stuck(self.planted) {
+            return Poll::Pending;
+        }
         if let Some(cause) = self.token.check(cx) {
             return Poll::Ready(Some(Err(cancelled(cause))));
         }

@@ -28,6 +28,8 @@ pub enum Planted {
     Exit(u8),
     /// `eat`: take memory until somebody ends the process, at most [`EAT_BYTES_MAX`].
     Eat,
+    /// `stuck-stream`: never go on after the first piece, cancelled or not.
+    StuckStream,
     /// `spin`: hold the event loop for ever.
     Spin,
     /// `spin-stream`: the same in the body, after the first piece.
@@ -128,6 +130,7 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "double-panic" => Planted::DoublePanic,
         "abort" => Planted::Abort,
         "eat" => Planted::Eat,
+        "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,
         "spin-stream" => Planted::SpinStream,
         other => match other.strip_prefix("panic-") {
@@ -161,6 +164,12 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
         (Some(Planted::Spin), Moment::Handler) | (Some(Planted::SpinStream), Moment::Stream) => spin(),
         _ => {}
     }
+}
+
+/// Whether a body that has this fault has gone as far as it will.
+#[must_use]
+pub fn is_stuck(planted: Option<Planted>) -> bool {
+    cfg!(debug_assertions) && planted == Some(Planted::StuckStream)
 }
 
 struct PanicsInDrop;

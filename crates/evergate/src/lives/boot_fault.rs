@@ -1,7 +1,17 @@
-//! A planted fault of a worker's boot, for drills: only in debug builds, and only where `EVERGATE_FAULT_BOOT` names a file.
+//! Planted faults of a worker's boot and stop, for drills: only in debug builds.
 //!
-//! The file is read at each boot, so that a test can have the workers of one generation fail and those of the next not:
-//! `fail` ends the boot with an error, `hang` lets it never come to its end.
+//! `EVERGATE_FAULT_BOOT` names a file, which is read at each boot, so that a test can have the workers of one generation
+//! fail and those of the next not: `fail` ends the boot with an error, `hang` lets it never come to its end.
+//!
+//! `EVERGATE_FAULT_STOP` is what a resource does when it is to stop: `hang`, `panic`, `spin` (hold the event loop), or
+//! `slow` (a while, but within its time).
+
+use std::time::Duration;
+
+use crate::lifespan::Stop;
+
+/// What `slow` takes.
+const SLOW: Duration = Duration::from_millis(50);
 
 /// Meets the fault that is planted, if one is.
 ///
@@ -17,4 +27,21 @@ pub(crate) async fn meet() -> Result<(), String> {
         "hang" => std::future::pending().await,
         _ => Ok(()),
     }
+}
+
+/// The stop of a resource that has the fault that is planted, if one is.
+pub(crate) fn stop() -> Stop {
+    let fault = std::env::var("EVERGATE_FAULT_STOP").ok().filter(|_| cfg!(debug_assertions)).unwrap_or_default();
+    Box::pin(async move {
+        match fault.as_str() {
+            "hang" => std::future::pending().await,
+            #[allow(clippy::panic, reason = "this is what the drill is for")]
+            "panic" => panic!("a planted fault in a stop"),
+            "spin" => loop {
+                std::hint::spin_loop();
+            },
+            "slow" => tokio::time::sleep(SLOW).await,
+            _ => {}
+        }
+    })
 }

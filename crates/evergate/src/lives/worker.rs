@@ -92,6 +92,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let mut signals = lifespan.start("signal handling", boot, signals).await.map_err(failed)?;
 
     super::boot_fault::meet().await?;
+    lifespan.start("planted", boot, async { Ok(((), super::boot_fault::stop())) }).await.map_err(failed)?;
 
     let places = (sealed.config.workers.slots, sealed.config.limits.queue);
     let connections = sealed.config.limits.connections;
@@ -243,9 +244,10 @@ async fn stop(
     // A client that keeps its end open holds up nobody, and is no overrun.
     let began = Instant::now();
     let _ = tokio::time::timeout(CLOSING.min(shutdown.cleanup / 2), closed(gate)).await;
-    overrun.extend(lifespan.stop(shutdown.cleanup.saturating_sub(began.elapsed())).await);
-    if !overrun.is_empty() {
-        notes.push(format!("out of time: {}; {} left", overrun.join(", "), requests(gate.live())));
+    let mut left = lifespan.stop(shutdown.cleanup.saturating_sub(began.elapsed())).await;
+    left.overrun.splice(0..0, overrun);
+    if !left.is_nothing() {
+        notes.push(format!("{left}; {} left", requests(gate.live())));
     }
     if let Some(child) = board.child(args.row)
         && !notes.is_empty()
@@ -256,7 +258,7 @@ async fn stop(
     }
     match why {
         Why::Failed(_) => code::INTERNAL,
-        Why::Told | Why::Hastened if overrun.is_empty() => code::OK,
+        Why::Told | Why::Hastened if left.is_nothing() => code::OK,
         Why::Told | Why::Hastened => code::FORCED,
     }
 }

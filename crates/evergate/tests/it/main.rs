@@ -35,6 +35,7 @@ mod requests;
 mod respawn;
 mod scaling;
 mod shutdown;
+mod stages;
 mod streams;
 mod streams_broken;
 mod support;
