@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::Fault;
+use crate::{Error, Fault};
 
 /// The limit that a deadline came from, named in the error when it passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub enum Limit {
     StreamTotal,
     /// `timeouts.connect`.
     Connect,
+    /// `timeouts.write`.
+    Write,
     /// A model's `attempt`.
     Attempt,
     /// `timeouts.dns`.
@@ -32,6 +34,7 @@ impl Limit {
             Self::StreamTotal => "timeouts.stream_total",
             Self::Connect => "timeouts.connect",
             Self::Attempt => "the model's attempt",
+            Self::Write => "timeouts.write",
             Self::Dns => "timeouts.dns",
             Self::FirstToken => "timeouts.first_token",
             Self::Idle => "timeouts.idle",
@@ -44,8 +47,17 @@ impl Limit {
         match self {
             Self::Total | Self::StreamTotal => Fault::DeadlineExceeded,
             Self::FirstToken => Fault::FirstTokenTimeout,
-            Self::Connect | Self::Dns | Self::Attempt | Self::Idle => Fault::UpstreamTimeout,
+            Self::Connect | Self::Dns | Self::Write | Self::Attempt | Self::Idle => Fault::UpstreamTimeout,
         }
+    }
+}
+
+impl Limit {
+    /// The error of an upstream that overran it; `what` says what the upstream did not do, up to "within".
+    #[must_use]
+    pub fn overrun(self, upstream: &str, what: &str) -> Error {
+        let message = format!("the upstream \"{upstream}\" {what} {}", self.key());
+        Error::new(self.fault(), message).detail(self.key())
     }
 }
 

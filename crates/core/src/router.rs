@@ -208,6 +208,7 @@ mod tests {
                 stream_total: second,
                 connect: second,
                 dns: second,
+                write: second,
                 first_token: second,
                 idle: second,
                 head_hold: second,

@@ -97,6 +97,7 @@ total = "10m"
 stream_total = "2h"
 connect = "500ms"
 dns = "250ms"
+write = "9s"
 first_token = "90s"
 idle = "1m"
 head_hold = "5s"
@@ -179,8 +180,9 @@ fn defaults_are_those_of_the_design() {
     assert_eq!(sizes, ["20MiB", "32KiB", "8KiB", "32MiB", "4MiB"]);
     let counts = [l.headers, l.json_depth, l.connections, l.h2_streams, l.upstream_idle, l.queue];
     assert_eq!(counts, [100, 128, 4096, 100, 64, 256]);
-    let times = [t.total, t.stream_total, t.connect, t.dns, t.first_token, t.idle, t.head_hold].map(duration_text);
-    assert_eq!(times, ["5m", "1h", "5s", "2s", "1m", "2m", "10s"]);
+    let times =
+        [t.total, t.stream_total, t.connect, t.dns, t.write, t.first_token, t.idle, t.head_hold].map(duration_text);
+    assert_eq!(times, ["5m", "1h", "5s", "2s", "30s", "1m", "2m", "10s"]);
     let times =
         [t.keepalive, t.header, t.client_idle, t.client_stall, t.body_idle, t.body, t.upstream_idle].map(duration_text);
     assert_eq!(times, ["15s", "10s", "75s", "30s", "15s", "2m", "1m"]);
@@ -202,7 +204,10 @@ fn a_full_file_is_read_to_the_last_key() {
     assert_eq!((config.workers.min, config.workers.max, config.workers.slots), (3, 6, 1000));
     assert_eq!(config.workers.hang_timeout, Duration::from_millis(2500));
     assert_eq!((config.limits.body_bytes, config.limits.upstream_idle, config.limits.queue), (1_000_000, 0, 12));
-    assert_eq!([config.timeouts.connect, config.timeouts.dns], [500, 250].map(Duration::from_millis));
+    assert_eq!(
+        [config.timeouts.connect, config.timeouts.dns, config.timeouts.write],
+        [500, 250, 9000].map(Duration::from_millis)
+    );
     let openai = &config.upstreams["openai"];
     assert_eq!((openai.is_preset, &openai.api_key), (false, &Some(SecretRef::Env("KEY_B".into()))));
     assert_eq!(openai.roots, Roots::File("conf/ca.pem".into()));

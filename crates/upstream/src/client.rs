@@ -25,8 +25,9 @@ use hyper_util::rt::TokioIo;
 use crate::answer::AnswerBody;
 use crate::clock::Clock;
 use crate::connect::{ConnectError, Connector};
-use crate::io::UpstreamIo;
+use crate::io::{Care, UpstreamIo};
 use crate::resolve::Resolver;
+use crate::stall::{Patience, Stalled, Unsent};
 use crate::tls::Trust;
 use crate::wake::Filter;
 
@@ -53,6 +54,10 @@ pub struct Settings {
     pub connect: Duration,
     /// `timeouts.dns`.
     pub dns: Duration,
+    /// `timeouts.write`.
+    pub write: Duration,
+    /// Tells what an upstream has taken of a request.
+    pub unsent: Unsent,
     /// `timeouts.upstream_idle`.
     pub idle: Duration,
     /// `limits.upstream_idle`.
@@ -123,6 +128,7 @@ pub struct Client {
     targets: Vec<(&'static str, Uri)>,
     pool: Arc<Pool>,
     complained: Mutex<Option<Instant>>,
+    care: Care,
 }
 
 /// Idle connections, last in first out, so that the spare ones grow old and go.
@@ -179,7 +185,10 @@ impl Client {
             idle_max: settings.idle_max,
             open: Arc::new(AtomicU32::new(0)),
         });
-        Ok(Self { settings, host, targets, pool, complained: Mutex::new(None) })
+        let Settings { clock, write, unsent, .. } = &settings;
+        let patience = Patience { clock: clock.clone(), limit: *write, unsent: *unsent };
+        let care = Care { open: Arc::clone(&pool.open), patience };
+        Ok(Self { settings, host, targets, pool, complained: Mutex::new(None), care })
     }
 
     /// Open connections, busy and idle.
@@ -247,7 +256,7 @@ impl Client {
                     }
                     None => return Err(sent(broken(name, failed.error()))),
                 },
-                Err(_) => return Err(sent(timed_out(name, until.limit()))),
+                Err(_) => return Err(sent(until.limit().overrun(name, "did not answer within"))),
             }
         };
         let (head, body) = response.into_parts();
@@ -305,7 +314,7 @@ impl Client {
             resolver: &settings.resolver,
             clock: &settings.clock,
             dns: settings.dns,
-            open: &self.pool.open,
+            care: &self.care,
         };
         let io = connector.connect(until).await.map_err(|error| {
             self.complain(&error);
@@ -363,13 +372,11 @@ async fn is_usable(connection: &mut Connection) -> bool {
     .await
 }
 
-fn timed_out(name: &str, limit: Limit) -> Error {
-    Error::new(limit.fault(), format!("the upstream \"{name}\" did not answer within {}", limit.key()))
-}
-
 /// The error of a connection that failed after the request was handed to it.
 pub(crate) fn broken(name: &str, error: &hyper::Error) -> Error {
-    if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
+    if Stalled::is_cause(error) {
+        Limit::Write.overrun(name, "did not take the request within")
+    } else if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
         Error::new(Fault::UpstreamBadResponse, format!("the upstream \"{name}\" sent an answer that is not HTTP"))
             .detail(error)
     } else {

@@ -4,7 +4,6 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use evergate_core::config::Transport;
@@ -18,7 +17,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::clock::Clock;
 use crate::dial::dial;
-use crate::io::UpstreamIo;
+use crate::io::{Care, UpstreamIo};
 use crate::resolve::{Resolver, Unresolved};
 use crate::tls::Trust;
 
@@ -48,31 +47,27 @@ pub(crate) enum Step {
 impl ConnectError {
     /// For the client, which learns no addresses and nothing of certificates; those are the record's.
     pub(crate) fn error(&self, name: &str) -> Error {
-        let (fault, message) = match self {
-            Self::Late(step, limit) => (limit.fault(), late(name, *step, *limit)),
-            Self::NoPort(_) => {
-                (Fault::Overloaded, format!("there is no free port for a connection to the upstream \"{name}\""))
-            }
-            Self::Name(_) | Self::Refused(_) | Self::Tls(_) => {
-                (Fault::UpstreamConnectFailed, format!("no connection to the upstream \"{name}\" could be made"))
-            }
+        let failed = || {
+            let message = format!("no connection to the upstream \"{name}\" could be made");
+            Error::new(Fault::UpstreamConnectFailed, message)
         };
-        let error = Error::new(fault, message);
         match self {
-            Self::Name(why) => error.detail(format_args!("resolve: {why}")),
-            Self::Refused(why) | Self::NoPort(why) => error.detail(format_args!("connect: {why}")),
-            Self::Tls(why) => error.detail(format_args!("tls: {why}")),
-            Self::Late(..) => error,
+            Self::Name(why) => failed().detail(format_args!("resolve: {why}")),
+            Self::Refused(why) => failed().detail(format_args!("connect: {why}")),
+            Self::Tls(why) => failed().detail(format_args!("tls: {why}")),
+            Self::NoPort(why) => {
+                let message = format!("there is no free port for a connection to the upstream \"{name}\"");
+                Error::new(Fault::Overloaded, message).detail(format_args!("connect: {why}"))
+            }
+            Self::Late(step, limit) => limit.overrun(
+                name,
+                match step {
+                    Step::Name => "was not found by its name within",
+                    Step::Connection => "did not take a connection within",
+                    Step::Tls => "did not finish the TLS handshake within",
+                },
+            ),
         }
-    }
-}
-
-fn late(name: &str, step: Step, limit: Limit) -> String {
-    let key = limit.key();
-    match step {
-        Step::Name => format!("no address of the upstream \"{name}\" was found within {key}"),
-        Step::Connection => format!("the upstream \"{name}\" did not take a connection within {key}"),
-        Step::Tls => format!("the upstream \"{name}\" did not finish the TLS handshake within {key}"),
     }
 }
 
@@ -85,8 +80,7 @@ pub(crate) struct Connector<'a> {
     pub(crate) clock: &'a Clock,
     /// `timeouts.dns`.
     pub(crate) dns: Duration,
-    /// Counts open connections.
-    pub(crate) open: &'a Arc<AtomicU32>,
+    pub(crate) care: &'a Care,
 }
 
 impl Connector<'_> {
@@ -95,10 +89,10 @@ impl Connector<'_> {
         match self.transport {
             Transport::Unix { path } => {
                 let stream = self.within(until, Step::Connection, UnixStream::connect(path)).await?;
-                Ok(UpstreamIo::unix(stream.map_err(ConnectError::Refused)?, self.open))
+                Ok(UpstreamIo::unix(stream.map_err(ConnectError::Refused)?, self.care))
             }
-            Transport::Http { host, port } => Ok(UpstreamIo::tcp(self.tcp(host, *port, until).await?, self.open)),
-            Transport::Https { host, port } => Ok(UpstreamIo::tls(self.tls(host, *port, until).await?, self.open)),
+            Transport::Http { host, port } => Ok(UpstreamIo::tcp(self.tcp(host, *port, until).await?, self.care)),
+            Transport::Https { host, port } => Ok(UpstreamIo::tls(self.tls(host, *port, until).await?, self.care)),
         }
     }
 

@@ -12,10 +12,12 @@ mod connect;
 mod dial;
 mod io;
 mod resolve;
+mod stall;
 mod tls;
 mod wake;
 
 pub use answer::AnswerBody;
 pub use client::{Answer, Call, Client, Failure, Phase, Settings};
 pub use resolve::{LookUp, LookUps, Resolver, look_up};
+pub use stall::Unsent;
 pub use tls::Trust;

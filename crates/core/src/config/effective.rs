@@ -63,6 +63,7 @@ fn times(out: &mut String, config: &Config) -> fmt::Result {
         ("stream_total", timeouts.stream_total),
         ("connect", timeouts.connect),
         ("dns", timeouts.dns),
+        ("write", timeouts.write),
         ("first_token", timeouts.first_token),
         ("idle", timeouts.idle),
         ("head_hold", timeouts.head_hold),

@@ -67,6 +67,7 @@ pub(super) static TIMEOUTS: Shape = Shape {
         "stream_total",
         "connect",
         "dns",
+        "write",
         "first_token",
         "idle",
         "head_hold",

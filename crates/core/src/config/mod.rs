@@ -173,6 +173,8 @@ pub struct Timeouts {
     pub connect: Duration,
     /// The addresses of an upstream's name, within `connect`; default 2 s.
     pub dns: Duration,
+    /// An upstream that takes no byte of a request; default 30 s.
+    pub write: Duration,
     /// From the request's last byte to the answer's first token; default 60 s.
     pub first_token: Duration,
     /// Between two pieces of an answer; default 120 s.

@@ -229,6 +229,7 @@ pub(super) fn timeouts(root: &Section<'_>) -> Timeouts {
         stream_total: read("stream_total", 3600),
         connect: read("connect", 5),
         dns: read("dns", 2),
+        write: read("write", 30),
         first_token: read("first_token", 60),
         idle: read("idle", 120),
         head_hold: read("head_hold", 10),

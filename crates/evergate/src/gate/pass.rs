@@ -257,6 +257,9 @@ impl Drop for Pass {
         if !self.record.is_complete && matches!(self.record.end, None | Some((_, End::Ok))) {
             self.record.end = Some(self.early_end());
         }
+        if self.record.end.is_some_and(|(_, end)| end == End::ClientStalled) && self.record.detail.is_empty() {
+            self.record.detail = "timeouts.client_stall".into();
+        }
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);
         }

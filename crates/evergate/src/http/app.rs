@@ -112,6 +112,8 @@ fn client(
         trust: Trust::new(upstream.roots.clone(), pem),
         connect: config.timeouts.connect,
         dns: config.timeouts.dns,
+        write: config.timeouts.write,
+        unsent: |socket| evergate_sys::unsent_bytes(socket).ok(),
         idle: config.timeouts.upstream_idle,
         idle_max: config.limits.upstream_idle as usize,
     })

@@ -104,11 +104,8 @@ impl ModelCall {
                 Ok(Some(data)) => data.map_err(|error| Failure::new(Reached::Answer, error))?,
                 Ok(None) => break,
                 Err(_) => {
-                    let fault =
-                        if until.limit() == Limit::Idle { Fault::UpstreamTimeout } else { Fault::DeadlineExceeded };
-                    let message =
-                        format!("the upstream \"{name}\" did not finish its answer within {}", until.limit().key());
-                    return Err(Failure::new(Reached::Answer, Error::new(fault, message)));
+                    let error = until.limit().overrun(name, "did not finish its answer within");
+                    return Err(Failure::new(Reached::Answer, error));
                 }
             };
             if (first.len() + rest.len() + data.len()) as u64 > bytes_max {

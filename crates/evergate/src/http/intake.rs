@@ -87,7 +87,8 @@ pub async fn read(mut body: Incoming, config: &Config, clock: &Clock) -> Result<
             Ok(None) => break,
             Ok(Some(Err(error))) => return Err(error.into()),
             Err(_) => {
-                let message = "the request body did not arrive in time (timeouts.body_idle, timeouts.body)";
+                let key = if until == end { "timeouts.body" } else { "timeouts.body_idle" };
+                let message = format!("the request body did not arrive within {key}");
                 return Err(Stopped::Refused(Error::new(Fault::RequestTimeout, message)));
             }
         };

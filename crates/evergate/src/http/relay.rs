@@ -357,6 +357,6 @@ impl Relay {
             Limit::Idle => "was silent for longer than",
             _ => "did not finish within",
         };
-        Error::new(limit.fault(), format!("the upstream \"{}\" {what} {}", self.upstream, limit.key()))
+        limit.overrun(&self.upstream, what)
     }
 }

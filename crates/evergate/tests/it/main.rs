@@ -23,6 +23,7 @@ mod healing;
 mod hostile;
 mod http2;
 mod limits;
+mod limits_named;
 mod metrics;
 mod overload;
 mod panics;

@@ -1,0 +1,84 @@
+//! Notices an upstream that does not read its request.
+//!
+//! As with clients that do not read, the measure is what the peer's kernel has acknowledged: with a large send buffer ours
+//! takes more only when a third of it is free, which a slow but willing reader may need minutes for.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use crate::clock::{Clock, Sleep};
+
+/// What of a socket's bytes its peer has not acknowledged; `None` if that cannot be told.
+pub type Unsent = fn(BorrowedFd<'_>) -> Option<u32>;
+
+/// How long a write may stand still.
+#[derive(Clone, Debug)]
+pub(crate) struct Patience {
+    pub(crate) clock: Clock,
+    /// `timeouts.write`.
+    pub(crate) limit: Duration,
+    pub(crate) unsent: Unsent,
+}
+
+/// Watches the writing half of one connection.
+#[derive(Debug)]
+pub(crate) struct Stall {
+    patience: Patience,
+    running: Option<(Sleep, u32)>,
+}
+
+/// The error of a connection whose upstream reads nothing.
+#[derive(Debug)]
+pub(crate) struct Stalled;
+
+impl fmt::Display for Stalled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the upstream reads nothing")
+    }
+}
+
+impl std::error::Error for Stalled {}
+
+impl Stalled {
+    /// Whether this is what ended a connection.
+    pub(crate) fn is_cause(error: &hyper::Error) -> bool {
+        let io = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
+        io.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+impl Stall {
+    pub(crate) fn new(patience: Patience) -> Self {
+        Self { patience, running: None }
+    }
+
+    /// Passes on how a write went; one that stands still for too long fails.
+    pub(crate) fn watch<T>(
+        &mut self,
+        written: Poll<io::Result<T>>,
+        socket: BorrowedFd<'_>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.running = None;
+            return written;
+        }
+        let Patience { clock, limit, unsent } = &self.patience;
+        let unsent = || unsent(socket).unwrap_or(0);
+        let (timer, left) = self.running.get_or_insert_with(|| (clock.sleep(*limit), unsent()));
+        while Pin::new(&mut *timer).poll(cx).is_ready() {
+            let now = unsent();
+            if now >= *left {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Stalled)));
+            }
+            *left = now;
+            *timer = clock.sleep(*limit);
+        }
+        Poll::Pending
+    }
+}
