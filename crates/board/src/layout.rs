@@ -37,8 +37,9 @@ impl Shape {
     #[must_use]
     pub fn for_plan(plan: &Plan) -> Self {
         // The clerk; the workers that serve, that come with a reload, that drain of three generations before, and that
-        // go for other reasons. Some are there for a reload with more workers than the start had.
-        let children = plan.workers_max.saturating_mul(6).saturating_add(4).clamp(64, 1024);
+        // go for other reasons. Some are there for a reload with more workers than the start had, and for those that were
+        // killed and do not end (`supervisor/src/step/ghosts.rs`).
+        let children = plan.workers_max.saturating_mul(6).saturating_add(8).clamp(64, 1024);
         // More than places: a request whose body is still being read, or that waits, has a row but no place yet.
         let slots = plan.slots.saturating_mul(2).saturating_add(WAITING_ROWS).clamp(1, SLOTS_MAX);
         Self { children, slots, series: 2048, labels: 2048 }

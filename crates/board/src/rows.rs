@@ -47,7 +47,7 @@ impl Word for MasterPhase {
     }
 }
 
-/// What a child is doing. Written by the child itself, except for `Empty` and `Booting`.
+/// What a child is doing. Written by the child itself, except for `Empty`, `Booting` and `Ghost`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
@@ -63,6 +63,8 @@ pub enum Phase {
     Cancelling = 4,
     /// Stopping its resources.
     Cleaning = 5,
+    /// It was killed and hangs in the kernel; it will do nothing more, and is not buried yet. The master writes this.
+    Ghost = 6,
 }
 
 impl Phase {
@@ -76,6 +78,7 @@ impl Phase {
             Self::Draining => "draining",
             Self::Cancelling => "cancelling",
             Self::Cleaning => "cleaning",
+            Self::Ghost => "ghost",
         }
     }
 }
@@ -85,7 +88,7 @@ impl Word for Phase {
         self as u64
     }
     fn from_word(word: u64) -> Self {
-        [Self::Booting, Self::Ready, Self::Draining, Self::Cancelling, Self::Cleaning]
+        [Self::Booting, Self::Ready, Self::Draining, Self::Cancelling, Self::Cleaning, Self::Ghost]
             .into_iter()
             .find(|phase| *phase as u64 == word)
             .unwrap_or(Self::Empty)

@@ -3,7 +3,7 @@
 //!
 //! Holds INV-EXIT-1, INV-EXIT-2 (ARCHITECTURE.md).
 
-use evergate_board::{Board, ChildRow, Inflight, monotonic_ns};
+use evergate_board::{Board, ChildRow, Inflight, Phase, monotonic_ns};
 use evergate_core::count;
 use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
 use evergate_core::ids::RequestId;
@@ -62,7 +62,7 @@ fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]
         generation: dead.birth.generation,
         age_ms: ms_since(dead.spawned_ns),
         last_beat_ms: (beat > 0).then(|| ms_since(beat)),
-        phase: row.map_or("empty", |row| row.phase().name()).to_owned(),
+        phase: dead.given_up.or(row.map(ChildRow::phase)).map_or("empty", Phase::name).to_owned(),
         rss_max_kib: dead.exit.map_or(0, |exit| exit.rss_max_kib),
         cpu_ms: dead.exit.map_or(0, |exit| exit.cpu_ms),
         note: row.map(ChildRow::note).unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use evergate_board::{Board, Claim, monotonic_ns};
+use evergate_board::{Board, Claim, Phase, monotonic_ns};
 use evergate_core::exit::Kind;
 use evergate_core::inherit;
 use evergate_sys::{Exit, Pid, Signal, Spawn, Status, start_ticks};
@@ -46,6 +46,8 @@ pub(crate) struct Running {
     pub(crate) sent: Vec<&'static str>,
     /// What tells who sent the KILL that ended it.
     pub(crate) finding: Option<Finding>,
+    /// What it was doing when it was given up, killed and not to be buried yet.
+    pub(crate) given_up: Option<Phase>,
 }
 
 impl Running {
@@ -80,7 +82,7 @@ impl Estate {
         let ticks = start_ticks(pid).unwrap_or(0);
         row.set_pid(pid.as_raw_nonzero().get());
         row.set_start_ticks(ticks);
-        Ok(Running { birth, pid, ticks, spawned_ns, exit: None, sent: Vec::new(), finding: None })
+        Ok(Running { birth, pid, ticks, spawned_ns, exit: None, sent: Vec::new(), finding: None, given_up: None })
     }
 
     fn exec(&self, birth: Birth) -> io::Result<Pid> {

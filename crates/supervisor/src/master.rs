@@ -173,7 +173,7 @@ impl Master {
     fn look(&mut self) {
         let seen = |(epoch, running): (&u32, &Running)| {
             let row = self.estate.board.child(running.birth.row)?;
-            let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting);
+            let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting | Phase::Ghost);
             Some(Seen {
                 epoch: *epoch,
                 is_ready,
@@ -277,6 +277,7 @@ impl Master {
                     bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
                 }
             }
+            Action::ShowGhost { epoch } => self.show_ghost(epoch),
             Action::Compile => return self.start_compile(),
             Action::StopCompile => self.stop_compile(),
             Action::Keep { generation } => {
@@ -385,6 +386,15 @@ impl Master {
         }
         // It may have ended a moment ago; then its end is on the way.
         let _ = kill_process(running.pid, signal);
+    }
+
+    /// It was killed and does not write any more; its peers and the tables must not take it for one that works.
+    fn show_ghost(&mut self, epoch: u32) {
+        let Some(running) = self.children.get_mut(&epoch) else { return };
+        let Some(row) = self.estate.board.child(running.birth.row) else { return };
+        running.given_up = Some(row.phase());
+        row.set_phase(Phase::Ghost);
+        row.set_accepting(false);
     }
 
     fn announce(&self) {

@@ -274,7 +274,7 @@ struct Alive {
 impl Alive {
     fn read(board: &Board) -> Self {
         // Phases that workers can be in are there with 0 too: a series that comes and goes cannot be alerted on.
-        let phases = ["booting", "ready", "draining", "cancelling", "cleaning"];
+        let phases = ["booting", "ready", "draining", "cancelling", "cleaning", "ghost"];
         let mut alive = Self {
             inflight: Inflights::default(),
             connections: 0,

@@ -1,7 +1,8 @@
-//! What needs a machine that allows it: a memory cgroup, namespaces, systemd's own checker. Each case says by itself whether
-//! it can run here; one that cannot is reported as ignored, which `./test` holds against tests/skips.txt.
+//! What needs a machine that allows it: a memory or a freezer cgroup, namespaces, systemd's own checker. Each case says by
+//! itself whether it can run here; one that cannot is reported as ignored, which `./test` holds against tests/skips.txt.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
 
+mod kernel;
 mod memory;
 mod packaging;
 mod pid_one;
@@ -10,8 +11,10 @@ mod ports;
 /// A case is run, or says why it cannot be.
 type Case = (&'static str, fn() -> Result<(), String>);
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 8] = [
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
+    ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
+    ("s04_a_killed_clerk_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_clerk_is_succeeded),
     ("s10_a_memory_kill_is_told_from_an_operators_twenty_of_twenty", memory::twenty_of_twenty),
     ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),
     ("s10_without_a_counter_nothing_is_guessed", memory::nothing_is_guessed),

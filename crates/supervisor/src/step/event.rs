@@ -268,6 +268,12 @@ pub enum Action {
         /// Whose doing it was.
         initiator: Initiator,
     },
+    /// Show on the board that a child was killed, hangs in the kernel and will do nothing more. It is buried like any other
+    /// when it has ended.
+    ShowGhost {
+        /// Which.
+        epoch: u32,
+    },
     /// Show the master's phase on the board.
     SetPhase(MasterPhase),
     /// Show how many workers are wanted.

@@ -17,7 +17,7 @@ const DEGRADED: u32 = 5;
 const WELL: Ns = 50 * MS;
 
 /// Where a child stood when it ended.
-enum Place {
+pub(super) enum Place {
     /// In the slot at this place.
     Slot(usize),
     /// Among those that were told to go.
@@ -108,15 +108,28 @@ impl State {
         {
             stop.force();
         }
-        match place {
+        self.vacated(&child, &place, (status, note), now, out);
+    }
+
+    /// A child has left its place for ever: what follows from that, and when somebody else gets the place.
+    pub(super) fn vacated(
+        &mut self,
+        child: &Child,
+        place: &Place,
+        (status, note): (Status, &str),
+        now: Ns,
+        out: &mut Vec<Action>,
+    ) {
+        match *place {
             Place::Leaving => {}
-            Place::Coming => self.coming_ended(&child, &ended(status, note), now, out),
-            Place::Successor => self.succession_failed(&child, now, out),
+            Place::Coming => self.coming_ended(child, &ended(status, note), now, out),
+            Place::Successor => self.succession_failed(child, now, out),
             Place::Slot(at) => {
+                let initiator = child.initiator(status);
                 if let Some(slot) = self.slots.get_mut(at) {
                     slot.cause = Some(initiator);
                 }
-                if self.succeed_the_dead(at, epoch) {
+                if self.succeed_the_dead(at, child.epoch) {
                     return;
                 }
                 let is_clerk_renewed = child.ending == Some(Initiator::Reload);
@@ -129,7 +142,7 @@ impl State {
                     return;
                 }
                 self.postpone(at, child.ready_at.is_some(), 0, now, out);
-                if self.is_end_of_start(&child) {
+                if self.is_end_of_start(child) {
                     let what = format!("the start has failed: the {} {}", child.name(), ended(status, note));
                     self.fail_start(&what, start_code(status), now, out);
                 }
@@ -160,7 +173,7 @@ impl State {
     }
 
     /// Removes a child from wherever it stands.
-    fn take(&mut self, epoch: u32) -> Option<(Child, Place)> {
+    pub(super) fn take(&mut self, epoch: u32) -> Option<(Child, Place)> {
         let find = |all: &mut Vec<Child>| {
             let at = all.iter().position(|child| child.epoch == epoch)?;
             Some(all.remove(at))
@@ -273,7 +286,7 @@ impl Child {
             ending: None,
             is_hastened: false,
             kill_at: None,
-            is_killed: false,
+            killed_at: None,
         }
     }
 

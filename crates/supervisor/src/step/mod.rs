@@ -6,6 +6,7 @@
 //! Holds INV-STEP-1 (ARCHITECTURE.md).
 
 mod event;
+mod ghosts;
 mod life;
 mod load;
 #[cfg(test)]
@@ -157,7 +158,8 @@ struct Child {
     is_hastened: bool,
     /// When it is killed if it has not ended.
     kill_at: Option<Ns>,
-    is_killed: bool,
+    /// When it was.
+    killed_at: Option<Ns>,
 }
 
 impl State {
@@ -196,8 +198,10 @@ impl State {
         let tick = self.last.saturating_add(TICK);
         let empty = self.slots.iter().filter(|slot| slot.child.is_none() && self.fills(slot.kind));
         let spawns = empty.map(|slot| slot.spawn_at);
-        let kills = self.children().filter(|child| !child.is_killed).filter_map(|child| child.kill_at);
+        let kills = self.children().filter(|child| child.killed_at.is_none()).filter_map(|child| child.kill_at);
         let aborts = self.children().filter_map(|child| child.abort_at(self.floor));
+        // One that is overdue waits for a row or a burial, of which an event tells.
+        let ghosts = self.children().filter_map(|child| child.ghost_at(self.floor)).filter(|at| *at > self.last);
         let stop = match &self.phase {
             Phase::Stopping(stop) => stop.due(self.last),
             Phase::Starting | Phase::Serving | Phase::Ended => None,
@@ -206,7 +210,7 @@ impl State {
         let hand_overs = self.hand_overs.iter().map(|hand_over| hand_over.until);
         let others =
             stop.into_iter().chain(reload).chain(hand_overs).chain(self.orphans_kill_at).chain(self.sample_due());
-        spawns.chain(kills).chain(aborts).chain(others).fold(tick, Ns::min).max(self.last)
+        spawns.chain(kills).chain(aborts).chain(ghosts).chain(others).fold(tick, Ns::min).max(self.last)
     }
 
     /// The configuration's generation.
@@ -283,6 +287,7 @@ pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
         Event::Order(order) => state.order(order, now, &mut out),
     }
     state.watch(now, &mut out);
+    state.give_up_ghosts(now, &mut out);
     state.go_on_reloading(now, &mut out);
     state.keep_floor(now, &mut out);
     state.recycle(now, &mut out);
@@ -310,7 +315,7 @@ impl State {
         let gap = now.saturating_sub(self.last).saturating_sub(TICK);
         self.floor = now;
         self.load.forget();
-        for child in self.children_mut().filter(|child| !child.is_killed) {
+        for child in self.children_mut().filter(|child| child.killed_at.is_none()) {
             child.kill_at = child.kill_at.map(|at| at.saturating_add(gap));
         }
     }

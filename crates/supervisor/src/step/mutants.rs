@@ -34,6 +34,8 @@ pub(crate) enum Mutant {
     LosesChild,
     ClosesTwice,
     AnnouncesTwice,
+    WaitsForBurial,
+    GhostsWithoutEnd,
 }
 
 /// Which invariant catches each.
@@ -60,6 +62,8 @@ const CAUGHT_BY: &[(Mutant, &str)] = &[
     (Mutant::LosesChild, sim::KNOWN),
     (Mutant::ClosesTwice, sim::LISTENERS),
     (Mutant::AnnouncesTwice, sim::START),
+    (Mutant::WaitsForBurial, sim::GHOSTS_PLACE),
+    (Mutant::GhostsWithoutEnd, sim::FEW_GHOSTS),
 ];
 
 /// Whether that mistake is switched on in this thread.

@@ -314,7 +314,9 @@ impl State {
 
     /// Has the oldest generations be quick, until those that were told so have as many rows as are missing.
     fn hasten_for(&mut self, missing: usize, now: Ns, out: &mut Vec<Action>) {
-        let is_quick = |child: &&Child| child.kind == Kind::Worker && child.is_hastened;
+        let floor = self.floor;
+        // A ghost's row may never be free.
+        let is_quick = |child: &&Child| child.kind == Kind::Worker && child.is_hastened && !child.is_ghost(floor, now);
         while self.leaving.iter().filter(is_quick).count() < missing && !self.draining_generations().is_empty() {
             self.hasten_oldest(now, out);
         }
@@ -327,10 +329,12 @@ impl State {
         }
     }
 
-    /// Generations that are not in force, have living workers and were not told to be quick; the oldest first.
+    /// Generations that are not in force and have workers that were neither told to be quick nor killed; the oldest first.
     pub(super) fn draining_generations(&self) -> Vec<u32> {
-        let is_draining =
-            |child: &&Child| child.kind == Kind::Worker && !child.is_hastened && child.generation != self.generation;
+        let is_draining = |child: &&Child| {
+            let is_old = child.kind == Kind::Worker && child.generation != self.generation;
+            is_old && !child.is_hastened && child.killed_at.is_none()
+        };
         let mut all: Vec<u32> = self.leaving.iter().filter(is_draining).map(|child| child.generation).collect();
         all.sort_unstable();
         all.dedup();

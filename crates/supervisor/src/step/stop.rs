@@ -205,7 +205,7 @@ impl Child {
         self.ending.get_or_insert(why);
         self.is_hastened |= signal == Sig::Quit;
         self.kill_at = Some(self.kill_at.map_or(kill_at, |before| before.min(kill_at)));
-        if !self.is_killed {
+        if self.killed_at.is_none() {
             out.push(Action::Send { epoch: self.epoch, signal });
         }
     }

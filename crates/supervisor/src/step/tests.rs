@@ -246,6 +246,58 @@ fn a_child_that_stops_beating_is_aborted_then_killed() {
     assert_eq!(initiator(&die(&mut state, 2, KILLED, now)), Some(Initiator::Hang));
 }
 
+/// Workers that were killed and do not end: each has its successor two seconds later in a row of its own, and is buried when
+/// it has ended. The fifth one is waited for.
+#[test]
+fn s04_a_killed_worker_that_does_not_end_is_succeeded() {
+    let mut state = serving(rules());
+    let (mut ghost, mut ghosts, mut now) = (2, Vec::new(), T0 + SECOND);
+    let mut others = vec![1, 3];
+    loop {
+        // It does not beat, and does not end when it is killed.
+        let (mut killed_at, mut births) = (None, Vec::new());
+        while births.is_empty() && killed_at.is_none_or(|at| now - at < 30 * SECOND) {
+            now = state.due();
+            let actions = beat(&mut state, &others, now);
+            if signals(&actions).contains(&(ghost, Sig::Kill)) {
+                killed_at = Some(now);
+            }
+            if actions.contains(&Action::ShowGhost { epoch: ghost }) {
+                assert_eq!(now - killed_at.unwrap(), 2 * SECOND);
+            }
+            births = spawned(&actions);
+        }
+        let Some((epoch, row)) = births.pop() else { break };
+        ghosts.push(ghost);
+        // Rows 0 to 2 are the clerk's and the first two workers'; those of the ghosts stay theirs.
+        assert_eq!(usize::try_from(row).unwrap(), 2 + ghosts.len());
+        beat(&mut state, &[1, 3, epoch], now + MS);
+        (ghost, others) = (epoch, vec![1, 3]);
+        now += SECOND;
+    }
+    assert_eq!(ghosts.len(), 4);
+    // One is buried at last: whose doing it was is not forgotten, and the fifth one can be succeeded.
+    let actions = die(&mut state, ghosts[0], KILLED, now);
+    assert_eq!(initiator(&actions), Some(Initiator::Hang));
+    assert!(actions.contains(&Action::ShowGhost { epoch: ghost }), "{actions:?}");
+    assert_eq!(spawned(&actions).len(), 1, "{actions:?}");
+}
+
+/// What was killed at the end of its drain hangs in the kernel: that is no hanging of its own.
+#[test]
+fn s09_a_ghost_that_was_told_to_go_is_recorded_as_that() {
+    let mut state = serving(rules());
+    step(&mut state, Event::Order(Order::Term), T0 + SECOND);
+    let (mut now, mut sent) = (T0 + SECOND, Vec::new());
+    while now < T0 + 60 * SECOND {
+        now = state.due();
+        // The other one beats, and neither ends.
+        sent.extend(signals(&beat(&mut state, &[3], now)));
+    }
+    assert!(!sent.contains(&(3, Sig::Abort)) && sent.contains(&(3, Sig::Kill)), "{sent:?}");
+    assert_eq!(initiator(&die(&mut state, 3, KILLED, now)), Some(Initiator::Operator));
+}
+
 /// Between two ticks there is more than a short limit leaves between ABRT and KILL.
 #[test]
 fn s04_there_is_time_for_a_core_whatever_the_limit() {

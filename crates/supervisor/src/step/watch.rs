@@ -28,7 +28,7 @@ impl State {
             out.push(Action::KillOrphans);
         }
         let floor = self.floor;
-        for child in self.children_mut().filter(|child| !child.is_condemned()) {
+        for child in self.children_mut().filter(|child| child.is_watched()) {
             // From before the floor nothing counts: then the master was late itself (H7).
             let age = |since: Ns| now.saturating_sub(since.max(floor));
             match child.ready_at {
@@ -48,10 +48,10 @@ impl State {
     fn kill_overdue(&mut self, now: Ns, out: &mut Vec<Action>) {
         let mut has_forced = false;
         for child in self.children_mut() {
-            if child.is_killed || child.kill_at.is_none_or(|at| at > now) || planted!(NeverKills) {
+            if child.killed_at.is_some() || child.kill_at.is_none_or(|at| at > now) || planted!(NeverKills) {
                 continue;
             }
-            child.is_killed = true;
+            child.killed_at = Some(now);
             out.push(Action::Send { epoch: child.epoch, signal: Sig::Kill });
             if !child.is_condemned() {
                 out.push(Action::Say(format!("the {} did not end in time and is killed", child.name())));
@@ -74,6 +74,11 @@ impl Child {
             || planted!(TrustsLeavers) && self.ending.is_some()
     }
 
+    /// Whether more is to come for what it does not do. One that was killed and does not end can do nothing any more.
+    fn is_watched(&self) -> bool {
+        !self.is_condemned() && self.killed_at.is_none()
+    }
+
     /// Ends it; never gives it more time than it had.
     fn end(&mut self, initiator: Initiator, kill_at: Ns) {
         self.ending = Some(initiator);
@@ -89,7 +94,7 @@ impl Child {
     /// When ABRT is due if it does not beat before: a look that came later would leave no time for the core.
     pub(super) fn abort_at(&self, floor: Ns) -> Option<Ns> {
         let since = self.seen.beat.max(self.ready_at?).max(floor);
-        (!self.is_condemned()).then(|| since.saturating_add(self.abort_age()))
+        self.is_watched().then(|| since.saturating_add(self.abort_age()))
     }
 
     /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`.

@@ -2,7 +2,8 @@
 
 use evergate_core::exit::{Kind, Status};
 
-use super::world::{Process, World};
+use super::world::{Process, ROWS_COUNT, World};
+use crate::step::ghosts::{GHOST_TIME, GHOSTS_MAX};
 use crate::step::reload::ROOM_TIME;
 use crate::step::{Action, Event, MS, Ns, Phase, Rules, SECOND, Sig, TICK, Tally};
 
@@ -24,6 +25,8 @@ pub(crate) const GENERATIONS: &str = "at most three generations drain without ha
 pub(crate) const ROOM: &str = "a reload hastens those that drain only when it has waited for them";
 pub(crate) const CLERK_LAST: &str = "the clerk is stopped after the last worker";
 pub(crate) const LISTENERS: &str = "connects are refused at the end of a stop and not before";
+pub(crate) const GHOSTS_PLACE: &str = "no place stays empty because of a child that was killed and does not end";
+pub(crate) const FEW_GHOSTS: &str = "the work of four ghosts at most is taken over";
 pub(crate) const START: &str = "the gateway serves or says why it does not, once";
 
 /// The longest time that a caller may wait: two validations, two times for the room, two boots and the rows of those that
@@ -59,10 +62,49 @@ impl World {
                 self.fail(ROOM, "it is too soon");
             }
         }
+        self.check_ghosts(actions);
         if let Some((generation, rules)) = adopted {
             self.check_adopted(generation, &rules, actions);
         } else if !actions.contains(&Action::Count(Tally::ScaleDown)) && self.is_serving() {
             self.check_recycled(actions);
+        }
+    }
+
+    /// Whoever is given up was killed long ago, and is one of a few.
+    fn check_ghosts(&self, actions: &[Action]) {
+        let given_up = actions.iter().filter_map(|action| match action {
+            Action::ShowGhost { epoch } => self.living.get(epoch),
+            _ => None,
+        });
+        for process in given_up {
+            if process.killed.is_none_or(|at| self.now < at + GHOST_TIME) {
+                self.fail(BURIALS, "one is given up that was not killed, or a moment ago");
+            }
+            if self.given_up() > GHOSTS_MAX {
+                self.fail(FEW_GHOSTS, "a fifth one");
+            }
+        }
+    }
+
+    fn is_ghost(&self, process: &Process) -> bool {
+        process.killed.is_some_and(|at| self.now >= at.max(self.stalled_at) + GHOST_TIME)
+    }
+
+    /// Ghosts that are in nobody's way.
+    fn given_up(&self) -> usize {
+        let leaving = self.state.leaving.iter().filter_map(|child| self.living.get(&child.epoch));
+        leaving.filter(|process| self.is_ghost(process)).count()
+    }
+
+    /// A ghost is given up as soon as there may be one more and the board has a row for its successor.
+    fn check_place(&self, process: &Process, killed: Ns) {
+        let is_leaving = self.state.leaving.iter().any(|child| child.epoch == process.birth.epoch);
+        let is_taken = |row: u32| {
+            self.living.values().any(|other| other.birth.row == row) || self.state.slots.iter().any(|s| s.row == row)
+        };
+        let is_over = self.now > killed.max(self.stalled_at) + GHOST_TIME + 4 * TICK;
+        if is_over && !is_leaving && self.given_up() < GHOSTS_MAX && !(1..ROWS_COUNT).all(is_taken) {
+            self.fail(GHOSTS_PLACE, "one is waited for");
         }
     }
 
@@ -151,7 +193,8 @@ impl World {
     }
 
     fn check_numbers(&mut self) {
-        let clerks = self.living.values().filter(|process| process.birth.kind == Kind::Clerk).count();
+        let is_clerk = |process: &&Process| process.birth.kind == Kind::Clerk && process.killed.is_none();
+        let clerks = self.living.values().filter(is_clerk).count();
         if clerks > 1 {
             self.fail(BOUNDS, "two clerks");
         }
@@ -196,6 +239,10 @@ impl World {
         let slack = self.stalled + 4 * TICK;
         for process in self.living.values() {
             let rules = &self.rules_of[&process.birth.generation];
+            if let Some(killed) = process.killed {
+                self.check_place(process, killed);
+                continue;
+            }
             if process.told.is_some_and(|at| self.now > at + rules.graceful() + slack) {
                 self.fail(ENDS_IN_TIME, "a child that was told to go is still there");
             }
@@ -219,7 +266,9 @@ impl World {
         // Each stage of the slowest generation, and a few turns to see that it is over.
         let slowest = |stage: fn(&Rules) -> Ns| self.rules_of.values().map(stage).max().unwrap_or(0);
         let longest = slowest(|r| r.settle) + slowest(|r| r.graceful()) + slowest(|r| r.last()) + slack;
-        if self.stop_began.is_some_and(|began| self.now > began + longest) && self.exit.is_none() {
+        if self.stop_began.is_some_and(|began| self.now > began.max(self.haunted_until) + longest)
+            && self.exit.is_none()
+        {
             self.fail(ENDS_IN_TIME, "the stop takes longer than its stages together");
         }
         if self.callers.values().any(|since| self.now > since + CALLER_TIME + self.stalled) {

@@ -93,7 +93,8 @@ fn every_life_keeps_the_invariants() {
             && sum.recycled > 100
             && sum.ups > 500
             && sum.downs > 500
-            && sum.hangs > 50;
+            && sum.hangs > 50
+            && sum.ghosts > 50;
     assert!(enough, "{sum:?}");
 }
 

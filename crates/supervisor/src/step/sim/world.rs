@@ -14,7 +14,7 @@ use crate::step::{
 };
 use dice::Dice;
 
-const ROWS_COUNT: u32 = 24;
+pub(super) const ROWS_COUNT: u32 = 24;
 
 /// A process of the simulated world.
 #[derive(Debug)]
@@ -35,6 +35,8 @@ pub(super) struct Process {
     is_hurried: bool,
     /// Whether we are to end it: ABRT or KILL.
     pub(super) is_condemned: bool,
+    /// When it was killed by us.
+    pub(super) killed: Option<Ns>,
     took_queue: bool,
     requests: u64,
     rss_kib: u64,
@@ -66,6 +68,7 @@ pub(super) struct Sum {
     pub(super) ups: u32,
     pub(super) downs: u32,
     pub(super) hangs: u32,
+    pub(super) ghosts: u32,
 }
 
 impl Sum {
@@ -80,6 +83,7 @@ impl Sum {
             (&mut self.ups, world.sum.ups),
             (&mut self.downs, world.sum.downs),
             (&mut self.hangs, world.sum.hangs),
+            (&mut self.ghosts, world.sum.ghosts),
         ] {
             *sum += of;
         }
@@ -114,6 +118,8 @@ pub(crate) struct World {
     pub(super) stalled: Ns,
     /// When it last did: no age is counted from before.
     pub(super) stalled_at: Ns,
+    /// When the last of those is dead that were killed and hang in the kernel.
+    pub(super) haunted_until: Ns,
     listeners_closed: bool,
     /// By epoch: when a child that was told to go will be killed.
     pub(super) patience: BTreeMap<u32, Ns>,
@@ -169,6 +175,7 @@ impl World {
             stop_began: None,
             stalled: 0,
             stalled_at: 0,
+            haunted_until: 0,
             listeners_closed: false,
             patience: BTreeMap::new(),
             announced: 0,
@@ -199,6 +206,11 @@ impl World {
 
     fn is_trouble(&mut self) -> bool {
         self.dice.roll(100) < self.trouble
+    }
+
+    /// Whether the kernel holds on to one that is killed: often, in a life where that happens at all.
+    fn is_haunted(&mut self) -> bool {
+        self.trouble > 0 && self.seed.is_multiple_of(4) && self.dice.roll(3) > 0
     }
 
     pub(super) fn begin(&mut self) {
@@ -305,6 +317,7 @@ impl World {
                 }
                 self.exit = Some(*code);
             }
+            Action::ShowGhost { .. } => self.sum.ghosts += 1,
             Action::Count(tally) => self.count(*tally),
             Action::Compile | Action::StopCompile | Action::Keep { .. } => self.carry_out_reload(action),
             Action::Adopt { .. } | Action::Forget { .. } => self.carry_out_reload(action),
@@ -430,6 +443,7 @@ impl World {
             told: None,
             is_hurried: false,
             is_condemned: false,
+            killed: None,
             took_queue: false,
             requests: 0,
             rss_kib: 20_000,
@@ -448,6 +462,8 @@ impl World {
         };
         let rules = self.rules_of[&generation];
         let work = self.dice.roll(rules.drain / MS + 1) * MS;
+        // It hangs in the kernel: its death takes long.
+        let hangs = if signal == Sig::Kill && self.is_haunted() { self.dice.roll(90) * SECOND } else { 0 };
         let is_clerk = |process: &Process| process.birth.kind == Kind::Clerk;
         let has_workers = self.living.values().any(|process| !is_clerk(process));
         let is_too_soon = self.stop_began.is_some() && has_workers && is_clerk(&self.living[&epoch]);
@@ -459,13 +475,16 @@ impl World {
         };
         let silent = now - process.beat.max(process.shown_ready.unwrap_or(0)).min(now);
         let is_early = silent < rules.hang_timeout / 100 * 85;
-        if signal == Sig::Abort && (!process.is_frozen || is_early) {
+        if signal == Sig::Abort && (!process.is_frozen || is_early || process.killed.is_some()) {
             self.fail(BEATS_AND_LIVES, "a child that beats, or did lately");
         }
         match signal {
             Sig::Kill => {
                 process.is_condemned = true;
-                told(&mut process.end, now, Status::Signal { number: 9, core: false });
+                process.killed.get_or_insert(now);
+                (process.is_frozen, process.frozen_at) = (true, process.frozen_at.max(now));
+                told(&mut process.end, now + hangs, Status::Signal { number: 9, core: false });
+                self.haunted_until = self.haunted_until.max(now + hangs);
             }
             Sig::Usr1 => {}
             Sig::Term | Sig::Quit => {

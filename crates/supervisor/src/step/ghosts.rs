@@ -1,0 +1,63 @@
+//! Children that were killed and do not end: they hang in the kernel (a disk that does not answer, a frozen cgroup).
+//!
+//! Such a ghost will never run an instruction of ours again, so that its work can be another's at once; but it is there,
+//! with its memory and its connections, and its row on the board is its own until it is buried.
+
+use evergate_core::exit::Status;
+
+use super::{Action, Child, Ns, SECOND, State, life::Place, planted};
+
+/// A KILL ends a process within milliseconds, or a second when the machine is full. Whoever is still there after two hangs
+/// in the kernel, and nobody knows for how long.
+pub(crate) const GHOST_TIME: Ns = 2 * SECOND;
+/// Most ghosts whose work others have taken over. Where a successor hangs as well it is the machine that is ill, and every
+/// further one would only cost it a process more. The board has rows for so many (`evergate_board::Shape::for_plan`).
+pub(crate) const GHOSTS_MAX: usize = 4;
+
+impl State {
+    /// Makes room for a successor wherever a ghost stands in the way: the ghost goes to those that leave, and its place is
+    /// vacated as by its death.
+    pub(super) fn give_up_ghosts(&mut self, now: Ns, out: &mut Vec<Action>) {
+        while let Some(epoch) = self.ghost_in_the_way(now) {
+            let Some(row) = self.free_row() else { return };
+            let Some((child, place)) = self.take(epoch) else { return };
+            let name = child.name();
+            out.push(Action::Say(format!(
+                "the {name} was killed and hangs in the kernel; another one takes its place"
+            )));
+            out.extend([Action::ShowGhost { epoch }, Action::SaveRun]);
+            if let Place::Slot(at) = place
+                && let Some(slot) = self.slots.get_mut(at)
+            {
+                slot.row = row;
+            }
+            let killed = Status::Signal { number: 9, core: false };
+            self.vacated(&child, &place, (killed, "it hangs in the kernel"), now, out);
+            self.leaving.push(child);
+        }
+    }
+
+    /// A ghost that does not only leave, if there may be one more.
+    fn ghost_in_the_way(&self, now: Ns) -> Option<u32> {
+        let is_ghost = |child: &&Child| child.is_ghost(self.floor, now);
+        let gone = self.leaving.iter().filter(is_ghost).count();
+        let most = if planted!(GhostsWithoutEnd) { usize::MAX } else { GHOSTS_MAX };
+        if planted!(WaitsForBurial) || gone >= most {
+            return None;
+        }
+        let is_leaving = |child: &&Child| self.leaving.iter().any(|other| other.epoch == child.epoch);
+        self.children().filter(is_ghost).find(|child| !is_leaving(child)).map(|child| child.epoch)
+    }
+}
+
+impl Child {
+    /// Whether it was killed long ago. The machine's own standstill does not count.
+    pub(super) fn is_ghost(&self, floor: Ns, now: Ns) -> bool {
+        self.ghost_at(floor).is_some_and(|at| at <= now)
+    }
+
+    /// When it becomes a ghost if it is not buried before.
+    pub(super) fn ghost_at(&self, floor: Ns) -> Option<Ns> {
+        self.killed_at.map(|at| at.max(floor).saturating_add(GHOST_TIME))
+    }
+}
