@@ -245,7 +245,8 @@ impl Gate {
         ))
     }
 
-    /// Writes the record of a request that ended before it was admitted, or needed no admission.
+    /// Writes the record of a request that ended before it was admitted, or needed no admission. It has a row for that long,
+    /// so that a death in the middle leaves as many counts as records. (When the rows have run short it has none.)
     pub fn record_unadmitted(
         &self,
         id: RequestId,
@@ -254,8 +255,9 @@ impl Gate {
         (status, end): (u16, End),
         error: Option<&Error>,
     ) {
+        let ticket = self.take_row(id, &arrival);
         let mut record = Record::ended(id, arrival, started, (status, end), error);
-        self.write(&mut record, None);
+        self.write(&mut record, ticket.as_ref());
     }
 
     /// Shows on the board which request is being polled, 0 for none: a death then names the one that was running.

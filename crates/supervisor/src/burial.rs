@@ -3,7 +3,7 @@
 //!
 //! Holds INV-EXIT-1, INV-EXIT-2 (ARCHITECTURE.md).
 
-use evergate_board::{Board, ChildRow, Inflight, Phase, monotonic_ns};
+use evergate_board::{Board, ChildRow, Inflight, InflightPhase, Phase, monotonic_ns};
 use evergate_core::count;
 use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
 use evergate_core::ids::RequestId;
@@ -26,8 +26,13 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
     (options.on_exit)(board, record.kind, record.initiator);
-    for (inflights, detail) in [(&lost, ""), (&over, "answered; the worker died before its record was written")] {
+    for inflights in [&lost, &over] {
         for inflight in inflights {
+            let detail = match inflight.phase {
+                _ if !inflight.is_over() => "",
+                InflightPhase::Write => "answered; the worker died before its record was written",
+                _ => "over; the worker died before its record was written",
+            };
             let (status, cause) = (options.on_left)(board, dead.birth.row, inflight);
             write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
         }

@@ -15,7 +15,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::load::Weight;
 use super::{Arrival, Gate};
 use crate::context::Token;
-use crate::http::fault::{Place, pass_by};
+use crate::http::fault::{Place, die_between_books, pass_by};
 use crate::panics;
 use crate::tasks::caught;
 use crate::telemetry::names::{self, End};
@@ -318,6 +318,7 @@ impl Gate {
     /// it counts what is not marked as counted, and the clerk drops its second record of one request.
     pub(super) fn write(&self, record: &mut Record, ticket: Option<&Ticket>) {
         let (status, end) = self.count(record, ticket);
+        die_between_books();
         let Some(series) = self.board.series(self.row) else { return };
         let model_label = record.model_label;
         if let Some(ms) = record.first_token_ms {

@@ -24,6 +24,8 @@ pub enum Planted {
     DoublePanic,
     /// `abort`: end the process by ABRT.
     Abort,
+    /// `abort-books`: the same in the books of the next request but this one, between its count and its record.
+    AbortBooks,
     /// `exit-N`: end the process with this code.
     Exit(u8),
     /// `eat`: take memory until somebody ends the process, at most [`EAT_BYTES_MAX`].
@@ -78,6 +80,17 @@ pub fn pass_by(place: Place) {
     }
 }
 
+/// Books until the process ends in the middle of them; 0 for never.
+static BOOKS: AtomicU32 = AtomicU32::new(0);
+
+/// A request is counted, and its record is not written yet.
+pub fn die_between_books() {
+    let take = |left: u32| left.checked_sub(1);
+    if cfg!(debug_assertions) && BOOKS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) == Ok(1) {
+        std::process::abort();
+    }
+}
+
 /// Panics when it is dropped, if that is what the request asked for.
 #[derive(Debug)]
 pub struct Bomb {
@@ -129,6 +142,7 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "panic-drop-stream" => Planted::PanicDropStream,
         "double-panic" => Planted::DoublePanic,
         "abort" => Planted::Abort,
+        "abort-books" => Planted::AbortBooks,
         "eat" => Planted::Eat,
         "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,
@@ -159,6 +173,8 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
             }
         }
         (Some(Planted::Abort), Moment::Handler) => std::process::abort(),
+        // This request's own books come first.
+        (Some(Planted::AbortBooks), Moment::Handler) => BOOKS.store(2, Ordering::Relaxed),
         (Some(Planted::Exit(code)), Moment::Handler) => std::process::exit(code.into()),
         (Some(Planted::Eat), Moment::Handler) => eat(),
         (Some(Planted::Spin), Moment::Handler) | (Some(Planted::SpinStream), Moment::Stream) => spin(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use evergate_testkit::raw::{chat_body, post_request};
+use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -196,6 +196,35 @@ fn s02_records_and_counts_agree_whatever_is_killed() {
     let recorded = records.iter().filter(|record| record["cause"] == "worker_lost").count();
     assert_eq!(lost, recorded, "what exit records and access records call lost");
     wait_no_zombies(gateway.pid());
+}
+
+/// Line 2: the worker dies between a request's count and its record, also where the request was never admitted.
+#[test]
+fn s02_a_death_between_count_and_record_leaves_one_of_each() {
+    let config = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
+                  targets = [{ upstream = \"echo\" }]\n[workers]\nmin = 1\nmax = 1\n";
+    let chat = |fields: &str, model: &str| post_request(CHAT, fields, &chat_body(model, false, &Value::Null));
+    for (name, request, status, route) in [
+        ("models", get_request("/v1/models", "x-request-id: victim\r\n"), 200, "/v1/models"),
+        ("refused by its path", get_request("/nothing", "x-request-id: victim\r\n"), 404, "other"),
+        ("refused by its body", post_request(CHAT, "x-request-id: victim\r\n", "{"), 400, CHAT),
+        ("admitted", chat("x-request-id: victim\r\n", "echo"), 200, CHAT),
+    ] {
+        let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&chat("x-evergate-fault: abort-books\r\nx-request-id: armed\r\n", "echo"));
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        let _ = gateway.wait_access("armed", LIMIT);
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&request);
+        let record = gateway.wait_exits(1, LIMIT, |record| record["kind"] == "worker").remove(0);
+        assert_eq!((&record["signal"], &record["lost"]), (&json!(6), &json!([])), "{name}: {record}");
+        let victim = gateway.wait_access("victim", LIMIT);
+        assert_eq!((&victim["by_master"], &victim["status"]), (&json!(true), &json!(status)), "{name}: {victim}");
+        assert_eq!(victim["route"], route, "{name}: {victim}");
+        assert!(victim["detail"].as_str().unwrap().ends_with("died before its record was written"), "{victim}");
+        assert_eq!((gateway.access().len() as u64 + dropped(&gateway), requests_total(&gateway)), (2, 2), "{name}");
+    }
 }
 
 /// Line 12, and what H12 leaves: the master's end and that of each of its children are recorded by the successor.
