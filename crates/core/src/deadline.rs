@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{Error, Fault};
+use crate::{Error, Fault, request_timeout};
 
 /// The limit that a deadline came from, named in the error when it passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub enum Limit {
     Total,
     /// `timeouts.stream_total`.
     StreamTotal,
+    /// The client's own, by its header.
+    Client,
     /// `timeouts.connect`.
     Connect,
     /// `timeouts.write`.
@@ -32,6 +34,7 @@ impl Limit {
         match self {
             Self::Total => "timeouts.total",
             Self::StreamTotal => "timeouts.stream_total",
+            Self::Client => request_timeout::NAME,
             Self::Connect => "timeouts.connect",
             Self::Attempt => "the model's attempt",
             Self::Write => "timeouts.write",
@@ -45,7 +48,7 @@ impl Limit {
     #[must_use]
     pub const fn fault(self) -> Fault {
         match self {
-            Self::Total | Self::StreamTotal => Fault::DeadlineExceeded,
+            Self::Total | Self::StreamTotal | Self::Client => Fault::DeadlineExceeded,
             Self::FirstToken => Fault::FirstTokenTimeout,
             Self::Connect | Self::Dns | Self::Write | Self::Attempt | Self::Idle => Fault::UpstreamTimeout,
         }

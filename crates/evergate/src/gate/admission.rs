@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use evergate_board::{Board, monotonic_ns};
+use evergate_core::deadline::Limit;
 use evergate_core::{Deadline, Error, Fault};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -58,7 +59,8 @@ impl Admission {
     /// A place, waited for in turn until the deadline. Dropping the future leaves the line.
     ///
     /// # Errors
-    /// `overloaded` at once when the line is full, or when the deadline came first.
+    /// `overloaded` at once when the line is full, or when the deadline came first; `deadline_exceeded` when that
+    /// was the client's own.
     pub async fn wait(&self, deadline: Deadline) -> Result<OwnedSemaphorePermit, Error> {
         let refused = |why| Err(Error::new(Fault::Overloaded, why));
         let Some(_waiting) = Waiting::enter(self) else {
@@ -69,6 +71,11 @@ impl Admission {
         let place = Arc::clone(&self.slots).acquire_owned();
         match tokio::time::timeout_at(deadline.at().into(), place).await {
             Ok(Ok(place)) => Ok(place),
+            Err(_) if deadline.limit() == Limit::Client => {
+                let key = deadline.limit().key();
+                let message = format!("no place of this worker was free within {key} (workers.slots)");
+                Err(Error::new(Fault::DeadlineExceeded, message).detail(key))
+            }
             // The semaphore is never closed.
             Ok(Err(_)) | Err(_) => {
                 refused("no place of this worker was free in time (workers.slots, timeouts.total); try again")

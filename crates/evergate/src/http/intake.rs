@@ -1,10 +1,10 @@
 //! Reads a request body: bounded in size, and in time between pieces and as a whole.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use evergate_core::config::Config;
-use evergate_core::{Error, Fault};
+use evergate_core::{Error, Fault, request_timeout};
 use evergate_upstream::clock::Clock;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use http_body::Body;
@@ -46,6 +46,23 @@ pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
         return Err(Error::new(Fault::UnsupportedMediaType, "this endpoint takes application/json, not a form"));
     }
     Ok(())
+}
+
+/// How long the client is ready to wait, if it says so.
+///
+/// # Errors
+/// `invalid_value` for what is no time.
+pub fn client_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+    let mut values = headers.get_all(request_timeout::NAME).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    match request_timeout::parse(value.as_bytes()).filter(|_| values.next().is_none()) {
+        Some(time) => Ok(Some(time)),
+        None => {
+            let message =
+                "x-request-timeout must be one time above zero: seconds (30, 1.5, 30s) or milliseconds (500ms)";
+            Err(Error::new(Fault::InvalidValue, message).param(request_timeout::NAME))
+        }
+    }
 }
 
 /// Why a body was not read to its end.

@@ -9,7 +9,7 @@ use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
 use evergate_core::json::{self, scan_answer, scan_request};
 use evergate_core::router::Place;
-use evergate_core::{Cause, Deadline, Error};
+use evergate_core::{Cause, Deadline, Error, Fault};
 use http::header::{HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
 use hyper::body::Incoming;
@@ -69,6 +69,8 @@ pub struct ModelCall {
     pub token: Arc<Token>,
     /// When its head was read.
     pub started: Instant,
+    /// When its client stops waiting, if it has said so.
+    pub client_by: Option<Deadline>,
 }
 
 /// How a request went: the answer, and the pass if it was admitted.
@@ -76,11 +78,10 @@ pub type Outcome = (Result<Response<Body>, Error>, Option<Pass>);
 
 impl ModelCall {
     /// Serves it. What is awaited boxed here is rare or long: the way of a unary call is moved about whole.
-    pub async fn run(self, body: Incoming) -> Outcome {
+    pub async fn run(mut self, body: Incoming) -> Outcome {
         let planted = planted(&self.headers);
         strike(planted, Moment::Head);
-        let config = &self.app.sealed.config;
-        if let Err(error) = intake::check_head(&self.headers, config) {
+        if let Err(error) = self.check_head() {
             return (Err(error), None);
         }
         let announced = self.app.gate.announce(self.id, &self.arrival);
@@ -92,7 +93,10 @@ impl ModelCall {
                 return (Err(cancelled(Cause::ClientGone)), None);
             }
         };
-        let deadline = Deadline::new(self.started, config.timeouts.total, Limit::Total);
+        let deadline = match self.deadline() {
+            Ok(deadline) => deadline,
+            Err(error) => return (Err(error), None),
+        };
         let mut pass = match self.app.gate.admit(self.id, self.arrival.clone(), announced, deadline, &self.token).await
         {
             Ok(pass) => pass,
@@ -105,6 +109,24 @@ impl ModelCall {
         // Not by the end of the scope: the compiler leaks a value on its way out when a drop panics there (rust#47949).
         drop(bomb);
         (served, Some(pass))
+    }
+
+    fn check_head(&mut self) -> Result<(), Error> {
+        intake::check_head(&self.headers, &self.app.sealed.config)?;
+        let by = intake::client_timeout(&self.headers)?;
+        self.client_by = by.map(|time| Deadline::new(self.started, time, Limit::Client));
+        Ok(())
+    }
+
+    /// The request's one deadline; its client may have gone beyond its own by now.
+    fn deadline(&self) -> Result<Deadline, Error> {
+        let total = Deadline::new(self.started, self.app.sealed.config.timeouts.total, Limit::Total);
+        let Some(client) = self.client_by else { return Ok(total) };
+        if client.is_past(Instant::now()) {
+            let message = format!("the request did not arrive within {}", client.limit().key());
+            return Err(Error::new(Fault::DeadlineExceeded, message).detail(client.limit().key()));
+        }
+        Ok(total.min(client))
     }
 
     /// Reads the body; not beyond the time that a worker which ends has for its requests.

@@ -186,7 +186,17 @@ impl Service {
         match path {
             Path::Model(endpoint) => {
                 let app = Arc::clone(app);
-                let call = ModelCall { app, endpoint, id, own_id, arrival, headers: head.headers, token, started };
+                let call = ModelCall {
+                    app,
+                    endpoint,
+                    id,
+                    own_id,
+                    arrival,
+                    headers: head.headers,
+                    token,
+                    started,
+                    client_by: None,
+                };
                 call.run(body).await
             }
             Path::Models => (Ok(plain(chat::models_list(app.router.models(), app.started_s))), None),

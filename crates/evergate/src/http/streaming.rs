@@ -23,10 +23,12 @@ impl ModelCall {
     pub(super) fn limits(&self, deadline: Deadline) -> Limits {
         let timeouts = &self.app.sealed.config.timeouts;
         let now = Instant::now();
+        let stream_total = Deadline::new(self.started, timeouts.stream_total, Limit::StreamTotal);
         Limits {
             total: deadline,
             first_token: Deadline::new(now, timeouts.first_token, Limit::FirstToken),
-            stream_total: Deadline::new(self.started, timeouts.stream_total, Limit::StreamTotal),
+            // A client that says how long it waits means the whole answer.
+            stream_total: self.client_by.map_or(stream_total, |by| stream_total.min(by)),
             idle: timeouts.idle,
             clock: self.app.clock.clone(),
             event_bytes: usize::try_from(self.app.sealed.config.limits.event_bytes).unwrap_or(usize::MAX),

@@ -8,6 +8,7 @@ mod admission;
 mod auth;
 mod balance;
 mod cli;
+mod client_deadline;
 mod connecting;
 mod connections;
 mod control;
