@@ -7,7 +7,7 @@ pub mod pass;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use evergate_board::{Board, ChildRow, InflightPhase, InflightRows, InflightStart, Ticket, monotonic_ns};
 use evergate_core::ids::RequestId;
@@ -19,7 +19,7 @@ use self::load::{Load, Weight};
 use self::pass::{Admitted, Pass, Record};
 use crate::context::Token;
 use crate::telemetry::access::AccessLog;
-use crate::telemetry::names::End;
+use crate::telemetry::names::{self, End};
 
 /// How far a worker is on its way to the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -258,6 +258,13 @@ impl Gate {
         let ticket = self.take_row(id, &arrival);
         let mut record = Record::ended(id, arrival, started, (status, end), error);
         self.write(&mut record, ticket.as_ref());
+    }
+
+    /// Counts the time that an answer's first byte took.
+    pub fn count_first_byte(&self, time: Duration) {
+        if let Some(series) = self.board.series(self.row) {
+            names::count_first_byte(&series, time);
+        }
     }
 
     /// Shows on the board which request is being polled, 0 for none: a death then names the one that was running.

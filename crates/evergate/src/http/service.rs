@@ -337,6 +337,10 @@ impl Future for Bounded {
                 Err(_) => self.lost(),
             }
         };
+        // The library writes the head in this very turn. Probes tell nothing of what was served.
+        if !matches!(self.seen.path, Path::Healthz | Path::Readyz) {
+            self.app.gate.count_first_byte(self.seen.started.elapsed());
+        }
         self.say_connection(&mut response);
         if let Some(echoed) = self.echoed.take() {
             response.headers_mut().insert(respond::REQUEST_ID, echoed);

@@ -46,6 +46,15 @@ pub const DNS_LOOK_UPS: u8 = 40;
 /// Ends of look-ups by their label index.
 pub const LOOK_UPS: [&str; 3] = ["ok", "failed", "late"];
 
+/// Time from a request's head to its answer's: bucket index (a).
+pub const FIRST_BYTE_BUCKET: u8 = 13;
+/// Sum of it in microseconds.
+pub const FIRST_BYTE_SUM_US: u8 = 14;
+
+/// Upper bounds of the first-byte buckets, milliseconds; one more bucket follows for everything above.
+pub const FIRST_BYTE_BUCKETS_MS: [u64; 14] =
+    [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 5_000, 10_000, 60_000, 300_000];
+
 /// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
 /// millisecond late by its own granularity.
 pub const LOOP_LAG_BUCKETS_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];
@@ -141,10 +150,19 @@ pub fn first_token_bucket(ms: f64) -> u16 {
 
 /// Counts how late an event loop was at a beat.
 pub fn count_loop_lag(series: &Series<'_>, lag: Duration) {
-    let ms = lag.as_millis();
-    let at = LOOP_LAG_BUCKETS_MS.iter().position(|bound| ms <= u128::from(*bound));
-    series.add(key(LOOP_LAG_BUCKET, at.unwrap_or(LOOP_LAG_BUCKETS_MS.len()) as u16, 0, 0), 1);
-    series.add(key(LOOP_LAG_SUM_US, 0, 0, 0), u64::try_from(lag.as_micros()).unwrap_or(u64::MAX));
+    count_time(series, (LOOP_LAG_BUCKET, &LOOP_LAG_BUCKETS_MS), LOOP_LAG_SUM_US, lag);
+}
+
+/// Counts the time from a request's head to that of its answer.
+pub fn count_first_byte(series: &Series<'_>, time: Duration) {
+    count_time(series, (FIRST_BYTE_BUCKET, &FIRST_BYTE_BUCKETS_MS), FIRST_BYTE_SUM_US, time);
+}
+
+fn count_time(series: &Series<'_>, (bucket, bounds_ms): (u8, &[u64]), sum_us: u8, time: Duration) {
+    let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let at = bounds_ms.iter().position(|bound| us <= bound * 1_000);
+    series.add(key(bucket, at.unwrap_or(bounds_ms.len()) as u16, 0, 0), 1);
+    series.add(key(sum_us, 0, 0, 0), us);
 }
 
 /// Counts look-ups of names.

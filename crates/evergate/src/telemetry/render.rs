@@ -9,7 +9,7 @@ use std::fmt::{Display, Write as _};
 use evergate_board::{Board, SeriesKey, monotonic_ns};
 use evergate_core::exit::Kind;
 
-use super::names::{self, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS};
+use super::names::{self, FIRST_BYTE_BUCKETS_MS, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS};
 use super::status::{Inflights, oldest_wait_ns};
 
 /// All metrics of `names`, and the gauges.
@@ -21,7 +21,7 @@ pub fn prometheus(board: &Board) -> String {
     page.attempts(&sums);
     page.first_token(&sums);
     page.tokens(&sums);
-    page.loop_lag(&sums);
+    page.times(&sums);
     page.exits(&sums);
     page.plain_counters(&sums);
     page.supervision();
@@ -143,19 +143,29 @@ impl Page<'_> {
         }
     }
 
-    fn loop_lag(&mut self, sums: &Sums) {
-        const NAME: &str = "evergate_loop_lag_seconds";
-        self.head(NAME, "histogram", "How late workers' event loops were at their beats.");
-        let counts: BTreeMap<u16, u64> = sums.of(names::LOOP_LAG_BUCKET).map(|(key, value)| (key.a, value)).collect();
+    /// Those without labels.
+    fn times(&mut self, sums: &Sums) {
+        let help = "Time from a request's head to the first byte of its answer.";
+        let counts = (names::FIRST_BYTE_BUCKET, names::FIRST_BYTE_SUM_US);
+        self.histogram(sums, ("evergate_first_byte_seconds", help), counts, &FIRST_BYTE_BUCKETS_MS);
+        let help = "How late workers' event loops were at their beats.";
+        let counts = (names::LOOP_LAG_BUCKET, names::LOOP_LAG_SUM_US);
+        self.histogram(sums, ("evergate_loop_lag_seconds", help), counts, &LOOP_LAG_BUCKETS_MS);
+    }
+
+    fn histogram(&mut self, sums: &Sums, (name, help): (&str, &str), (bucket, sum_us): (u8, u8), bounds_ms: &[u64]) {
+        self.head(name, "histogram", help);
+        let counts: BTreeMap<u16, u64> = sums.of(bucket).map(|(key, value)| (key.a, value)).collect();
+        let buckets = format!("{name}_bucket");
         let mut count = 0_u64;
-        for (index, bound_ms) in (0_u16..).zip(LOOP_LAG_BUCKETS_MS) {
+        for (index, bound_ms) in (0_u16..).zip(bounds_ms) {
             count = count.saturating_add(counts.get(&index).copied().unwrap_or(0));
-            self.sample("evergate_loop_lag_seconds_bucket", &[("le", &decimal(bound_ms, 3))], count);
+            self.sample(&buckets, &[("le", &decimal(*bound_ms, 3))], count);
         }
         let all = counts.values().fold(0_u64, |all, value| all.saturating_add(*value));
-        self.sample("evergate_loop_lag_seconds_bucket", &[("le", "+Inf")], all);
-        self.sample("evergate_loop_lag_seconds_sum", &[], decimal(sums.total(names::LOOP_LAG_SUM_US), 6));
-        self.sample("evergate_loop_lag_seconds_count", &[], all);
+        self.sample(&buckets, &[("le", "+Inf")], all);
+        self.sample(&format!("{name}_sum"), &[], decimal(sums.total(sum_us), 6));
+        self.sample(&format!("{name}_count"), &[], all);
     }
 
     fn tokens(&mut self, sums: &Sums) {

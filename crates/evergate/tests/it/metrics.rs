@@ -99,6 +99,29 @@ fn every_request_is_counted_with_its_cause_and_tokens() {
     assert!(!gateway.metrics().contains("unknown\"") || !gateway.metrics().contains("model=\"unknown\""));
 }
 
+/// Line 13's other signal: how long answers take to begin, whatever they are.
+#[test]
+fn s13_the_time_to_the_first_byte_is_measured_for_every_request() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    assert_eq!(chat(&gateway, "delay-400", false).status, 200);
+    assert_eq!(chat(&gateway, "ok", true).status, 200);
+    assert_error(&chat(&gateway, "status-500", false), 502, "upstream_failed");
+    for (path, status) in [("/v1/models", 200), ("/nothing", 404), ("/healthz", 200), ("/readyz", 200)] {
+        assert_eq!(evergate_testkit::raw::get(&gateway.addr(), path).status, status);
+    }
+    let all = samples(&gateway.metrics());
+    let of = |name: &str, le: &str| {
+        let wanted = [("le", le)];
+        sum(&all, &format!("evergate_first_byte_seconds_{name}"), if le.is_empty() { &[] } else { &wanted })
+    };
+    assert_eq!((of("count", ""), of("bucket", "+Inf")), (5.0, 5.0), "probes are not counted");
+    let slow = of("bucket", "+Inf") - of("bucket", "0.25");
+    assert!(slow >= 1.0 && of("sum", "") >= 0.4, "{slow} {}", of("sum", ""));
+    // On a busy machine others may be slow as well; the ones that need nobody are not.
+    assert!(of("bucket", "0.25") >= 1.0);
+}
+
 #[test]
 fn what_is_open_is_seen_and_what_has_ended_is_not() {
     let fake = FakeUpstream::start();
