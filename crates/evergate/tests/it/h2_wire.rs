@@ -93,12 +93,12 @@ impl Wire {
     pub fn next(&mut self) -> Option<Frame> {
         match self.next_within(LIMIT) {
             Ok(frame) => frame,
-            Err(limit) => panic!("no frame within {limit:?}"),
+            Err(why) => panic!("no frame: {why}"),
         }
     }
 
-    /// As `next`, or the limit when that was over first.
-    pub fn next_within(&mut self, limit: Duration) -> Result<Option<Frame>, Duration> {
+    /// As `next`, or why there is none: the limit was over first, or the connection was reset.
+    pub fn next_within(&mut self, limit: Duration) -> Result<Option<Frame>, String> {
         let end = Instant::now() + limit;
         loop {
             if let Some(frame) = self.take() {
@@ -112,11 +112,9 @@ impl Wire {
             }
             match self.link.wait(end) {
                 Wait::Data => {}
-                Wait::Gone(gone) => {
-                    assert_eq!(gone, Gone::Eof);
-                    return Ok(None);
-                }
-                Wait::Time => return Err(limit),
+                Wait::Gone(Gone::Eof) => return Ok(None),
+                Wait::Gone(gone) => return Err(format!("{gone:?}")),
+                Wait::Time => return Err(format!("nothing for {limit:?}")),
             }
         }
     }

@@ -21,7 +21,7 @@ fn s18_a_hundred_reloads_leave_the_master_as_it_was() {
     let reloads = if is_full() { 100 } else { 12 };
     let gateway = echo();
     let settled = |generation: u64| {
-        wait_until("only the last generation is left", LIMIT, || {
+        wait_until("only the last generation is left", 3 * LIMIT, || {
             let children = gateway.children();
             children.len() == 3 && children.iter().all(|child| child.generation == generation)
         });
@@ -33,7 +33,10 @@ fn s18_a_hundred_reloads_leave_the_master_as_it_was() {
         assert_eq!(reload(&gateway), format!("generation {generation} serves\n"));
         let now = settled(generation);
         let first: &Master = if generation <= 6 { first.insert(now.clone()) } else { first.as_ref().unwrap() };
-        assert!(now.is_like(first), "{first:?} {now:?}");
+        // At one moment there may be a client's connection more, or a validation that has just ended; a leak stays.
+        if try_wait_for(LIMIT, || Master::look(gateway.pid()).is_like(first).then_some(())).is_none() {
+            panic!("generation {generation}: {first:?} {:?}", Master::look(gateway.pid()));
+        }
     }
     println!("after {reloads} reloads {first:?}");
 }
