@@ -20,6 +20,7 @@ pub mod inherit;
 pub mod json;
 pub mod plan;
 pub mod record;
+pub mod redact;
 pub mod request_timeout;
 pub mod router;
 pub mod sse;

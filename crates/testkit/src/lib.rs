@@ -15,6 +15,7 @@ pub mod link;
 pub mod raw;
 pub mod sse;
 pub mod tls;
+pub mod traces;
 pub mod wait;
 
 pub use driver::{Child, Ended, Evergate, gateway_config};

@@ -1,9 +1,12 @@
 //! What every request of a worker can reach: the configuration made ready.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use evergate_core::Error;
 use evergate_core::config::{Roots, Sealed, Upstream};
+use evergate_core::redact::Redactor;
 use evergate_core::router::Router;
 use evergate_upstream::clock::Clock;
 use evergate_upstream::{Client, Resolver, Settings, Trust};
@@ -33,6 +36,7 @@ pub struct App {
     pub clock: Clock,
     /// Finds upstreams' addresses.
     pub resolver: Resolver,
+    redactor: Arc<Redactor>,
 }
 
 impl App {
@@ -40,7 +44,7 @@ impl App {
     ///
     /// # Errors
     /// Says which part of it cannot be used.
-    pub fn new(sealed: Sealed, gate: Arc<Gate>) -> Result<Self, String> {
+    pub fn new(sealed: Sealed, gate: Arc<Gate>, redactor: Arc<Redactor>) -> Result<Self, String> {
         let clock = Clock::new().map_err(|error| format!("no timer could be made: {error}"))?;
         let resolver = dns_fault::resolver(&clock);
         let mut clients = BTreeMap::new();
@@ -56,6 +60,7 @@ impl App {
             sealed,
             clock,
             resolver,
+            redactor,
         })
     }
 
@@ -65,17 +70,20 @@ impl App {
         self.clients.values().map(|client| client.connections()).sum()
     }
 
+    /// The error without a secret in its message: a client may have put one where it did not belong, and its words are
+    /// repeated in some.
+    #[must_use]
+    pub fn clean(&self, mut error: Error) -> Error {
+        if let Cow::Owned(message) = &error.message {
+            error.message = self.redact(message).into();
+        }
+        error
+    }
+
     /// Takes every secret out of a text that comes from outside.
     #[must_use]
     pub fn redact(&self, text: &str) -> String {
-        let mut text = text.to_owned();
-        for secret in self.sealed.secrets.values() {
-            // Shorter ones are words; the configuration warns about them.
-            if secret.len() >= 8 && text.contains(secret.as_str()) {
-                text = text.replace(secret.as_str(), "[redacted]");
-            }
-        }
-        text
+        self.redactor.redact(text)
     }
 }
 

@@ -53,8 +53,7 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
 fn passed_on(app: &App, upstream: &str, status: StatusCode, body: &[u8]) -> Error {
     let said = serde_json::from_slice::<Value>(body).unwrap_or_default();
     let said = said.get("error");
-    let text =
-        |key: &str| said.and_then(|error| error.get(key)).and_then(Value::as_str).map(|text| short(&app.redact(text)));
+    let text = |key: &str| said.and_then(|error| error.get(key)).and_then(Value::as_str).map(|text| clean(app, text));
     let message = text("message")
         .unwrap_or_else(|| format!("the upstream \"{upstream}\" refused the request with status {}", status.as_u16()));
     let mut error = Error::new(Fault::UpstreamRefused, message);
@@ -64,16 +63,21 @@ fn passed_on(app: &App, upstream: &str, status: StatusCode, body: &[u8]) -> Erro
     error
 }
 
-fn short(text: &str) -> String {
-    let end = (0..=MESSAGE_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    text.get(..end).unwrap_or_default().to_owned()
+/// Cut to its length after the secrets are out, and beforehand to what could matter: half a secret is known too.
+fn clean(app: &App, text: &str) -> String {
+    short(&app.redact(short(text, 2 * MESSAGE_BYTES_MAX)), MESSAGE_BYTES_MAX).to_owned()
+}
+
+fn short(text: &str, bytes_max: usize) -> &str {
+    let end = (0..=bytes_max.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text.get(..end).unwrap_or_default()
 }
 
 /// The error that an upstream's error object stands for where its status said 200.
 #[must_use]
 pub fn of_object(app: &App, upstream: &str, message: Option<&str>) -> Error {
     let message = match message {
-        Some(message) => format!("the upstream \"{upstream}\" reported: {}", short(&app.redact(message))),
+        Some(message) => format!("the upstream \"{upstream}\" reported: {}", clean(app, message)),
         None => format!("the upstream \"{upstream}\" reported an error"),
     };
     Error::new(Fault::UpstreamFailed, message)

@@ -140,6 +140,7 @@ impl Service {
             }
         }
         let mut response = served.unwrap_or_else(|error| {
+            let error = self.app.clean(error);
             let mut response = respond::error(&error);
             if error.fault == Fault::MethodNotAllowed {
                 response.headers_mut().insert(ALLOW, HeaderValue::from_static(path.allowed()));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use evergate_board::{Board, Phase, monotonic_ns};
 use evergate_core::inherit::code;
+use evergate_core::redact::Redactor;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
@@ -98,9 +99,11 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let connections = sealed.config.limits.connections;
     let waker = Arc::clone(&kicker);
     let tell = Box::new(move || kick(&*waker));
-    let gate = Gate::new(board.clone(), (args.row, args.epoch), places, AccessLog::new(access), tell);
+    let redactor = Arc::new(Redactor::new(sealed.secrets.values().map(String::as_str)));
+    let log = AccessLog::new(access, Arc::clone(&redactor));
+    let gate = Gate::new(board.clone(), (args.row, args.epoch), places, log, tell);
     let app = async {
-        let app = Arc::new(App::new(sealed, Arc::clone(&gate))?);
+        let app = Arc::new(App::new(sealed, Arc::clone(&gate), redactor)?);
         let clients = Arc::clone(&app);
         let stop = async move { clients.clients.values().for_each(|client| client.close_idle()) };
         Ok((app, Box::pin(stop) as _))

@@ -7,6 +7,7 @@
 mod admission;
 mod auth;
 mod balance;
+mod canary;
 mod cli;
 mod client_deadline;
 mod connecting;

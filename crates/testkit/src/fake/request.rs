@@ -27,6 +27,12 @@ impl Request {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
+    /// The credential of `authorization: Bearer`, empty if there is none.
+    #[must_use]
+    pub fn bearer(&self) -> &str {
+        self.header("authorization").and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default()
+    }
+
     /// The body as JSON; null if it is none.
     #[must_use]
     pub fn json(&self) -> Value {

@@ -61,6 +61,9 @@ pub enum Script {
     /// `status-N`: an error of that status with OpenAI's error body; 429 with `retry-after: 1`, or `retry-after: S`
     /// with `status-N-S`.
     Status(u16, Option<u32>),
+    /// `leak-N`: an error of that status which quotes the request's credential in every way that comes to mind, also in
+    /// header fields; 200 is an error object or error event, 500 a web page.
+    Leak(u16),
     /// `html`, `html-N`: a web page, with status 200 or N.
     Html(u16),
     /// `empty`: status 200 and no body.
@@ -180,6 +183,7 @@ impl Script {
             ("status-", &[status, seconds]) => {
                 Some(Self::Status(status.try_into().ok()?, Some(seconds.try_into().ok()?)))
             }
+            ("leak-", &[status]) => Some(Self::Leak(status.try_into().ok()?)),
             ("html-", &[status]) => Some(Self::Html(status.try_into().ok()?)),
             ("huge-", &[bytes]) => Some(Self::Huge(bytes.try_into().ok()?)),
             ("big-event-", &[bytes]) => Some(Self::BigEvent(bytes.try_into().ok()?)),

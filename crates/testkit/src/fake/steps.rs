@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::answer::{self, Answer, Endpoint};
 use super::request::Request;
 use super::script::Script;
+use crate::traces::base64;
 
 /// One thing to do on a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,9 @@ pub(super) fn plan(request: &Request, index: usize, connection: usize) -> Vec<St
         _ => {}
     }
     let is_stream = request.is_stream() && endpoint != Endpoint::Embeddings;
+    if let Script::Leak(status) = script {
+        return leak(status, request.bearer(), is_stream);
+    }
     if let Some(steps) = whatever_was_asked(&script) {
         return steps;
     }
@@ -100,6 +104,26 @@ fn whatever_was_asked(script: &Script) -> Option<Vec<Step>> {
         Script::NoChoices => json_answer(200, &json!({"hello": "world"})),
         _ => return None,
     })
+}
+
+/// An upstream that tells what it was told.
+fn leak(status: u16, credential: &str, is_stream: bool) -> Vec<Step> {
+    let percent = |byte: u8| format!("%{byte:02X}");
+    let url: String = credential.bytes().map(percent).collect();
+    let part = |range| credential.get(range).unwrap_or_default();
+    let (first, last) = (part(0..12), part(credential.len().saturating_sub(12)..credential.len()));
+    let basic = base64(format!("user:{credential}").as_bytes());
+    let said = format!("{credential} {url} {basic} {first}***{last} url?key={credential}&x");
+    let mut error = answer::error(if status == 200 { 500 } else { status });
+    for field in ["message", "param", "code", "type"] {
+        error["error"][field] = format!("{field} {said}").into();
+    }
+    let fields = format!("x-ratelimit-note: {credential}\r\nwww-authenticate: {credential}\r\n");
+    match status {
+        200 if is_stream => whole(200, "text/event-stream", &fields, &format!("data: {error}\n\n")),
+        500 => whole(500, "text/html", &fields, &format!("<html>{said}</html>")),
+        _ => whole(status, "application/json", &fields, &error.to_string()),
+    }
 }
 
 fn unary(script: &Script, answer: &Answer) -> Vec<Step> {
