@@ -196,6 +196,7 @@ mod tests {
                 headers: 1,
                 uri_bytes: 1,
                 json_depth: 1,
+                choices: 1,
                 connections: 1,
                 h2_streams: 1,
                 answer_bytes: 1,

@@ -178,8 +178,8 @@ fn defaults_are_those_of_the_design() {
     let (l, t, s) = (&config.limits, &config.timeouts, &config.shutdown);
     let sizes = [l.body_bytes, l.header_bytes, l.uri_bytes, l.answer_bytes, l.event_bytes].map(size_text);
     assert_eq!(sizes, ["20MiB", "32KiB", "8KiB", "32MiB", "4MiB"]);
-    let counts = [l.headers, l.json_depth, l.connections, l.h2_streams, l.upstream_idle, l.queue];
-    assert_eq!(counts, [100, 128, 4096, 100, 64, 256]);
+    let counts = [l.headers, l.json_depth, l.choices, l.connections, l.h2_streams, l.upstream_idle, l.queue];
+    assert_eq!(counts, [100, 128, 128, 4096, 100, 64, 256]);
     let times =
         [t.total, t.stream_total, t.connect, t.dns, t.write, t.first_token, t.idle, t.head_hold].map(duration_text);
     assert_eq!(times, ["5m", "1h", "5s", "2s", "30s", "1m", "2m", "10s"]);

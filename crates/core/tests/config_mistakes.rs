@@ -95,6 +95,7 @@ const TABLE: &[(&str, &str)] = &[
     ("[limits]\nbody = \"20\"", "2:8: \"body\": \"20\" is not a size; write"),
     ("[limits]\nbody = \"2GiB\"", "2:8: \"body\" must be from 1KiB to 1GiB, not 2GiB"),
     ("[limits]\njson_depth = 500", "2:14: \"json_depth\" must be from 4 to 128, not 500"),
+    ("[limits]\nchoices = 0", "2:11: \"choices\" must be from 1 to 65536, not 0"),
     ("[presets]\nenabled = \"no\"", "2:11: \"enabled\" must be true or false, not a string"),
     // Listeners.
     ("[server]\nlisten = []", "2:10: \"listen\" must name at least one address"),

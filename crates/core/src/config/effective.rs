@@ -50,6 +50,7 @@ fn numbers(out: &mut String, config: &Config) -> fmt::Result {
     writeln!(out, "\n[limits]\nbody = \"{}\"", size_text(limits.body_bytes))?;
     writeln!(out, "header = \"{}\"\nheaders = {}", size_text(limits.header_bytes), limits.headers)?;
     writeln!(out, "uri = \"{}\"\njson_depth = {}", size_text(limits.uri_bytes), limits.json_depth)?;
+    writeln!(out, "choices = {}", limits.choices)?;
     writeln!(out, "connections = {}\nh2_streams = {}", limits.connections, limits.h2_streams)?;
     writeln!(out, "answer = \"{}\"\nevent = \"{}\"", size_text(limits.answer_bytes), size_text(limits.event_bytes))?;
     writeln!(out, "upstream_idle = {}\nqueue = {}", limits.upstream_idle, limits.queue)

@@ -51,6 +51,7 @@ pub(super) static LIMITS: Shape = Shape {
         "headers",
         "uri",
         "json_depth",
+        "choices",
         "connections",
         "h2_streams",
         "answer",

@@ -148,6 +148,8 @@ pub struct Limits {
     pub uri_bytes: u64,
     /// JSON nesting of a request; default 128.
     pub json_depth: u32,
+    /// Answers to one request (`n`, `best_of`); default 128.
+    pub choices: u32,
     /// Open client connections per worker; default 4,096.
     pub connections: u32,
     /// HTTP/2 streams per connection; default 100.

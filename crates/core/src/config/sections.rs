@@ -212,6 +212,8 @@ pub(super) fn limits(root: &Section<'_>) -> Limits {
         uri_bytes: section.size("uri", 8 * KIB, 256..=64 * KIB),
         // serde_json, which reads what the built-in model answers, stops at 128 by itself.
         json_depth: section.u32("json_depth", 128, 4..=128),
+        // OpenAI's own limit of `n`.
+        choices: section.u32("choices", 128, 1..=65_536),
         connections: section.u32("connections", 4096, 1..=65_536),
         h2_streams: section.u32("h2_streams", 100, 1..=10_000),
         answer_bytes: section.size("answer", 32 * MIB, KIB..=GIB),

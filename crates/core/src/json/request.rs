@@ -10,13 +10,15 @@ use super::scan::{Key, Scanner, Stop};
 use crate::error::{Error, Fault};
 
 /// Keys that decide where a request goes and what it may cost. Doubled, an upstream could read another value than we.
-const ROUTING: [&str; 6] = ["model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"];
+const ROUTING: [&str; 7] = ["model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n", "best_of"];
 
 /// How far a request may go.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Most nested objects and arrays, the outermost counted.
     pub depth: u32,
+    /// Most answers to one request (`n`, `best_of`).
+    pub choices: u32,
 }
 
 /// What the gateway reads of a request; the rest stays bytes.
@@ -37,10 +39,10 @@ pub struct Request {
 /// # Errors
 /// `InvalidJson` with the byte offset and what was expected there, never with the content. `InvalidValue` with its
 /// param: a doubled routing key, a `model` that is missing, empty or no string, a `stream` that is neither boolean nor
-/// null.
+/// null, an `n` or `best_of` beyond the limit or no number.
 pub fn scan_request(body: &[u8], limits: &Limits) -> Result<Request, Error> {
     let kinds = check_text(body)?;
-    let mut found = Found::default();
+    let mut found = Found { choices: limits.choices, ..Found::default() };
     let mut scanner = Scanner::strict(body, limits.depth, kinds.has_control);
     scanner.space();
     let walked = scanner.members(|scanner, key| found.member(scanner, key)).and_then(|()| Ok(scanner.end()?));
@@ -111,6 +113,8 @@ fn refused(param: &'static str, message: impl Into<std::borrow::Cow<'static, str
 /// What has been met so far.
 #[derive(Default)]
 struct Found {
+    /// The limit.
+    choices: u32,
     seen: [bool; ROUTING.len()],
     model_span: Option<Range<usize>>,
     model: String,
@@ -134,6 +138,7 @@ impl Found {
             "model" => self.model(scanner),
             "stream" => self.stream(scanner),
             "stream_options" => self.stream_options(scanner),
+            "n" | "best_of" => self.choices(scanner, routing),
             _ => Ok(scanner.skip_value().map(|_| ())?),
         }
     }
@@ -159,6 +164,23 @@ impl Found {
             b"false" | b"null" => false,
             _ => return Err(refused("stream", "the stream parameter must be true or false")),
         };
+        Ok(())
+    }
+
+    /// Model servers hold memory for every answer they are asked for, and some have no limit (CVE-2026-34756). They take
+    /// a float or a text for a whole number too; a small or negative one is theirs to judge.
+    fn choices(&self, scanner: &mut Scanner<'_>, key: &'static str) -> Result<(), Halt> {
+        let span = scanner.skip_value()?;
+        let value = scanner.slice(span);
+        if value == b"null" {
+            return Ok(());
+        }
+        let number = std::str::from_utf8(value).ok().and_then(|text| text.parse::<f64>().ok());
+        let number = number.ok_or_else(|| refused(key, format!("the {key} parameter must be a number")))?;
+        if number > f64::from(self.choices) {
+            let message = format!("the {key} parameter must be at most {} (limits.choices)", self.choices);
+            return Err(refused(key, message));
+        }
         Ok(())
     }
 

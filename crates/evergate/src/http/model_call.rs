@@ -144,7 +144,8 @@ impl ModelCall {
     }
 
     async fn serve(&self, body: Bytes, deadline: Deadline, pass: &mut Pass) -> Result<Response<Body>, Error> {
-        let limits = json::Limits { depth: self.app.sealed.config.limits.json_depth };
+        let limits = &self.app.sealed.config.limits;
+        let limits = json::Limits { depth: limits.json_depth, choices: limits.choices };
         let asked = scan_request(&body, &limits)?;
         let route = match self.app.router.route(&asked.model) {
             Ok(route) => route,

@@ -3,7 +3,7 @@ use serde_json::Value;
 
 use super::*;
 
-const LIMITS: Limits = Limits { depth: 128 };
+const LIMITS: Limits = Limits { depth: 128, choices: 128 };
 
 fn read(body: &str) -> Result<Request, Error> {
     scan_request(body.as_bytes(), &LIMITS)
@@ -50,6 +50,20 @@ fn c3_doubled_routing_keys_are_refused_by_name() {
         assert!(error.message.contains(param), "{}", error.message);
     }
     assert!(read(r#"{"model":"a","temperature":1,"temperature":2}"#).is_ok());
+}
+
+#[test]
+fn c4_absurd_numbers_of_choices_are_refused_by_name() {
+    for value in ["129", "1000000", "1e6", "128.5", "1e400", "99999999999999999999999", "\"1\"", "true", "[]", "{}"] {
+        for key in ["n", "best_of"] {
+            let error = refusal(format!(r#"{{"model":"a","{key}":{value}}}"#).as_bytes());
+            assert_eq!((error.fault, error.param.as_deref()), (Fault::InvalidValue, Some(key)), "{value}");
+        }
+    }
+    for value in ["1", "128", "1.28e2", "null", "0", "-1", "-1e400"] {
+        let body = format!(r#"{{"model":"a","n":{value},"best_of":{value},"max_tokens":-1,"x":{{"n":1000000}}}}"#);
+        assert!(read(&body).is_ok(), "{value}");
+    }
 }
 
 #[test]
@@ -150,8 +164,8 @@ fn c2_a_nesting_bomb_is_refused_with_the_limit() {
     // Brackets that are closed again do not count, and a limit beyond the first group of bits holds too.
     assert!(read(&format!("{{\"model\":\"m\",\"a\":[{}1]}}", "[[[]]],".repeat(1000))).is_ok());
     let deep = nested(1000, "[{\"a\":[", "]}]").replace("[]", "[1]");
-    assert!(scan_request(deep.as_bytes(), &Limits { depth: 3001 }).is_ok());
-    assert!(scan_request(deep.as_bytes(), &Limits { depth: 3000 }).is_err());
+    assert!(scan_request(deep.as_bytes(), &Limits { depth: 3001, choices: 128 }).is_ok());
+    assert!(scan_request(deep.as_bytes(), &Limits { depth: 3000, choices: 128 }).is_err());
 }
 
 fn json() -> impl Strategy<Value = Value> {
@@ -220,7 +234,7 @@ proptest! {
 
     #[test]
     fn no_bytes_make_a_scan_panic(body in prop::collection::vec(any::<u8>(), 0..200), depth in 0..4_u32) {
-        let _ = scan_request(&body, &Limits { depth });
+        let _ = scan_request(&body, &Limits { depth, choices: 128 });
         let _ = crate::json::scan_answer(&body);
         let _ = crate::json::scan_chunk(&body);
         let mut object = b"{".to_vec();
