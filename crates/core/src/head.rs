@@ -152,8 +152,9 @@ fn authority<'a>(method: &[u8], target: &'a [u8]) -> Result<Option<&'a [u8]>, Er
     if !target.iter().all(|byte| is_in_target(*byte)) {
         return Err(refuse("the request target holds a byte that has to be percent-encoded"));
     }
+    let wrong = || refuse("the request target is neither a path nor a whole http URL");
     if method == b"CONNECT" {
-        return Ok(Some(target));
+        return is_authority(target).then_some(Some(target)).ok_or_else(wrong);
     }
     if target.starts_with(b"/") || (method == b"OPTIONS" && target == b"*") {
         return Ok(None);
@@ -164,10 +165,7 @@ fn authority<'a>(method: &[u8], target: &'a [u8]) -> Result<Option<&'a [u8]>, Er
         is_ours.then_some(rest)
     });
     let authority = rest.and_then(|rest| rest.split(|byte| matches!(byte, b'/' | b'?')).next());
-    authority
-        .filter(|authority| !authority.is_empty())
-        .map(Some)
-        .ok_or_else(|| refuse("the request target is neither a path nor a whole http URL"))
+    authority.filter(|authority| is_authority(authority)).map(Some).ok_or_else(wrong)
 }
 
 #[derive(Default)]
@@ -209,10 +207,8 @@ impl<'a> Fields<'a> {
         let Some(host) = self.host else {
             return if request.is_http_1_0 { Ok(()) } else { Err(refuse("the request has no Host field")) };
         };
-        let is_host_byte = |byte: &u8| {
-            byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']' | b'%' | b'~')
-        };
-        if !host.iter().all(is_host_byte) {
+        // An empty one is right where the target has no host either (RFC 9112, 3.2).
+        if !host.is_empty() && !is_authority(host) {
             return Err(refuse("the Host field is not a host and port"));
         }
         match request.authority {
@@ -239,6 +235,23 @@ fn decimal(value: &[u8]) -> Result<u64, Error> {
         return Err(wrong());
     }
     std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or_else(wrong)
+}
+
+/// Whether it is `HOST`, `HOST:PORT` or `[V6]:PORT`, with nothing in it that another reader could take for more.
+fn is_authority(authority: &[u8]) -> bool {
+    let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b'~');
+    let is_v6 = |byte: &u8| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.');
+    let (host, rest) = match authority.strip_prefix(b"[") {
+        Some(inner) => {
+            let end = inner.iter().position(|byte| !is_v6(byte)).unwrap_or(inner.len());
+            let (host, rest) = inner.split_at(end);
+            let Some(rest) = rest.strip_prefix(b"]") else { return false };
+            (host, rest)
+        }
+        None => authority.split_at(authority.iter().position(|byte| !is_name(byte)).unwrap_or(authority.len())),
+    };
+    let is_port = |port: &[u8]| (1..=5).contains(&port.len()) && port.iter().all(u8::is_ascii_digit);
+    !host.is_empty() && (rest.is_empty() || rest.strip_prefix(b":").is_some_and(is_port))
 }
 
 /// Whether a byte may stand in a token (RFC 9110, 5.6.2).

@@ -107,9 +107,21 @@ impl Access<'_> {
         }
         out.push_str(if self.is_by_master { BY_MASTER } else { "}\n" });
         if out.len() - start > LINE_BYTES_MAX {
-            // Eight fields of 256 control characters each; keep the fact and drop the words.
-            let lean =
-                Access { client_id: "", tenant: "", model: "", backend: "", detail: "", path: &[], ..self.clone() };
+            // Eight fields of 256 control characters each; keep the fact and drop the words. What is kept is ours and
+            // short; that it is cut all the same makes this the last attempt for certain.
+            let lean = Access {
+                request_id: cut(self.request_id, 64),
+                method: cut(self.method, 64),
+                route: cut(self.route, 64),
+                cause: cut(self.cause, 64),
+                client_id: "",
+                tenant: "",
+                model: "",
+                backend: "",
+                detail: "",
+                path: &[],
+                ..self.clone()
+            };
             out.truncate(start);
             lean.write_line(out);
         }

@@ -20,6 +20,7 @@ mod drill;
 mod echo;
 mod exits;
 mod framing;
+mod fuzz_corpus;
 mod h2_wire;
 mod healing;
 mod hostile;
