@@ -258,9 +258,14 @@ fn e4_a_failure_whose_body_stalls_goes_on_soon() {
 
 #[test]
 fn e5_nonsense_goes_on() {
-    assert_goes_on(&["html", "empty", "no-choices"], &BOTH, "upstream_bad_response", "");
+    assert_goes_on(&["html", "empty"], &BOTH, "upstream_bad_response", "");
     assert_goes_on(&["json-for-stream"], &[true], "upstream_bad_response", "");
     assert_goes_on(&["events-for-unary"], &[false], "upstream_bad_response", "");
+}
+
+#[test]
+fn e6_an_answer_without_choices_goes_on() {
+    assert_goes_on(&["no-choices"], &BOTH, "upstream_bad_response", "");
 }
 
 #[test]
@@ -324,8 +329,17 @@ fn e12_an_error_under_status_200_goes_on() {
 }
 
 #[test]
+fn e13_a_compressed_answer_goes_on() {
+    assert_goes_on(&["compressed"], &BOTH, "upstream_bad_response", "");
+}
+
+#[test]
 fn e14_conflicting_framing_goes_on_and_its_connection_is_not_kept() {
     assert_goes_on(&["two-lengths"], &BOTH, "upstream_bad_response", "");
+    assert_goes_on(&["two-framings"], &[false], "upstream_bad_response", "");
+    let (first, _second, gateway) = before_two(&["two-framings>ok"], "");
+    assert_right(&ask(&gateway, "two-framings>ok", false), false, "two framings");
+    wait_until("the end of its connection", LIMIT, || first.open_connections() == 0);
 }
 
 #[test]

@@ -70,6 +70,15 @@ struct Seen {
     failed: Mutex<BTreeMap<String, usize>>,
 }
 
+/// Ends the asking, also when the test fails in between.
+struct Over<'a>(&'a Seen);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.is_over.store(true, Ordering::Relaxed);
+    }
+}
+
 fn keep_asking(address: &str, stream: bool, seen: &Seen) {
     let request = post_request(CHAT, "", &chat_body("slow-30>ok", stream, &Value::Null));
     while !seen.is_over.load(Ordering::Relaxed) {
@@ -100,6 +109,7 @@ fn lose_the_first(model_keys: &str) -> (BTreeMap<String, usize>, usize) {
     let (first, second, gateway) = before_two(&[&model], "");
     let (address, seen) = (gateway.addr(), Seen::default());
     std::thread::scope(|scope| {
+        let _over = Over(&seen);
         for number in 0..CLIENTS {
             let (address, seen) = (&address, &seen);
             scope.spawn(move || keep_asking(address, number % 2 == 1, seen));
@@ -109,7 +119,6 @@ fn lose_the_first(model_keys: &str) -> (BTreeMap<String, usize>, usize) {
         drop(first);
         let before = seen.done.load(Ordering::Relaxed);
         wait_until("load after the death", LIMIT, || seen.done.load(Ordering::Relaxed) >= before + 200);
-        seen.is_over.store(true, Ordering::Relaxed);
     });
     assert!(second.request_count() >= 200);
     (seen.failed.into_inner().unwrap(), CLIENTS)

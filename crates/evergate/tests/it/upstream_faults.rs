@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, assert_good_stream, before, chat};
 
-/// E2: the client would think that its own key is bad.
+/// The client would think that its own key is bad.
 #[test]
-fn an_upstreams_401_is_never_the_clients() {
+fn e2_an_upstreams_401_is_never_the_clients() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for script in ["status-401", "status-403"] {
@@ -20,9 +20,8 @@ fn an_upstreams_401_is_never_the_clients() {
     }
 }
 
-/// E1.
 #[test]
-fn an_upstreams_complaint_about_the_request_is_passed_on() {
+fn e1_an_upstreams_complaint_about_the_request_is_passed_on() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for (script, status) in [("status-400", 400), ("status-404", 404), ("status-409", 409), ("status-422", 422)] {
@@ -36,9 +35,9 @@ fn an_upstreams_complaint_about_the_request_is_passed_on() {
     }
 }
 
-/// E3: never a wait that Node's SDK would sleep out.
+/// Never a wait that Node's SDK would sleep out.
 #[test]
-fn an_upstreams_429_says_how_long_to_wait() {
+fn e3_an_upstreams_429_says_how_long_to_wait() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for stream in [false, true] {
@@ -52,9 +51,8 @@ fn an_upstreams_429_says_how_long_to_wait() {
     }
 }
 
-/// E4.
 #[test]
-fn an_upstreams_failure_is_a_502() {
+fn e4_an_upstreams_failure_is_a_502() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for script in ["status-500", "status-502", "status-503", "status-529", "html-502"] {
@@ -66,9 +64,9 @@ fn an_upstreams_failure_is_a_502() {
     }
 }
 
-/// E10: our key would travel with it.
+/// Our key would travel with it.
 #[test]
-fn a_redirect_is_never_followed() {
+fn e10_a_redirect_is_never_followed() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for stream in [false, true] {
@@ -80,9 +78,9 @@ fn a_redirect_is_never_followed() {
     assert_eq!(fake.request_count(), 2);
 }
 
-/// E5, E6.
+/// E6, too.
 #[test]
-fn nonsense_is_a_502_and_is_not_repeated() {
+fn e5_nonsense_is_a_502_and_is_not_repeated() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for script in ["html", "empty", "no-choices"] {
@@ -95,9 +93,9 @@ fn nonsense_is_a_502_and_is_not_repeated() {
     assert_error(&chat(&gateway, "bad-json", false), 502, "upstream_bad_response");
 }
 
-/// E12, F18.
+/// F18, too.
 #[test]
-fn an_error_under_status_200_is_an_error() {
+fn e12_an_error_under_status_200_is_an_error() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for (script, stream) in [("error-200", false), ("error-200", true), ("error-event-first", true)] {
@@ -108,9 +106,9 @@ fn an_error_under_status_200_is_an_error() {
     }
 }
 
-/// E7, D10: cut answers; nothing is sent a second time, since it may have been billed.
+/// D10, too: nothing is sent a second time, since it may have been billed.
 #[test]
-fn a_cut_answer_is_a_502_and_is_not_asked_for_again() {
+fn e7_a_cut_answer_is_a_502_and_is_not_asked_for_again() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     for (index, script) in ["truncated", "reset-mid", "close-early", "reset-early"].into_iter().enumerate() {
@@ -123,9 +121,9 @@ fn a_cut_answer_is_a_502_and_is_not_asked_for_again() {
     }
 }
 
-/// D10, on a connection that was used before: still nothing is sent twice.
+/// On a connection that was used before: still nothing is sent twice.
 #[test]
-fn a_used_connection_that_breaks_is_not_tried_again() {
+fn d10_a_used_connection_that_breaks_is_not_tried_again() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, ONE_WORKER);
     assert_eq!(chat(&gateway, "ok", false).status, 200);
@@ -133,18 +131,16 @@ fn a_used_connection_that_breaks_is_not_tried_again() {
     assert_eq!(fake.request_count(), 2);
 }
 
-/// E8.
 #[test]
-fn an_answer_beyond_the_limit_is_given_up() {
+fn e8_an_answer_beyond_the_limit_is_given_up() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "[limits]\nanswer = \"64KiB\"\n");
     assert_error(&chat(&gateway, "huge-100000", false), 502, "upstream_bad_response");
     assert_eq!(chat(&gateway, "huge-60000", false).content().len(), 60_000);
 }
 
-/// E11.
 #[test]
-fn odd_usage_passes_but_is_not_believed() {
+fn e11_odd_usage_passes_but_is_not_believed() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     let response = chat(&gateway, "odd-usage", false);
@@ -152,6 +148,16 @@ fn odd_usage_passes_but_is_not_believed() {
     let record = gateway.wait_access(response.header("x-request-id").unwrap(), Duration::from_secs(10));
     for key in ["tokens_in", "tokens_out"] {
         assert!(record[key].is_null() || record[key].as_u64().is_some_and(|n| n <= 10_000_000), "{record}");
+    }
+}
+
+/// It was not asked for, and bytes that pass unread may hold anything.
+#[test]
+fn e13_an_answer_that_is_compressed_unasked_is_a_502() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for stream in [false, true] {
+        assert_error(&chat(&gateway, "compressed", stream), 502, "upstream_bad_response");
     }
 }
 
@@ -186,9 +192,8 @@ fn an_answer_in_the_other_mode_is_not_passed_off_as_right() {
     }
 }
 
-/// D4.
 #[test]
-fn a_refused_connect_is_a_502_at_once() {
+fn d4_a_refused_connect_is_a_502_at_once() {
     let address = refused_address();
     let config = gateway_config(&format!("http://{address}/v1"), &[], "");
     let gateway = Evergate::builder(EXE).config(config).start();

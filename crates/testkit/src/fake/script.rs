@@ -51,8 +51,12 @@ pub enum Script {
     EofHead,
     /// `no-events`: a head with status 200 and a body that ends in order, with nothing in it.
     NoEvents,
+    /// `compressed`: a right unary answer, compressed with gzip by its own word.
+    Compressed,
     /// `two-lengths`: a right answer whose head has two differing lengths.
     TwoLengths,
+    /// `two-framings`: a right chunked answer whose head names a length, too.
+    TwoFramings,
     /// `stalled-500`: the head of a status 500, then silence.
     Stalled500,
     /// `stale`: a right answer that promises keep-alive, then FIN.
@@ -139,7 +143,9 @@ impl Script {
             "eof-mid" | "truncated" => Self::EofMid,
             "eof-head" => Self::EofHead,
             "no-events" => Self::NoEvents,
+            "compressed" => Self::Compressed,
             "two-lengths" => Self::TwoLengths,
+            "two-framings" => Self::TwoFramings,
             "stalled-500" => Self::Stalled500,
             "stale" => Self::Stale,
             "html" => Self::Html(200),

@@ -83,6 +83,7 @@ fn whatever_was_asked(script: &Script) -> Option<Vec<Step>> {
         Script::CloseEarly => vec![Step::Close],
         Script::ResetEarly => vec![Step::Reset],
         Script::HoldFail => [vec![Step::Hold], json_answer(500, &answer::error(500))].concat(),
+        Script::Compressed => whole(200, "application/json", "content-encoding: gzip\r\n", "{\"choices\":[]}"),
         Script::TwoLengths => {
             let head = head(200, "application/json", "content-length: 2\r\ncontent-length: 3\r\n");
             vec![Step::Send((head + "{} ").into_bytes()), Step::Close]
@@ -148,6 +149,13 @@ fn unary(script: &Script, answer: &Answer) -> Vec<Step> {
         Script::IdleMid => vec![Step::Send(head), first, Step::Silence],
         Script::ResetMid => vec![Step::Send(head), first, Step::Reset],
         Script::EofMid => vec![Step::Send(head), first, Step::Close],
+        Script::TwoFramings => {
+            let fields = format!("content-length: {}\r\ntransfer-encoding: chunked\r\n", body.len());
+            let end = "0\r\n\r\n".to_owned();
+            vec![Step::Send(
+                [self::head(200, "application/json", &fields).into_bytes(), framed(&body), end.into()].concat(),
+            )]
+        }
         Script::EofHead => vec![Step::Send(head), Step::Close],
         Script::NoEvents => whole(200, "application/json", "", ""),
         Script::Stale => vec![right(), Step::Close],
