@@ -29,6 +29,7 @@ const SYS: &str = "evergate-sys";
 const BOARD: &str = "evergate-board";
 const SUPERVISOR: &str = "evergate-supervisor";
 const UPSTREAM: &str = "evergate-upstream";
+const HOST: &str = "evergate-host";
 /// Tests drive the real binary with it; nothing that is shipped may know it.
 const TESTKIT: &str = "evergate-testkit";
 
@@ -66,6 +67,12 @@ const ROOMS: &[Room] = &[
         never: &["rusqlite", "libc", "clap", "toml"],
         words: &["std::process"],
         why: "one HTTP backend knows nothing of serving, routes, SQL or processes",
+    },
+    Room {
+        name: HOST, knows: &[CORE, SYS, BOARD], is_unsafe: false, prints: &[],
+        never: &["rusqlite", "rustls", "libc", "clap", "toml"],
+        words: &["std::process::Command", "std::thread::spawn", "tokio::process"],
+        why: "runs programs and serves them; no routing, auth, SQL or TOML, and every child is started and buried in one place",
     },
     Room {
         name: "evergate", knows: &[CORE, SYS, BOARD, SUPERVISOR, UPSTREAM], is_unsafe: false,

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use evergate_board::{Board, Claim, Phase, monotonic_ns};
 use evergate_core::exit::Kind;
 use evergate_core::inherit;
-use evergate_sys::{Exit, Pid, Signal, Spawn, Status, start_ticks};
+use evergate_sys::{Exe, Exit, Pid, Signal, Spawn, Status, start_ticks};
 
 use crate::listen::Listener;
 use crate::oom::Finding;
@@ -113,7 +113,7 @@ impl Estate {
             args.extend([flag.into(), value.to_string().into()]);
         }
         evergate_sys::spawn(&Spawn {
-            exe: self.exe.as_fd(),
+            exe: Exe::Descriptor(self.exe.as_fd()),
             argv0: OsStr::new(&format!("evergate: {}", name(birth.kind, birth.slot))),
             args: &args,
             env: &self.env,
@@ -123,6 +123,7 @@ impl Estate {
             own_group: false,
             // It drains when its master is gone.
             dies_with_us: false,
+            confine: None,
         })
     }
 }

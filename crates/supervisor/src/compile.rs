@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use evergate_core::inherit::{self, code};
 use evergate_core::plan::Plan;
-use evergate_sys::{Pid, Spawn, Status};
+use evergate_sys::{Exe, Pid, Spawn, Status};
 
 use crate::notify;
 use crate::step::Refusal;
@@ -49,7 +49,7 @@ impl Compile {
         let is_for_children = |name: &OsString| !notify::VARIABLES.iter().any(|ours| name == ours);
         let env: Vec<(OsString, OsString)> = std::env::vars_os().filter(|(name, _)| is_for_children(name)).collect();
         let pid = evergate_sys::spawn(&Spawn {
-            exe,
+            exe: Exe::Descriptor(exe),
             argv0: OsStr::new("evergate: compile"),
             args,
             env: &env,
@@ -58,6 +58,7 @@ impl Compile {
             own_group: false,
             // A file that never ends, such as a pipe, would be read for ever when nobody waits for the outcome any more.
             dies_with_us: true,
+            confine: None,
         })?;
         Ok(Self { pid, plan, config, words })
     }

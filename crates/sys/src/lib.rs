@@ -8,6 +8,7 @@
 
 mod fd;
 mod frames;
+mod landlock;
 mod overflow;
 mod reap;
 mod signal;
@@ -17,10 +18,13 @@ mod time;
 
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
 pub use frames::call_offsets;
+pub use landlock::Landlock;
 pub use overflow::tcp_overflows;
-pub use reap::{Exit, Status, exit_of, peek_exit, reap};
+pub use reap::{Exit, Status, exit_of, peek_exit, peek_status, reap};
 pub use signal::{Signals, Taken, is_alive, is_being_killed, kill_if_same, start_ticks};
-pub use spawn::{Spawn, become_subreaper, own_executable, spawn};
+pub use spawn::{
+    Confine, Exe, ExecReport, Failed, Limit, Spawn, Starting, Step, become_subreaper, own_executable, spawn, start,
+};
 pub use tcp::{tcp_queue, unsent_bytes};
 pub use time::{age_ms, monotonic_ns, unix_ms};
 

@@ -53,6 +53,31 @@ pub fn peek_exit() -> io::Result<Option<Pid>> {
     Ok(Pid::from_raw(pid))
 }
 
+/// How a child of ours has ended, without taking its status: it stays a zombie, and its number its own. None while it
+/// runs.
+///
+/// # Errors
+/// What waitid(2) says.
+pub fn peek_status(pid: Pid) -> io::Result<Option<Status>> {
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    let id = pid.as_raw_nonzero().get().unsigned_abs();
+    // SAFETY: `info` is a writable siginfo_t.
+    let outcome =
+        unsafe { libc::waitid(libc::P_PID, id, info.as_mut_ptr(), libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: zeroed before the call, and filled by it for a child that has ended; a siginfo_t of zeros is valid.
+    let (ended, code, status) = unsafe {
+        let info = info.assume_init();
+        (info.si_pid(), info.si_code, info.si_status())
+    };
+    Ok((ended != 0).then(|| match code {
+        libc::CLD_EXITED => Status::Code(byte(status)),
+        _ => Status::Signal { number: byte(status), core: code == libc::CLD_DUMPED },
+    }))
+}
+
 /// Takes the status of an ended child; the number may belong to another process from then on.
 ///
 /// # Errors

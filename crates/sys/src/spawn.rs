@@ -1,14 +1,14 @@
-//! Starting a program from an open descriptor with an exact set of descriptors and environment.
+//! Starting a program with an exact set of descriptors, environment, limits and rights.
 //!
 //! Not `std::process::Command`: its error pipe sits at a number of the system's choosing, which a child's fixed
-//! descriptor numbers would overwrite; and it cannot execute a descriptor. The caller is small and single-threaded (the
-//! master), so that fork is cheap and safe; still the child does nothing but async-signal-safe calls.
+//! descriptor numbers would overwrite; it cannot execute a descriptor; and it waits for the exec, which may hang on a
+//! file system that does not answer. Between fork and exec the child does nothing but async-signal-safe calls.
 
 use std::ffi::{CString, OsStr, OsString, c_char, c_int};
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -17,8 +17,8 @@ use rustix::process::{Pid, Signal};
 /// What to start.
 #[derive(Debug)]
 pub struct Spawn<'a> {
-    /// The program, as from [`own_executable`].
-    pub exe: BorrowedFd<'a>,
+    /// The program.
+    pub exe: Exe<'a>,
     /// Shown in process lists.
     pub argv0: &'a OsStr,
     /// The arguments after it.
@@ -35,6 +35,93 @@ pub struct Spawn<'a> {
     /// Whether it is killed when the thread that starts it ends (prctl(2), `PR_SET_PDEATHSIG`): for callers whose thread
     /// lives as long as they do.
     pub dies_with_us: bool,
+    /// What it may do and where; none leaves all that as it is with us.
+    pub confine: Option<&'a Confine<'a>>,
+}
+
+/// The program to execute.
+#[derive(Clone, Copy, Debug)]
+pub enum Exe<'a> {
+    /// An open file, as from [`own_executable`]; no script, whose interpreter could not open it.
+    Descriptor(BorrowedFd<'a>),
+    /// The first of these files that is there, looked for in the child, as execvp(3) does.
+    Paths(&'a [OsString]),
+}
+
+/// What a child may do and where.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Confine<'a> {
+    /// Its working folder.
+    pub dir: Option<&'a Path>,
+    /// Its limits, each both soft and hard.
+    pub limits: &'a [(Limit, u64)],
+    /// User and group, without any further group; for callers that are root.
+    pub ids: Option<(u32, u32)>,
+    /// Whether it and its descendants can never gain rights by executing a file (prctl(2), `PR_SET_NO_NEW_PRIVS`).
+    pub no_new_privs: bool,
+    /// What it may reach in the file system, as from [`crate::Landlock`]; needs `no_new_privs`.
+    pub landlock: Option<BorrowedFd<'a>>,
+}
+
+/// A limit of setrlimit(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// `RLIMIT_AS`, bytes.
+    Memory,
+    /// `RLIMIT_CORE`, bytes.
+    Core,
+    /// `RLIMIT_CPU`, seconds.
+    Cpu,
+    /// `RLIMIT_FSIZE`, bytes.
+    FileSize,
+    /// `RLIMIT_NOFILE`.
+    OpenFiles,
+    /// `RLIMIT_NPROC`, counted over all processes of the user.
+    Processes,
+}
+
+/// A child between its fork and its exec.
+#[derive(Debug)]
+pub struct Starting {
+    /// Its number; whoever starts it reaps it, also when the start fails.
+    pub pid: Pid,
+    /// Whether the program runs.
+    pub report: ExecReport,
+}
+
+/// A pipe that ends when the program runs, or holds why it does not.
+#[derive(Debug)]
+pub struct ExecReport(OwnedFd);
+
+/// What a start can fail at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// Its process group, its death signal.
+    Bonds = 1,
+    /// Its descriptors.
+    Descriptors,
+    /// Its working folder.
+    Dir,
+    /// Its limits.
+    Limits,
+    /// Its user and group.
+    Ids,
+    /// `no_new_privs` or Landlock.
+    Sandbox,
+    /// The file cannot be executed.
+    Exec,
+    /// The file is there; what its first line or its header names as interpreter is not.
+    Interpreter,
+}
+
+/// Why a program was not started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// At what.
+    pub step: Step,
+    /// The number of the error, as in errno(3).
+    pub errno: i32,
 }
 
 /// Our own program, kept open so that every later child is of the same build, whatever replaces the file.
@@ -54,23 +141,43 @@ pub fn become_subreaper() -> io::Result<()> {
     Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
 }
 
-/// Starts a child.
+/// Starts a child, and waits until it executes its program.
 ///
 /// # Errors
 /// `InvalidInput` for a NUL byte in a string; else what fork(2) or execveat(2) says, the latter as seen in the child.
 pub fn spawn(spec: &Spawn<'_>) -> io::Result<Pid> {
+    let Starting { pid, report } = start(spec)?;
+    match report.outcome()? {
+        Ok(()) => Ok(pid),
+        Err(failed) => {
+            let mut status = 0;
+            // SAFETY: our own child that is about to `_exit`; a plain wait for it.
+            unsafe { libc::waitpid(pid.as_raw_nonzero().get(), &raw mut status, 0) };
+            Err(io::Error::from_raw_os_error(failed.errno))
+        }
+    }
+}
+
+/// Starts a child without waiting for its exec, which may hang where a file system does.
+///
+/// # Errors
+/// `InvalidInput` for a NUL byte in a string; else what fork(2), pipe(2) and fcntl(2) say.
+pub fn start(spec: &Spawn<'_>) -> io::Result<Starting> {
     let above = spec.fds.iter().map(|(_, target)| *target).max().unwrap_or(2).max(2).saturating_add(1);
     let up = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, above);
     // All sources are first moved above every target, so that no dup2 closes what a later one needs.
-    let exe = up(spec.exe)?;
     let held = spec.fds.iter().map(|(fd, target)| Ok((up(*fd)?, *target))).collect::<io::Result<Vec<_>>>()?;
     let moves: Vec<(c_int, c_int)> = held.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
-    let (read, low) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (report, low) = pipe_with(PipeFlags::CLOEXEC)?;
     let write = up(low.as_fd())?;
     // Its end of file is the news that the exec succeeded: one copy only.
     drop(low);
 
     let text = |text: &OsStr| CString::new(text.as_bytes()).map_err(io::Error::from);
+    let (exe, paths) = match spec.exe {
+        Exe::Descriptor(exe) => (Some(up(exe)?), Vec::new()),
+        Exe::Paths(paths) => (None, paths.iter().map(|path| text(path)).collect::<io::Result<_>>()?),
+    };
     let mut args = vec![text(spec.argv0)?];
     for arg in spec.args {
         args.push(text(arg)?);
@@ -82,11 +189,14 @@ pub fn spawn(spec: &Spawn<'_>) -> io::Result<Pid> {
         pair.push(value);
         env.push(text(&pair)?);
     }
-    let args = pointers(&args);
-    let env = pointers(&env);
+    let confine = spec.confine.copied().unwrap_or_default();
+    let dir = confine.dir.map(|dir| text(dir.as_os_str())).transpose()?;
+    let landlock = confine.landlock.map(up).transpose()?;
+    let (args, env) = (pointers(&args), pointers(&env));
     let unmapped: Vec<c_int> = (3..above).filter(|fd| !moves.iter().any(|(_, target)| target == fd)).collect();
     let plan = Plan {
-        exe: exe.as_raw_fd(),
+        exe: exe.as_ref().map(AsRawFd::as_raw_fd),
+        paths: &paths,
         args: &args,
         env: &env,
         moves: &moves,
@@ -95,16 +205,77 @@ pub fn spawn(spec: &Spawn<'_>) -> io::Result<Pid> {
         ignored: spec.ignored,
         own_group: spec.own_group,
         parent: spec.dies_with_us.then(|| rustix::process::getpid().as_raw_nonzero().get()),
+        dir: dir.as_ref().map(|dir| dir.as_ptr()),
+        limits: confine.limits,
+        ids: confine.ids,
+        no_new_privs: confine.no_new_privs,
+        landlock: landlock.as_ref().map(AsRawFd::as_raw_fd),
         report: write.as_raw_fd(),
     };
-    let pid = fork_blocked(&plan)?;
-    drop(write);
-    await_exec(pid, read)
+    Ok(Starting { pid: fork_blocked(&plan)?, report: ExecReport(report) })
+}
+
+impl ExecReport {
+    /// What has become of the exec. Waits for it, unless the descriptor is made non-blocking.
+    ///
+    /// # Errors
+    /// What read(2) says; `WouldBlock` while it is on its way.
+    pub fn outcome(&self) -> io::Result<Result<(), Failed>> {
+        let mut bytes = [0; 5];
+        let count = rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut bytes))?;
+        // One write of so few bytes is one read.
+        Ok(Failed::read(bytes.get(..count).unwrap_or_default()).map_or(Ok(()), Err))
+    }
+}
+
+impl AsFd for ExecReport {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for ExecReport {
+    fn as_raw_fd(&self) -> c_int {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Failed {
+    const STEPS: [Step; 8] = [
+        Step::Bonds,
+        Step::Descriptors,
+        Step::Dir,
+        Step::Limits,
+        Step::Ids,
+        Step::Sandbox,
+        Step::Exec,
+        Step::Interpreter,
+    ];
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let (step, errno) = bytes.split_first()?;
+        let step = Self::STEPS.into_iter().find(|known| *known as u8 == *step)?;
+        Some(Self { step, errno: c_int::from_ne_bytes(errno.try_into().ok()?) })
+    }
+}
+
+impl Limit {
+    const fn number(self) -> libc::__rlimit_resource_t {
+        match self {
+            Self::Memory => libc::RLIMIT_AS,
+            Self::Core => libc::RLIMIT_CORE,
+            Self::Cpu => libc::RLIMIT_CPU,
+            Self::FileSize => libc::RLIMIT_FSIZE,
+            Self::OpenFiles => libc::RLIMIT_NOFILE,
+            Self::Processes => libc::RLIMIT_NPROC,
+        }
+    }
 }
 
 /// Everything the child needs, made before the fork: it must not allocate.
 struct Plan<'a> {
-    exe: c_int,
+    exe: Option<c_int>,
+    paths: &'a [CString],
     args: &'a [*const c_char],
     env: &'a [*const c_char],
     moves: &'a [(c_int, c_int)],
@@ -114,6 +285,11 @@ struct Plan<'a> {
     own_group: bool,
     /// Whose end is its own.
     parent: Option<c_int>,
+    dir: Option<*const c_char>,
+    limits: &'a [(Limit, u64)],
+    ids: Option<(u32, u32)>,
+    no_new_privs: bool,
+    landlock: Option<c_int>,
     report: c_int,
 }
 
@@ -152,79 +328,137 @@ unsafe fn child(plan: &Plan<'_>) -> ! {
     // SAFETY: all of these are async-signal-safe (signal-safety(7)) or bare system calls; pointers and descriptors
     // come from the plan, which the parent made and keeps alive in the memory we are a copy of.
     unsafe {
-        let failed = 'steps: {
-            for number in 1..=64 {
-                // KILL, STOP and the C library's own two fail, and that is fine.
-                libc::signal(number, libc::SIG_DFL);
+        let failed = match prepare(plan) {
+            Ok(()) => execute(plan),
+            Err(step) => (step, errno()),
+        };
+        let [a, b, c, d] = failed.1.to_ne_bytes();
+        let bytes = [failed.0 as u8, a, b, c, d];
+        libc::write(plan.report, bytes.as_ptr().cast(), bytes.len());
+        libc::_exit(127)
+    }
+}
+
+/// All that comes before the exec; the error number says why a step failed.
+///
+/// # Safety
+/// As [`child`].
+unsafe fn prepare(plan: &Plan<'_>) -> Result<(), Step> {
+    let check = |step: Step, outcome: c_int| if outcome < 0 { Err(step) } else { Ok(()) };
+    // SAFETY: as in `child`.
+    unsafe {
+        // The kernel's own structure, all zero: the default action. The C library would keep two signals to itself, which
+        // we may have been started with ignored.
+        let default = [0_u64; 4];
+        for number in 1..=64 {
+            // KILL and STOP fail, and that is fine.
+            let size: libc::size_t = 8;
+            libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), std::ptr::null::<u64>(), size);
+        }
+        for signal in plan.ignored {
+            libc::signal(signal.as_raw(), libc::SIG_IGN);
+        }
+        if plan.own_group {
+            check(Step::Bonds, libc::setpgid(0, 0))?;
+        }
+        for (from, to) in plan.moves {
+            check(Step::Descriptors, libc::dup2(*from, *to))?;
+        }
+        for fd in plan.unmapped {
+            libc::close(*fd);
+        }
+        confine(plan)?;
+        if let Some(parent) = plan.parent {
+            // After the change of user, which clears it.
+            let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
+            check(Step::Bonds, libc::prctl(libc::PR_SET_PDEATHSIG, signal))?;
+            // It may have ended before that.
+            if libc::getppid() != parent {
+                libc::_exit(127);
             }
-            for signal in plan.ignored {
-                libc::signal(signal.as_raw(), libc::SIG_IGN);
-            }
-            if plan.own_group && libc::setpgid(0, 0) != 0 {
-                break 'steps errno();
-            }
-            if let Some(parent) = plan.parent {
-                let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
-                if libc::prctl(libc::PR_SET_PDEATHSIG, signal) != 0 {
-                    break 'steps errno();
-                }
-                // It may have ended before that.
-                if libc::getppid() != parent {
-                    libc::_exit(127);
-                }
-            }
-            for (from, to) in plan.moves {
-                if libc::dup2(*from, *to) < 0 {
-                    break 'steps errno();
-                }
-            }
-            for fd in plan.unmapped {
-                libc::close(*fd);
-            }
-            // Whatever the master itself was started with: not ours to hand on. Before Linux 5.11 the flag is unknown
-            // and such descriptors stay, which harms nobody but their owner.
-            let flags: libc::c_ulong = 4; // CLOSE_RANGE_CLOEXEC
-            libc::syscall(
-                libc::SYS_close_range,
-                libc::c_ulong::from(plan.above.unsigned_abs()),
-                libc::c_ulong::from(u32::MAX),
-                flags,
-            );
-            let mut none: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&raw mut none);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        }
+        // Whatever we were started with ourselves: not ours to hand on. Before Linux 5.11 the flag is unknown and such
+        // descriptors stay, which harms nobody but their owner.
+        let flags: libc::c_ulong = 4; // CLOSE_RANGE_CLOEXEC
+        let above = libc::c_ulong::from(plan.above.unsigned_abs());
+        libc::syscall(libc::SYS_close_range, above, libc::c_ulong::from(u32::MAX), flags);
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+    Ok(())
+}
+
+/// Folder, limits, user and rights, in the order in which each still has the right to do it.
+///
+/// # Safety
+/// As [`child`].
+unsafe fn confine(plan: &Plan<'_>) -> Result<(), Step> {
+    // Bare calls: the C library's own would tell its other threads of a change of user, and the child has none.
+    let check = |step: Step, outcome: libc::c_long| if outcome < 0 { Err(step) } else { Ok(()) };
+    // SAFETY: as in `child`.
+    unsafe {
+        if let Some(dir) = plan.dir {
+            check(Step::Dir, libc::c_long::from(libc::chdir(dir)))?;
+        }
+        for (limit, value) in plan.limits {
+            let value = libc::rlimit { rlim_cur: *value, rlim_max: *value };
+            check(Step::Limits, libc::c_long::from(libc::setrlimit(limit.number(), &raw const value)))?;
+        }
+        if let Some((uid, gid)) = plan.ids {
+            let (uid, gid) = (libc::c_ulong::from(uid), libc::c_ulong::from(gid));
+            check(Step::Ids, libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()))?;
+            check(Step::Ids, libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
+            check(Step::Ids, libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+        }
+        if plan.no_new_privs {
+            let (yes, none): (libc::c_ulong, libc::c_ulong) = (1, 0);
+            let outcome = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, yes, none, none, none);
+            check(Step::Sandbox, libc::c_long::from(outcome))?;
+        }
+        if let Some(ruleset) = plan.landlock {
+            check(Step::Sandbox, libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0))?;
+        }
+    }
+    Ok(())
+}
+
+/// Executes the program; returns why that failed.
+///
+/// # Safety
+/// As [`child`].
+unsafe fn execute(plan: &Plan<'_>) -> (Step, c_int) {
+    // SAFETY: as in `child`.
+    unsafe {
+        if let Some(exe) = plan.exe {
             libc::syscall(
                 libc::SYS_execveat,
-                libc::c_long::from(plan.exe),
+                libc::c_long::from(exe),
                 c"".as_ptr(),
                 plan.args.as_ptr(),
                 plan.env.as_ptr(),
                 libc::c_long::from(libc::AT_EMPTY_PATH),
             );
-            errno()
-        };
-        let bytes = failed.to_ne_bytes();
-        libc::write(plan.report, bytes.as_ptr().cast(), bytes.len());
-        libc::_exit(127)
+            return (Step::Exec, errno());
+        }
+        let mut failed = (Step::Exec, libc::ENOENT);
+        for path in plan.paths {
+            libc::execve(path.as_ptr(), plan.args.as_ptr(), plan.env.as_ptr());
+            match errno() {
+                libc::ENOENT if libc::access(path.as_ptr(), libc::F_OK) == 0 => {
+                    return (Step::Interpreter, libc::ENOENT);
+                }
+                libc::ENOENT | libc::ENOTDIR => {}
+                // Another folder may have one that may be executed; if none has, this is the reason.
+                libc::EACCES => failed = (Step::Exec, libc::EACCES),
+                other => return (Step::Exec, other),
+            }
+        }
+        failed
     }
 }
 
 fn errno() -> c_int {
     // SAFETY: the C library's own thread-local; always a valid pointer.
     unsafe { *libc::__errno_location() }
-}
-
-/// The report pipe closes by itself when the exec succeeds, and carries the error number when it does not.
-fn await_exec(pid: Pid, report: OwnedFd) -> io::Result<Pid> {
-    let mut bytes = Vec::new();
-    File::from(report).take(4).read_to_end(&mut bytes)?;
-    match <[u8; 4]>::try_from(bytes.as_slice()) {
-        Err(_) => Ok(pid),
-        Ok(number) => {
-            let mut status = 0;
-            // SAFETY: our own child that is about to `_exit`; a plain wait for it.
-            unsafe { libc::waitpid(pid.as_raw_nonzero().get(), &raw mut status, 0) };
-            Err(io::Error::from_raw_os_error(c_int::from_ne_bytes(number)))
-        }
-    }
 }

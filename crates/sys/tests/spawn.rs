@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 
-use evergate_sys::{Exit, Pid, Signal, Spawn, Status, own_executable, peek_exit, reap, spawn};
+use evergate_sys::{Exe, Exit, Pid, Signal, Spawn, Status, own_executable, peek_exit, reap, spawn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, kill_process, pidfd_open};
 
@@ -63,7 +63,7 @@ fn start(args: &[&str], env: &[(OsString, OsString)], fds: &[(BorrowedFd<'_>, i3
     let exe = own_executable().unwrap();
     let args: Vec<OsString> = std::iter::once("life").chain(args.iter().copied()).map(OsString::from).collect();
     let spec = Spawn {
-        exe: exe.as_fd(),
+        exe: Exe::Descriptor(exe.as_fd()),
         argv0: OsStr::new("evergate: test"),
         args: &args,
         env,
@@ -71,6 +71,7 @@ fn start(args: &[&str], env: &[(OsString, OsString)], fds: &[(BorrowedFd<'_>, i3
         ignored,
         own_group: false,
         dies_with_us: false,
+        confine: None,
     };
     spawn(&spec).unwrap()
 }
@@ -136,7 +137,7 @@ fn signals_are_as_asked() {
 fn failures_are_reported() {
     let not_a_program = evergate_sys::memfd(c"empty").unwrap();
     let spec = Spawn {
-        exe: not_a_program.as_fd(),
+        exe: Exe::Descriptor(not_a_program.as_fd()),
         argv0: OsStr::new("x"),
         args: &[],
         env: &[],
@@ -144,6 +145,7 @@ fn failures_are_reported() {
         ignored: &[],
         own_group: true,
         dies_with_us: false,
+        confine: None,
     };
     assert!(spawn(&spec).is_err());
     assert_eq!(peek_exit().unwrap(), None, "a failed start leaves no zombie");

@@ -12,7 +12,7 @@ use evergate_board::{Board, Claim, Phase, Shape};
 use evergate_core::exit::Kind;
 use evergate_core::inherit;
 use evergate_core::plan::Plan;
-use evergate_sys::{Pid, Signal, Spawn, Status};
+use evergate_sys::{Exe, Pid, Signal, Spawn, Status};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::subject::{Place, find_program};
@@ -117,7 +117,7 @@ fn wait(pid: Pid) -> Option<Status> {
 fn spawn(program: &Path, args: &[OsString], fds: &[(BorrowedFd<'_>, i32)]) -> Result<Pid, String> {
     let exe = File::open(program).map_err(words("the program"))?;
     let spec = Spawn {
-        exe: exe.as_fd(),
+        exe: Exe::Descriptor(exe.as_fd()),
         argv0: program.as_os_str(),
         args,
         env: &std::env::vars_os().collect::<Vec<_>>(),
@@ -125,6 +125,7 @@ fn spawn(program: &Path, args: &[OsString], fds: &[(BorrowedFd<'_>, i32)]) -> Re
         ignored: &[],
         own_group: false,
         dies_with_us: true,
+        confine: None,
     };
     evergate_sys::spawn(&spec).map_err(words("the worker does not start"))
 }

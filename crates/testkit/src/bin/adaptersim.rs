@@ -1,0 +1,192 @@
+//! A program that misbehaves to order, for tests of what runs programs.
+//!
+//! Its arguments are steps, done one after another, each `name` or `name:value`; sizes and times are in bytes and
+//! milliseconds. It ends with 0 after the last, and by itself after two minutes, so that no defect of what it tests can
+//! leave it behind for good.
+//!
+//! - `exit:CODE`, `signal:NUMBER` to itself, `hang`, `spin`, `sleep:MS`, `await:FILE` until there is one
+//! - `read` all input, `read-some` of it, `echo` it, `close-in`, `close-out`
+//! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON
+//! - `flood:BYTES` lines to standard output, `flood-err:BYTES`, `line:BYTES` without an end, `drip:COUNT:MS` lines
+//! - `alloc:BYTES` and touch them
+//! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
+//!   same, and its parent has ended), `naked` (the same, with nothing in its environment)
+#![forbid(unsafe_code)]
+// A step that is wrong should stop the test that wrote it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
+// It is a program on its own, whose waiting nobody else waits for.
+#![allow(clippy::disallowed_methods)]
+
+use std::io::{Read, Write};
+use std::process::{Command, exit};
+use std::time::Duration;
+
+use rustix::process::{Signal, getpid, kill_process, setsid};
+use serde_json::{Map, Value, json};
+
+/// Longer than any test, shorter than anybody's patience.
+const LIFE: Duration = Duration::from_secs(120);
+
+fn main() {
+    std::thread::spawn(|| {
+        std::thread::sleep(LIFE);
+        exit(99);
+    });
+    for step in std::env::args().skip(1) {
+        let (name, value) = step.split_once(':').unwrap_or((&step, ""));
+        if let Err(error) = act(name, value) {
+            // What a plain program does that meets a closed pipe.
+            let _ = writeln!(std::io::stderr(), "adaptersim: {step}: {error}");
+            exit(98);
+        }
+    }
+}
+
+fn act(name: &str, value: &str) -> std::io::Result<()> {
+    let number = || value.parse::<u64>().expect("a number");
+    let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+    match name {
+        "exit" => exit(value.parse().expect("a code")),
+        "signal" => signal(value),
+        "hang" => loop {
+            std::thread::sleep(LIFE);
+        },
+        "spin" => loop {
+            std::hint::spin_loop();
+        },
+        "sleep" => std::thread::sleep(Duration::from_millis(number())),
+        "await" => {
+            while !std::path::Path::new(value).exists() {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+        "read" => {
+            std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+        }
+        "read-some" => {
+            let _ = std::io::stdin().read(&mut [0; 100])?;
+        }
+        "echo" => {
+            std::io::copy(&mut std::io::stdin(), &mut out)?;
+            out.flush()?;
+        }
+        "close-in" => close(0),
+        "close-out" => close(1),
+        "out" => {
+            out.write_all(value.as_bytes())?;
+            out.flush()?;
+        }
+        "err" => err.write_all(value.as_bytes())?,
+        "hex" => {
+            out.write_all(&hex(value))?;
+            out.flush()?;
+        }
+        "pid" => writeln!(err, "pid {}", getpid().as_raw_nonzero())?,
+        "dump" => writeln!(out, "{}", dump())?,
+        "flood" => flood(&mut out, number(), b"all work and no play makes a dull model\n")?,
+        "flood-err" => flood(&mut err, number(), b"all work and no play makes a dull model\n")?,
+        "line" => flood(&mut out, number(), b"x")?,
+        "drip" => drip(value)?,
+        "alloc" => {
+            let bytes = vec![1_u8; usize::try_from(number()).expect("a size")];
+            std::hint::black_box(&bytes);
+        }
+        "fork" => fork(value)?,
+        "setsid" => {
+            setsid()?;
+        }
+        _ => panic!("adaptersim: no such step: {name}"),
+    }
+    Ok(())
+}
+
+fn signal(number: &str) {
+    let signal = Signal::from_named_raw(number.parse().expect("a number"));
+    match signal {
+        Some(signal) => kill_process(getpid(), signal).expect("a signal to itself"),
+        // Those for real time have no names.
+        None => {
+            let own = getpid().as_raw_nonzero().to_string();
+            Command::new("kill").args([&format!("-{number}"), &own]).status().expect("kill(1)");
+        }
+    }
+    std::thread::sleep(LIFE);
+}
+
+/// What a descriptor's owner would do, without being it: its file becomes another.
+fn close(number: i32) {
+    let nothing = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").expect("/dev/null");
+    match number {
+        0 => rustix::stdio::dup2_stdin(&nothing),
+        _ => rustix::stdio::dup2_stdout(&nothing),
+    }
+    .expect("dup2");
+}
+
+fn flood(to: &mut impl Write, bytes: u64, of: &[u8]) -> std::io::Result<()> {
+    let block = of.repeat((64 << 10) / of.len());
+    let mut left = usize::try_from(bytes).expect("a size");
+    while left > 0 {
+        let part = &block[..left.min(block.len())];
+        to.write_all(part)?;
+        left -= part.len();
+    }
+    to.flush()
+}
+
+fn drip(value: &str) -> std::io::Result<()> {
+    let (count, ms) = value.split_once(':').expect("drip:COUNT:MS");
+    for line in 0..count.parse::<u64>().expect("a number") {
+        let mut out = std::io::stdout();
+        writeln!(out, "line {line}")?;
+        out.flush()?;
+        std::thread::sleep(Duration::from_millis(ms.parse().expect("a number")));
+    }
+    Ok(())
+}
+
+fn fork(value: &str) -> std::io::Result<()> {
+    let (kind, steps) = value.split_once(':').expect("fork:KIND:STEPS");
+    let mut command = Command::new("/proc/self/exe");
+    let steps: Vec<String> = steps.split(',').map(str::to_owned).collect();
+    match kind {
+        "plain" => command.args(steps).spawn().map(drop),
+        "setsid" => command.arg("setsid").args(steps).spawn().map(drop),
+        "naked" => command.env_clear().arg("setsid").args(steps).spawn().map(drop),
+        "daemon" => {
+            // The one between ends, and is waited for.
+            let rest = format!("fork:setsid:{}", steps.join(","));
+            command.args(["setsid", &rest]).status().map(drop)
+        }
+        _ => panic!("adaptersim: no such kind: {kind}"),
+    }
+}
+
+fn hex(text: &str) -> Vec<u8> {
+    text.as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).expect("hex"), 16).expect("hex"))
+        .collect()
+}
+
+/// Environment, arguments, descriptors, limits and the kernel's account of it.
+fn dump() -> Value {
+    let env: Map<String, Value> = std::env::vars().map(|(name, value)| (name, value.into())).collect();
+    let mut fds = Map::new();
+    for number in 0..1024 {
+        if let Ok(target) = std::fs::read_link(format!("/proc/self/fd/{number}")) {
+            fds.insert(number.to_string(), target.display().to_string().into());
+        }
+    }
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap_or_default();
+    json!({
+        "env": env,
+        "args": std::env::args().collect::<Vec<_>>(),
+        "fds": fds,
+        "dir": std::env::current_dir().map(|dir| dir.display().to_string()).unwrap_or_default(),
+        "limits": read("limits"),
+        "status": read("status"),
+        "pid": std::process::id(),
+        "group": rustix::process::getpgrp().as_raw_nonzero().get(),
+    })
+}
