@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::config::{Config, Model, Target, Upstream};
+use crate::config::{Config, Model, OnDisconnect, Target, Upstream};
 use crate::error::{Error, Fault};
 
 /// Name of the built-in model, and of the target that stands for it in `[models]`.
@@ -50,6 +50,8 @@ pub struct Route<'a> {
     pub target: Place<'a>,
     /// Where it may go then.
     pub fallback: Fallback<'a>,
+    /// What becomes of its call when its client leaves.
+    pub on_disconnect: OnDisconnect,
     /// A label from a bounded set: the configured name, or `openai/*` for what is reached by an upstream's prefix.
     pub label: &'a str,
 }
@@ -94,10 +96,20 @@ impl Router {
             && reach.upstream.any_model
         {
             let target = Place::Upstream { name, upstream: &reach.upstream, model: rest };
-            return Ok(Route { target, fallback: Fallback::default(), label: &reach.label });
+            return Ok(Route {
+                target,
+                fallback: Fallback::default(),
+                on_disconnect: OnDisconnect::Cancel,
+                label: &reach.label,
+            });
         }
         if self.echo && model == ECHO {
-            return Ok(Route { target: Place::Echo, fallback: Fallback::default(), label: ECHO });
+            return Ok(Route {
+                target: Place::Echo,
+                fallback: Fallback::default(),
+                on_disconnect: OnDisconnect::Cancel,
+                label: ECHO,
+            });
         }
         Err(not_found(model))
     }
@@ -129,11 +141,17 @@ impl Router {
             return Ok(Route {
                 target: Place::Upstream { name: upstream, upstream: &reach.upstream, model: &target.model },
                 fallback: Fallback { targets, retry_unknown: entry.retry_unknown, attempt: entry.attempt },
+                on_disconnect: entry.on_disconnect,
                 label: name,
             });
         }
         if target.upstream == ECHO {
-            return Ok(Route { target: Place::Echo, fallback: Fallback::default(), label: name });
+            return Ok(Route {
+                target: Place::Echo,
+                fallback: Fallback::default(),
+                on_disconnect: OnDisconnect::Cancel,
+                label: name,
+            });
         }
         Err(bug("a checked target names no upstream"))
     }
@@ -170,7 +188,15 @@ mod tests {
     fn config(models: &[(&str, &str, &str)], echo: bool) -> Config {
         let model = |(name, upstream, model): &(&str, &str, &str)| {
             let target = Target { upstream: (*upstream).into(), model: (*model).into() };
-            ((*name).to_owned(), Model { targets: vec![target], retry_unknown: false, attempt: None })
+            (
+                (*name).to_owned(),
+                Model {
+                    targets: vec![target],
+                    retry_unknown: false,
+                    attempt: None,
+                    on_disconnect: OnDisconnect::Cancel,
+                },
+            )
         };
         let second = Duration::from_secs(1);
         Config {

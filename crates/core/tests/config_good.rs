@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use evergate_core::config::{
-    Auth, Config, Facts, Loaded, Overrides, Roots, SHAPES, SecretRef, Source, Transport, duration_text, effective,
-    load, parse_workers, presets, size_text,
+    Auth, Config, Facts, Loaded, OnDisconnect, Overrides, Roots, SHAPES, SecretRef, Source, Transport, duration_text,
+    effective, load, parse_workers, presets, size_text,
 };
 use evergate_core::plan::Plan;
 use proptest::prelude::*;
@@ -142,6 +142,7 @@ targets = [ { upstream = "local" } ]
 targets = [ { upstream = "openai", model = "gpt-4o" }, { upstream = "corp" }, { upstream = "openai", model = "safe" } ]
 retry_unknown = true
 attempt = "4s"
+on_disconnect = { drain = "12s" }
 
 [models.plain]
 targets = [ { upstream = "local" }, { upstream = "corp" } ]
@@ -218,6 +219,7 @@ fn a_full_file_is_read_to_the_last_key() {
     let targets: Vec<_> = safe.targets.iter().map(|target| (&*target.upstream, &*target.model)).collect();
     assert_eq!(targets, [("openai", "gpt-4o"), ("corp", "safe"), ("openai", "safe")]);
     assert_eq!((safe.retry_unknown, safe.attempt), (true, Some(Duration::from_secs(4))));
+    assert_eq!(safe.on_disconnect, OnDisconnect::Drain(Duration::from_secs(12)));
     let plain = &config.models["plain"];
     assert_eq!((plain.retry_unknown, plain.attempt, plain.targets.len()), (false, None, 2));
     assert!(config.echo && config.upstreams["deepseek"].is_preset);
@@ -385,7 +387,7 @@ proptest! {
         };
         config.upstreams.insert("u".into(), upstream);
         let target = evergate_core::config::Target { upstream: "u".into(), model: target };
-        config.models.insert(model, evergate_core::config::Model { targets: vec![target], retry_unknown: false, attempt: None });
+        config.models.insert(model, evergate_core::config::Model { targets: vec![target], retry_unknown: false, attempt: None, on_disconnect: OnDisconnect::Cancel });
         let text = effective(&config);
         // The built-in echo cannot stand beside another model of its name.
         if !config.models.contains_key("echo") {

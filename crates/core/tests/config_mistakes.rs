@@ -256,6 +256,19 @@ const TABLE: &[(&str, &str)] = &[
         "4:11: \"attempt\" must be at least 1ms, not 0s",
     ),
     (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\non_disconnect = \"drain\"\n\
+         targets = [{ upstream = \"u\" }]",
+        "4:17: \"on_disconnect\" must be \"cancel\", \"finish\" or a table such as { drain = \"10s\" }",
+    ),
+    (
+        "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\non_disconnect = {}\ntargets = [{ upstream = \"u\" }]",
+        "4:17: \"on_disconnect\" must be \"cancel\", \"finish\" or a table such as { drain = \"10s\" }",
+    ),
+    (
+        "[models.x]\non_disconnect = \"finish\"\ntargets = [{ upstream = \"echo\" }]",
+        "2:17: \"on_disconnect\" needs an upstream: \"echo\" calls nobody",
+    ),
+    (
         "[upstreams.u]\nbase_url = \"https://u\"\n[models.x]\nretry_unknown = 1\n\
          targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
         "4:17: \"retry_unknown\" must be true or false, not an integer",

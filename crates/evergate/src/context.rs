@@ -1,7 +1,7 @@
 //! What belongs to one request and is passed along explicitly: its ids, its cancel token, its clock.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::task::{Context as Task, Waker};
 
 use evergate_core::cancel::CauseCell;
@@ -14,6 +14,7 @@ pub struct Token {
     cause: CauseCell,
     waker: Mutex<Option<Waker>>,
     is_accounted: AtomicBool,
+    note: OnceLock<&'static str>,
 }
 
 impl Token {
@@ -41,6 +42,17 @@ impl Token {
     #[must_use]
     pub fn cause(&self) -> Option<Cause> {
         self.cause.get()
+    }
+
+    /// Says how the work for a client that has left went on and ended, for the record. The first word counts.
+    pub fn note(&self, end: &'static str) {
+        let _ = self.note.set(end);
+    }
+
+    /// What was noted.
+    #[must_use]
+    pub fn noted(&self) -> Option<&'static str> {
+        self.note.get().copied()
     }
 
     /// Registers the task that is being polled and gives the cause, if there is one.

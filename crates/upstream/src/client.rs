@@ -4,7 +4,7 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -77,6 +77,8 @@ pub struct Call {
     pub deadline: Deadline,
     /// How long the response head may take once the request is written; none leaves it to `deadline`.
     pub first_byte: Option<Duration>,
+    /// Set when the request is handed to a connection: from then on the upstream may work for it.
+    pub begun: Option<Arc<AtomicBool>>,
 }
 
 /// How far a call came.
@@ -237,6 +239,9 @@ impl Client {
                 Some(limit) => call.deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
                 None => call.deadline,
             };
+            if let Some(begun) = &call.begun {
+                begun.store(true, Ordering::Relaxed);
+            }
             let mut answering = std::pin::pin!(connection.sender.try_send_request(request));
             let Connection { driver, filter, .. } = &mut connection;
             let head = poll_fn(|cx| {

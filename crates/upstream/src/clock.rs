@@ -258,7 +258,9 @@ mod tests {
                 }
             };
             tokio::join!(wait(3), wait(1), wait(2));
-            assert_eq!(*order.lock().unwrap(), [1, 2, 3]);
+            // On a machine that was away for as long all of them are due at once, and nobody is first.
+            let is_late = start.elapsed() >= SHORT * 4;
+            assert!(is_late || *order.lock().unwrap() == [1, 2, 3], "{order:?} after {:?}", start.elapsed());
         });
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::units::{duration_text, size_text};
 use super::upstreams::ECHO;
-use super::{Auth, Config, Roots, SecretRef};
+use super::{Auth, Config, OnDisconnect, Roots, SecretRef};
 use crate::json::write_string;
 
 /// The configuration as TOML, every default written out, secrets as references only. Loaded in the same environment it
@@ -125,6 +125,14 @@ fn models(out: &mut String, config: &Config) -> fmt::Result {
         }
         if let Some(attempt) = model.attempt {
             duration(out, "attempt", attempt)?;
+        }
+        match model.on_disconnect {
+            // The built-in model calls nobody, and may not say it.
+            OnDisconnect::Cancel => {}
+            OnDisconnect::Drain(time) => {
+                writeln!(out, "on_disconnect = {{ drain = \"{}\" }}", duration_text(time))?;
+            }
+            OnDisconnect::Finish => writeln!(out, "on_disconnect = \"finish\"")?,
         }
     }
     Ok(())

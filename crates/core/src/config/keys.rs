@@ -92,18 +92,34 @@ pub(super) static UPSTREAM: Shape = Shape {
 };
 pub(super) static MODEL: Shape = Shape {
     section: "models.NAME",
-    keys: &["targets", "retry_unknown", "attempt"],
+    keys: &["targets", "retry_unknown", "attempt", "on_disconnect"],
     later: &["fallbacks", "aliases", "cache", "guardrails", "timeouts", "limits"],
 };
 pub(super) static TARGET: Shape =
     Shape { section: "models.NAME.targets", keys: &["upstream", "model"], later: &["weight", "timeouts"] };
+/// `{ drain = "10s" }`.
+pub(super) static ON_DISCONNECT: Shape = Shape { section: "models.NAME.on_disconnect", keys: &["drain"], later: &[] };
 /// `{ env = "NAME" }` or `{ file = "PATH" }`.
 pub(super) static SECRET: Shape = Shape { section: "keys.NAME.secret", keys: &["env", "file"], later: &["exec"] };
 /// `{ file = "PATH" }`.
 pub(super) static ROOTS: Shape = Shape { section: "upstreams.NAME.roots", keys: &["file"], later: &[] };
 
 /// Every kind of section, in the order of the reference.
-pub static SHAPES: [&Shape; 15] = [
-    &ROOT, &SERVER, &TLS, &ADMIN, &KEY, &SECRET, &WORKERS, &LIMITS, &TIMEOUTS, &SHUTDOWN, &PRESETS, &UPSTREAM, &ROOTS,
-    &MODEL, &TARGET,
+pub static SHAPES: [&Shape; 16] = [
+    &ROOT,
+    &SERVER,
+    &TLS,
+    &ADMIN,
+    &KEY,
+    &SECRET,
+    &WORKERS,
+    &LIMITS,
+    &TIMEOUTS,
+    &SHUTDOWN,
+    &PRESETS,
+    &UPSTREAM,
+    &ROOTS,
+    &MODEL,
+    &TARGET,
+    &ON_DISCONNECT,
 ];

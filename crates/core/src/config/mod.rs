@@ -286,6 +286,20 @@ pub struct Model {
     /// The longest that an attempt may take until its first byte while another target is left; none leaves it to the
     /// other limits.
     pub attempt: Option<Duration>,
+    /// What becomes of a call whose client leaves.
+    pub on_disconnect: OnDisconnect,
+}
+
+/// What becomes of a call whose client leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnDisconnect {
+    /// It is stopped.
+    #[default]
+    Cancel,
+    /// It is read on for that long at most.
+    Drain(Duration),
+    /// It is read to its end, under the limits that it has anyway.
+    Finish,
 }
 
 /// One place where a model is served.

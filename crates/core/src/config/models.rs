@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::keys::{MODEL, TARGET};
+use super::keys::{MODEL, ON_DISCONNECT, TARGET};
 use super::mistake::Report;
 use super::read::{Section, Value, shown};
 use super::units::duration_text;
 use super::upstreams::{ECHO, Upstreams};
-use super::{Model, Target, Timeouts};
+use super::{Model, OnDisconnect, Target, Timeouts};
 
 /// Most targets of a model. One request calls each once at most, so this bounds what an outage costs; a record names all.
 pub(super) const TARGETS_MAX: usize = 8;
@@ -34,6 +34,7 @@ pub(super) fn models(
             targets,
             retry_unknown: retry_unknown(&section, count),
             attempt: attempt(&section, count, timeouts),
+            on_disconnect: on_disconnect(&section, is_echo),
         };
         // `[models.echo]` on the built-in model is that model itself, not a second one.
         let is_built_in = is_echo && name == ECHO;
@@ -73,6 +74,29 @@ fn attempt(section: &Section<'_>, count: usize, timeouts: &Timeouts) -> Option<D
         section.report.warn(place, text);
     }
     Some(attempt)
+}
+
+fn on_disconnect(section: &Section<'_>, is_echo: bool) -> OnDisconnect {
+    let (report, wanted) = (section.report, "\"cancel\", \"finish\" or a table such as { drain = \"10s\" }");
+    let Some(value) = section.get("on_disconnect") else { return OnDisconnect::Cancel };
+    if is_echo {
+        report.mistake(value.place, "\"on_disconnect\" needs an upstream: \"echo\" calls nobody");
+    }
+    match value.as_text() {
+        Some("cancel") => OnDisconnect::Cancel,
+        Some("finish") => OnDisconnect::Finish,
+        Some(_) => {
+            report.mistake(value.place, format!("\"on_disconnect\" must be {wanted}"));
+            OnDisconnect::Cancel
+        }
+        None => {
+            let Some(table) = value.section(report, &ON_DISCONNECT, wanted) else { return OnDisconnect::Cancel };
+            if table.get("drain").is_none() {
+                report.mistake(value.place, format!("\"on_disconnect\" must be {wanted}"));
+            }
+            OnDisconnect::Drain(table.duration("drain", Duration::ZERO, Duration::from_millis(1)))
+        }
+    }
 }
 
 /// The targets that can be read, and how many were written.

@@ -244,6 +244,8 @@ impl Pass {
     fn early_end(&self) -> (u16, End) {
         let (status, end) = match self.token.cause() {
             _ if std::thread::panicking() => (500, End::Fault(Fault::Internal)),
+            // What went on without its client is not ended by what ends it then.
+            _ if self.token.noted().is_some() => (499, End::ClientGone),
             None | Some(Cause::ClientGone) => (499, End::ClientGone),
             Some(Cause::ClientStalled) => (499, End::ClientStalled),
             Some(cause) => (cause.fault().row().status, End::Fault(cause.fault())),
@@ -259,6 +261,9 @@ impl Drop for Pass {
         }
         if self.record.end.is_some_and(|(_, end)| end == End::ClientStalled) && self.record.detail.is_empty() {
             self.record.detail = "timeouts.client_stall".into();
+        }
+        if let Some(end) = self.token.noted() {
+            self.record.detail = format!("on_disconnect: {end}");
         }
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);

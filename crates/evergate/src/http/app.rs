@@ -16,6 +16,7 @@ use super::auth::Door;
 use super::model_call::Endpoint;
 use crate::gate::Gate;
 use crate::lives::dns_fault;
+use crate::tasks::Tasks;
 
 /// A worker's common ground.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub struct App {
     pub started_s: u64,
     /// Watches over limits; somebody must run it.
     pub clock: Clock,
+    /// Starts what outlives its request.
+    pub tasks: Tasks,
     /// Finds upstreams' addresses.
     pub resolver: Resolver,
     redactor: Arc<Redactor>,
@@ -44,7 +47,7 @@ impl App {
     ///
     /// # Errors
     /// Says which part of it cannot be used.
-    pub fn new(sealed: Sealed, gate: Arc<Gate>, redactor: Arc<Redactor>) -> Result<Self, String> {
+    pub fn new(sealed: Sealed, gate: Arc<Gate>, tasks: Tasks, redactor: Arc<Redactor>) -> Result<Self, String> {
         let clock = Clock::new().map_err(|error| format!("no timer could be made: {error}"))?;
         let resolver = dns_fault::resolver(&clock);
         let mut clients = BTreeMap::new();
@@ -60,6 +63,7 @@ impl App {
             sealed,
             clock,
             resolver,
+            tasks,
             redactor,
         })
     }

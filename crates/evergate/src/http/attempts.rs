@@ -16,6 +16,7 @@ use evergate_upstream::{Client, Phase};
 use http::Response;
 
 use super::body::Body;
+use super::left::Left;
 use super::model_call::ModelCall;
 use crate::context::cancelled;
 use crate::gate::pass::{IsCall, Pass};
@@ -129,7 +130,7 @@ impl ModelCall {
                 how,
                 // Whatever the client has seen of a stream, that stream's body has taken over.
                 is_visible: false,
-                is_last: following.is_none(),
+                is_last: following.is_none() || self.left.as_ref().is_some_and(Left::is_gone),
                 cancelled: self.token.cause(),
                 has_time: !asked.deadline.is_past(Instant::now()),
                 retry_unknown: fallback.retry_unknown,

@@ -15,6 +15,7 @@ use evergate_upstream::clock::{Clock, Sleep};
 use http_body::{Frame, SizeHint};
 
 use super::fault::{Bomb, Moment, Planted, is_stuck, strike};
+use super::left::{Left, take_over};
 use super::relay::Relay;
 use crate::context::{Token, cancelled};
 use crate::gate::pass::Pass;
@@ -85,6 +86,8 @@ pub struct Stream {
     pub clock: Clock,
     /// When the last piece was written.
     pub written_at: Instant,
+    /// How it goes on without its client; none for a model whose calls are stopped then.
+    pub left: Option<Left>,
 }
 
 impl Body {
@@ -117,6 +120,17 @@ impl Body {
         self.pass = pass;
         self.active = Some(active);
         self.taken = Taken::current();
+    }
+
+    /// The stream under way, if this is one: what is left has no content.
+    pub(super) fn take_stream(&mut self) -> Option<Box<Stream>> {
+        match std::mem::replace(&mut self.content, Content::Done) {
+            Content::Stream(stream) => Some(stream),
+            whole => {
+                self.content = whole;
+                None
+            }
+        }
     }
 
     /// The last byte was taken: the pass waits for the flush.
@@ -203,6 +217,13 @@ impl Drop for Body {
             || self.taken.as_ref().is_some_and(|taken| taken.is_stalled());
         if let Some(pass) = self.pass.as_ref().filter(|_| is_stalled) {
             pass.stall();
+        }
+        if matches!(&self.content, Content::Stream(stream) if stream.left.is_some())
+            && let Some(stream) = self.take_stream()
+        {
+            let (stream, pass) = take_over(stream, self.pass.take());
+            self.pass = pass;
+            self.content = stream.map_or(Content::Done, Content::Stream);
         }
         self.drop_content();
     }

@@ -13,6 +13,7 @@ use http::header::{HeaderMap, HeaderName};
 
 use super::attempts::{Attempt, Failure};
 use super::body::Body;
+use super::left::Left;
 use super::model_call::ModelCall;
 use super::{refusal, respond};
 use crate::gate::pass::Pass;
@@ -56,7 +57,8 @@ impl ModelCall {
         if let Some(id) = &self.own_id {
             headers.insert(respond::REQUEST_ID, id.clone());
         }
-        Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None }
+        let begun = self.left.as_ref().map(Left::begun);
+        Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None, begun }
     }
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.

@@ -7,6 +7,7 @@ pub mod body;
 mod call;
 pub mod fault;
 pub mod intake;
+pub mod left;
 pub mod model_call;
 pub mod refusal;
 pub mod relay;

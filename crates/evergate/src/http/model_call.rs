@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use evergate_core::chat::{self, Chunks, Reply};
+use evergate_core::config::OnDisconnect;
 use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
 use evergate_core::json::{self, scan_answer, scan_request};
@@ -18,6 +19,7 @@ use super::app::App;
 use super::attempts::Asked;
 use super::body::Body;
 use super::fault::{Bomb, Moment, Planted, planted, strike};
+use super::left::{Left, Watched};
 use super::relay::Relay;
 use super::{intake, respond};
 use crate::context::{Token, cancelled};
@@ -71,6 +73,22 @@ pub struct ModelCall {
     pub started: Instant,
     /// When its client stops waiting, if it has said so.
     pub client_by: Option<Deadline>,
+    /// How it goes on without its client, for a model that wants that.
+    pub left: Option<Left>,
+}
+
+/// Why an answer is not made in place.
+enum Stop {
+    /// There is none.
+    Error(Error),
+    /// It may have to outlive its client, and so must be a piece of work by itself.
+    Keep(Box<json::Request>, OnDisconnect),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
 }
 
 /// How a request went: the answer, and the pass if it was admitted.
@@ -105,7 +123,11 @@ impl ModelCall {
         pass.record.bytes_in = body.len() as u64;
         strike(planted, Moment::Handler);
         let bomb = Bomb::new(planted, Planted::PanicDrop);
-        let served = self.serve(body, deadline, &mut pass).await;
+        let served = match self.serve(&body, deadline, &mut pass).await {
+            Ok(response) => Ok(response),
+            Err(Stop::Error(error)) => Err(error),
+            Err(Stop::Keep(asked, policy)) => return Box::pin(self.kept(body, *asked, policy, (deadline, pass))).await,
+        };
         // Not by the end of the scope: the compiler leaks a value on its way out when a drop panics there (rust#47949).
         drop(bomb);
         (served, Some(pass))
@@ -143,15 +165,47 @@ impl ModelCall {
         }
     }
 
-    async fn serve(&self, body: Bytes, deadline: Deadline, pass: &mut Pass) -> Result<Response<Body>, Error> {
+    /// Serves a request of a model whose calls may outlive their clients.
+    async fn kept(
+        mut self,
+        body: Bytes,
+        request: json::Request,
+        policy: OnDisconnect,
+        (deadline, mut pass): (Deadline, Pass),
+    ) -> Outcome {
+        let left = Left::new(&self.app, policy, &self.token, self.id.seq);
+        self.left = Some(left.clone());
+        let work = Box::pin(async move {
+            let served = self.kept_call(&body, &request, deadline, &mut pass).await;
+            (served, pass)
+        });
+        let (served, pass) = Watched::new(work, left).await;
+        (served, Some(pass))
+    }
+
+    async fn kept_call(
+        &self,
+        body: &Bytes,
+        request: &json::Request,
+        deadline: Deadline,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Error> {
+        let route = self.app.router.route(&request.model)?;
+        let Place::Upstream { name, model, .. } = route.target else {
+            return Err(Error::new(Fault::Internal, "a call of the built-in model was to be kept"));
+        };
+        self.attempt_each((name, model), route.fallback, &Asked { body, request, deadline }, pass).await
+    }
+
+    async fn serve(&self, body: &Bytes, deadline: Deadline, pass: &mut Pass) -> Result<Response<Body>, Stop> {
         let limits = &self.app.sealed.config.limits;
         let limits = json::Limits { depth: limits.json_depth, choices: limits.choices };
-        let asked = scan_request(&body, &limits)?;
+        let asked = scan_request(body, &limits)?;
         let route = match self.app.router.route(&asked.model) {
             Ok(route) => route,
             Err(error) => {
                 pass.set_model(&asked.model, "other");
-                return Err(error);
+                return Err(error.into());
             }
         };
         pass.set_model(&asked.model, route.label);
@@ -160,14 +214,18 @@ impl ModelCall {
             pass.set_stream();
         }
         match &route.target {
-            Place::Echo => Box::pin(self.echo(&body, &asked, pass)).await,
+            Place::Echo => Ok(Box::pin(self.echo(body, &asked, pass)).await?),
+            Place::Upstream { .. } if route.on_disconnect != OnDisconnect::Cancel => {
+                let policy = route.on_disconnect;
+                Err(Stop::Keep(Box::new(asked), policy))
+            }
             Place::Upstream { name, model, .. } => {
-                let asked = Asked { body: &body, request: &asked, deadline };
+                let asked = Asked { body, request: &asked, deadline };
                 if route.fallback.targets.is_empty() && !pass.record.is_stream {
                     let attempt = self.begin((name, model), &asked, pass)?;
-                    return self.whole(attempt, pass).await.map_err(|failure| failure.error);
+                    return self.whole(attempt, pass).await.map_err(|failure| failure.error.into());
                 }
-                Box::pin(self.attempt_each((name, model), route.fallback, &asked, pass)).await
+                Ok(Box::pin(self.attempt_each((name, model), route.fallback, &asked, pass)).await?)
             }
         }
     }

@@ -197,6 +197,7 @@ impl Service {
                     token,
                     started,
                     client_by: None,
+                    left: None,
                 };
                 call.run(body).await
             }

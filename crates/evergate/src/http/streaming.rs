@@ -50,6 +50,7 @@ impl ModelCall {
             arrival: Arrival::default(),
             token: Arc::clone(&self.token),
             own_id: None,
+            left: None,
             ..*self
         };
         let upstream = name.to_owned();
@@ -111,6 +112,7 @@ impl ModelCall {
             pinger: None,
             written_at: Instant::now(),
             clock: self.app.clock.clone(),
+            left: self.left.clone(),
         })))
     }
 }

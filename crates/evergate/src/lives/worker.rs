@@ -103,7 +103,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let log = AccessLog::new(access, Arc::clone(&redactor));
     let gate = Gate::new(board.clone(), (args.row, args.epoch), places, log, tell);
     let app = async {
-        let app = Arc::new(App::new(sealed, Arc::clone(&gate), redactor)?);
+        let app = Arc::new(App::new(sealed, Arc::clone(&gate), tasks.clone(), redactor)?);
         let clients = Arc::clone(&app);
         let stop = async move { clients.clients.values().for_each(|client| client.close_idle()) };
         Ok((app, Box::pin(stop) as _))

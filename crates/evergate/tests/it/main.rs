@@ -13,6 +13,7 @@ mod client_deadline;
 mod connecting;
 mod connections;
 mod control;
+mod disconnects;
 mod drain;
 mod drain_http2;
 mod drain_load;
