@@ -1,7 +1,9 @@
-//! Planted faults of a worker's boot and stop, for drills: only in debug builds.
+//! Planted faults of a worker's boot and stop, and of a clerk, for drills: only in debug builds.
 //!
 //! `EVERGATE_FAULT_BOOT` names a file, which is read at each boot, so that a test can have the workers of one generation
 //! fail and those of the next not: `fail` ends the boot with an error, `hang` lets it never come to its end.
+//!
+//! `EVERGATE_FAULT_CLERK` names a file that says when the clerk dies, once: `before-write` or `after-write` of records.
 //!
 //! `EVERGATE_FAULT_STOP` is what a resource does when it is to stop: `hang`, `panic`, `spin` (hold the event loop), or
 //! `slow` (a while, but within its time).
@@ -26,6 +28,18 @@ pub(crate) async fn meet() -> Result<(), String> {
         "fail" => Err("a planted fault".into()),
         "hang" => std::future::pending().await,
         _ => Ok(()),
+    }
+}
+
+/// Ends the clerk, if that is planted for this moment.
+pub(crate) fn carry(moment: &str) {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let Some(path) = std::env::var_os("EVERGATE_FAULT_CLERK") else { return };
+    // Only once: the next one finds no file.
+    if std::fs::read_to_string(&path).is_ok_and(|text| text == moment) && std::fs::remove_file(path).is_ok() {
+        std::process::abort();
     }
 }
 

@@ -15,9 +15,10 @@ use evergate_core::inherit::code;
 use rustix::net::AddressFamily;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 
-use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
+use super::{ChildArgs, Inherited, boot_fault, kick, master_gone, rss_kib, state_dir_from_env};
 use crate::panics;
 use crate::tasks::{Caught, Tasks};
 
@@ -28,7 +29,6 @@ mod repeats;
 
 use access_log::AccessLog;
 use pipe::Pipe;
-use repeats::Repeats;
 
 /// Between two beats; the master gets nervous after `hang_timeout`, a second at least.
 const BEAT: Duration = Duration::from_millis(250);
@@ -87,8 +87,7 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     // Secrets are for workers.
     drop(sealed);
     let log = AccessLog::start(&folder, board.clone(), row)?;
-    let mut pipe = Pipe::new(access)?;
-    let mut repeats = Repeats::default();
+    let mut carrier = Carrier { pipe: Pipe::new(access)?, log, under_way: None };
     let tasks = Tasks::new("clerk");
     let doors = Doors::open(listeners, &board, &tasks)?;
     let beating = board.clone();
@@ -96,15 +95,15 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     ready(&board, row);
     kick(&kick_fd);
 
-    let end = serve(&mut pipe, &mut repeats, &log, &mut signals, (life, &tasks)).await?;
+    let end = serve(&mut carrier, &mut signals, (life, &tasks)).await?;
     if let Some(child) = board.child(row) {
         child.set_phase(Phase::Draining);
     }
     // First, because a successor waits for the port.
     doors.close();
     let began = Instant::now();
-    doors.drain(&mut pipe, &mut repeats, &log, began + DRAIN.min(shutdown.cleanup + DRAIN / 2)).await;
-    let is_whole = finish(pipe, repeats, log, &shutdown, (end, began)).await;
+    doors.drain(&mut carrier, began + DRAIN.min(shutdown.cleanup + DRAIN / 2)).await;
+    let is_whole = finish(carrier, &shutdown, (end, began)).await;
     beat.abort();
     if let (End::Failed(kind), Some(child)) = (end, board.child(row)) {
         child.set_note(&format!("the task {kind} panicked again and again; the last {}", panics::last()));
@@ -130,56 +129,88 @@ impl Signals {
     }
 }
 
+/// Brings records from the pipe to the log. They leave the pipe when they are in the file, so that a clerk's death loses
+/// none (`repeats` tells the next one what was written already).
+struct Carrier {
+    pipe: Pipe,
+    log: AccessLog,
+    /// How much of the pipe the log's thread has at this moment, and its word that it is done.
+    under_way: Option<(usize, oneshot::Receiver<()>)>,
+}
+
+impl Carrier {
+    /// Carries one batch and gives its size; none when nobody can write any more. May be dropped at any await.
+    async fn carry(&mut self) -> Option<usize> {
+        if self.under_way.is_none() {
+            let batch = self.pipe.next().await?;
+            boot_fault::carry("before-write");
+            self.under_way = Some((batch.len(), self.log.write(batch)));
+        }
+        let (bytes, done) = self.under_way.as_mut()?;
+        // An error is the thread's end, after which nobody writes it.
+        let (bytes, _) = (*bytes, done.await);
+        boot_fault::carry("after-write");
+        self.under_way = None;
+        self.pipe.take(bytes);
+        Some(bytes)
+    }
+
+    /// Carries what is there at this moment.
+    async fn carry_rest(&mut self) {
+        if self.under_way.is_some() {
+            let _ = self.carry().await;
+        }
+        loop {
+            let batch = self.pipe.look();
+            let bytes = batch.len();
+            if bytes > 0 {
+                self.under_way = Some((bytes, self.log.write(batch)));
+                let _ = self.carry().await;
+            }
+            // What one look sees is all there was, if it is not the most that it can see.
+            if bytes < pipe::BATCH_BYTES / 2 {
+                return;
+            }
+        }
+    }
+}
+
 /// Takes records until the end.
-async fn serve(
-    pipe: &mut Pipe,
-    repeats: &mut Repeats,
-    log: &AccessLog,
-    signals: &mut Signals,
-    (life, tasks): (OwnedFd, &Tasks),
-) -> io::Result<End> {
+async fn serve(carrier: &mut Carrier, signals: &mut Signals, (life, tasks): (OwnedFd, &Tasks)) -> io::Result<End> {
     let mut gone = std::pin::pin!(master_gone(life));
     loop {
         // All of these may be dropped at their await: signals stay pending, the life pipe stays closed, a failed task
-        // stays failed, and the pipe takes bytes and keeps them in one poll.
+        // stays failed, and the carrier goes on where it was.
         tokio::select! {
             _ = signals.term.recv() => return Ok(End::Told),
             _ = signals.quit.recv() => return Ok(End::Told),
             kind = tasks.failed() => return Ok(End::Failed(kind)),
             outcome = &mut gone => return outcome.map(|()| End::Orphaned),
-            _ = signals.reopen.recv() => log.reopen(),
-            batch = pipe.next() => match batch {
-                Some(batch) => log.write(repeats.without(batch)),
+            _ = signals.reopen.recv() => carrier.log.reopen(),
+            carried = carrier.carry() => if carried.is_none() {
                 // No writer, so no master.
-                None => return Ok(End::Orphaned),
+                return Ok(End::Orphaned);
             },
         }
     }
 }
 
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
-async fn finish(
-    mut pipe: Pipe,
-    mut repeats: Repeats,
-    log: AccessLog,
-    shutdown: &Shutdown,
-    (end, began): (End, Instant),
-) -> bool {
-    match end {
-        End::Told | End::Failed(_) => log.write(repeats.without(pipe.rest())),
-        End::Orphaned => {
-            // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
-            let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
-            while let Ok(Some(batch)) = timeout_at(last, pipe.next()).await {
-                log.write(repeats.without(batch));
-            }
-        }
+async fn finish(mut carrier: Carrier, shutdown: &Shutdown, (end, began): (End, Instant)) -> bool {
+    if end == End::Orphaned {
+        // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
+        let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
+        while let Ok(Some(_)) = timeout_at(last, carrier.carry()).await {}
     }
     let last = match end {
         End::Told | End::Failed(_) => (began + shutdown.cleanup).max(Instant::now() + CLOSE_TIME_MIN),
         End::Orphaned => Instant::now() + shutdown.cleanup,
     };
-    let is_whole = timeout_at(last, log.close()).await.is_ok();
+    let whole = async {
+        carrier.carry_rest().await;
+        carrier.log.close().await;
+    };
+    let is_whole = timeout_at(last, whole).await.is_ok();
     if !is_whole {
         // The process ends; what the disk did not take in this time is lost, and this says so.
         let _ = writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time");
@@ -216,20 +247,19 @@ impl Doors {
 
     /// Waits until everybody who was let in has an answer, and goes on taking records meanwhile: workers do not wait for
     /// a pipe that is full. Who connects now waits for the next clerk.
-    async fn drain(&self, pipe: &mut Pipe, repeats: &mut Repeats, log: &AccessLog, until: Instant) {
+    async fn drain(&self, carrier: &mut Carrier, until: Instant) {
         let mut answered = std::pin::pin!(async {
             for (_, desk) in &self.0 {
                 desk.is_empty().await;
             }
         });
         loop {
-            // The pipe takes bytes and keeps them in one poll; the other two are kept outside the loop.
+            // The carrier goes on where it was; the other two are kept outside the loop.
             tokio::select! {
                 () = &mut answered => return,
                 () = tokio::time::sleep_until(until) => return,
-                batch = pipe.next() => match batch {
-                    Some(batch) => log.write(repeats.without(batch)),
-                    None => return,
+                carried = carrier.carry() => if carried.is_none() {
+                    return;
                 },
             }
         }

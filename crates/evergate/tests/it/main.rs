@@ -33,6 +33,7 @@ mod overload;
 mod panics;
 mod panics_many;
 mod processes;
+mod records;
 mod recycling;
 mod reload;
 mod reload_master;

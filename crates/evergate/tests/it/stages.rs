@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -162,7 +163,8 @@ fn pid_of(gateway: &Evergate, target: Target) -> i32 {
     gateway.children().iter().find(|child| child.kind == kind).unwrap().pid
 }
 
-fn stop_with(case: &Case, fake: &FakeUpstream) {
+/// Whether the stop was disturbed as the case says: on a busy machine a stage may be over before we see it.
+fn stop_with(case: &Case, fake: &FakeUpstream) -> bool {
     let state = tempfile::tempdir().unwrap();
     let mut gateway = start(case, fake, state.path());
     let name = case.name;
@@ -176,27 +178,29 @@ fn stop_with(case: &Case, fake: &FakeUpstream) {
     if let Some((phase_wanted, target, signal)) = case.strike {
         let pid = pid_of(&gateway, target);
         if phase_wanted != "ready" {
-            wait_until("the phase", LIMIT, || phase(&gateway, "worker") == phase_wanted);
+            let worker = pid_of(&gateway, Target::Worker);
+            wait_until("the phase", LIMIT, || phase(&gateway, "worker") == phase_wanted || !is_alive(worker));
         }
         send(pid, signal);
     }
     let status = gateway.wait_exit(LIMIT);
     let took = began.elapsed();
+    let exits = gateway.exits();
+    let struck = |kind: &str| exits.iter().find(|record| record["kind"] == kind && record["signal"] == 9);
+    if let Some((phase, target, _)) = case.strike {
+        let kind = if target == Target::Worker { "worker" } else { "clerk" };
+        if struck(kind).is_none_or(|record| target == Target::Worker && record["phase"] != phase) {
+            return false;
+        }
+    }
     assert_eq!(status.code(), Some(case.code), "{name}: {}", gateway.stderr());
     let most = SETTLE + DRAIN + CANCEL + CLEANUP + SLACK + CLEANUP + SLACK + MACHINE;
     assert!(took < most, "{name}: {took:?}");
     gateway.wait_no_children(Duration::ZERO);
-    let exits = gateway.exits();
     let said = format!("{}{}", gateway.stderr(), Value::from(exits.clone()));
     assert!(said.contains(case.named), "{name}: {said}");
-    // Whoever was frozen or killed is on record in the stage where that was.
-    if let Some((phase, target, _)) = case.strike {
-        let kind = if target == Target::Worker { "worker" } else { "clerk" };
-        let record = exits.iter().find(|record| record["kind"] == kind && record["signal"] == 9);
-        let record = record.unwrap_or_else(|| panic!("{name}: {said}"));
-        assert!(target == Target::Clerk || record["phase"] == phase, "{name}: {record}");
-    }
     drop(request);
+    true
 }
 
 #[test]
@@ -209,7 +213,7 @@ fn i11_a_fault_in_any_stage_ends_in_time_and_is_named() {
         for _ in 0..2 {
             scope.spawn(|| {
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    stop_with(case, &fake);
+                    assert!((0..10).any(|_| stop_with(case, &fake)), "{}: never struck where it should be", case.name);
                 }
             });
         }

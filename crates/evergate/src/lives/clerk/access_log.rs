@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use evergate_board::Board;
 use tokio::sync::oneshot;
 
+use super::repeats::Repeats;
 use crate::tasks::caught;
 use crate::telemetry::names;
 
@@ -20,12 +21,13 @@ const FILE: &str = "access.jsonl";
 const OLD_FILE: &str = "access.jsonl.1";
 /// Where one file ends and the next begins: some hundred thousand requests.
 const BYTES_MAX: u64 = 64 << 20;
-/// Batches that wait for the disk, of at most a MiB and a line each.
-const BATCHES_MAX: usize = 16;
+/// Orders that wait: one batch at a time, and words about the file.
+const ORDERS_MAX: usize = 16;
 
 /// What the thread is told.
 enum Order {
-    Write(Vec<u8>),
+    /// Lines, and who is told when they are written, or dropped and counted.
+    Write(Vec<u8>, oneshot::Sender<()>),
     Reopen,
 }
 
@@ -40,7 +42,7 @@ pub(super) struct AccessLog {
 impl AccessLog {
     /// Starts the thread. A file that cannot be opened is no failure: it is tried again with every batch.
     pub(super) fn start(folder: &Path, board: Board, row: u32) -> io::Result<Self> {
-        let (orders, inbox) = sync_channel(BATCHES_MAX);
+        let (orders, inbox) = sync_channel(ORDERS_MAX);
         let (tell, done) = oneshot::channel();
         let drops = Drops { board, row };
         let mut writer = Writer::new(folder, BYTES_MAX, drops.clone());
@@ -52,16 +54,15 @@ impl AccessLog {
         Ok(Self { orders, done, drops })
     }
 
-    /// Hands over whole lines; drops them when too many wait already.
-    pub(super) fn write(&self, lines: Vec<u8>) {
-        if lines.is_empty() {
-            return;
-        }
-        if let Err(TrySendError::Full(Order::Write(lines)) | TrySendError::Disconnected(Order::Write(lines))) =
-            self.orders.try_send(Order::Write(lines))
+    /// Hands over whole lines; what is given back ends when they are written, or dropped and counted.
+    pub(super) fn write(&self, lines: Vec<u8>) -> oneshot::Receiver<()> {
+        let (tell, done) = oneshot::channel();
+        if let Err(TrySendError::Full(Order::Write(lines, _)) | TrySendError::Disconnected(Order::Write(lines, _))) =
+            self.orders.try_send(Order::Write(lines, tell))
         {
             self.drops.count(&lines);
         }
+        done
     }
 
     /// Closes the file and opens it by its name again, for whoever renamed it.
@@ -100,6 +101,8 @@ struct Writer {
     bytes_max: u64,
     drops: Drops,
     file: Option<Open>,
+    /// Loaded at the first batch.
+    repeats: Option<Repeats>,
     /// Whether the last batch failed: only the first failure is talked about.
     is_failing: bool,
 }
@@ -113,28 +116,32 @@ struct Open {
 
 impl Writer {
     fn new(folder: &Path, bytes_max: u64, drops: Drops) -> Self {
-        Self { folder: folder.to_owned(), bytes_max, drops, file: None, is_failing: false }
+        Self { folder: folder.to_owned(), bytes_max, drops, file: None, repeats: None, is_failing: false }
     }
 
     fn run(&mut self, inbox: &Receiver<Order>) {
         while let Ok(order) = inbox.recv() {
-            let lines = match order {
+            let (lines, tell) = match order {
                 Order::Reopen => {
                     self.file = None;
                     continue;
                 }
-                Order::Write(lines) => lines,
+                Order::Write(lines, tell) => (lines, tell),
             };
             // A panic ends neither the thread nor the log: the batch counts as lost, and the file is opened anew.
             if !caught(|| self.write(&lines)) {
                 self.file = None;
                 self.drops.count(&lines);
             }
+            // Nobody waits if the time was up.
+            let _ = tell.send(());
         }
     }
 
     fn write(&mut self, lines: &[u8]) {
-        let mut rest = lines;
+        let (old, new) = (self.folder.join(OLD_FILE), self.folder.join(FILE));
+        let lines = self.repeats.get_or_insert_with(|| Repeats::after(&[&old, &new])).without(lines);
+        let mut rest = lines.as_slice();
         let outcome = self.ready().and_then(|open| open.append(&mut rest));
         if let Err(error) = outcome {
             self.drops.count(rest);
@@ -247,10 +254,14 @@ mod tests {
     fn everything_handed_over_is_in_the_file_after_the_close() {
         let folder = tempfile::tempdir().unwrap();
         let log = AccessLog::start(folder.path(), board(), 0).unwrap();
-        log.write(b"{\"a\":1}\n".to_vec());
-        log.write(b"{\"b\":2}\n{\"c\":3}\n".to_vec());
+        let first = log.write(b"{\"a\":1}\n".to_vec());
+        let second = log.write(b"{\"b\":2}\n{\"c\":3}\n".to_vec());
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(log.close());
+        runtime.block_on(async {
+            first.await.unwrap();
+            second.await.unwrap();
+            log.close().await;
+        });
         assert_eq!(text(folder.path(), FILE), "{\"a\":1}\n{\"b\":2}\n{\"c\":3}\n");
         let mode = std::fs::metadata(folder.path().join(FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

@@ -1,26 +1,28 @@
-//! The read end of the access-record pipe: whole lines, many at a time.
+//! The read end of the access-record pipe: whole lines, many at a time, looked at first and taken out once they are
+//! written. What a clerk that dies had in its hands is still in the pipe.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use evergate_core::record::LINE_BYTES_MAX;
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, tee};
 
 /// Between two looks at a pipe that has something. The pipe is looked at by the clock and never waited for: a waiter
 /// would be woken by every single record, which cost the workers a third of their time (measured).
 const PAUSE_MIN: Duration = Duration::from_millis(25);
 /// Between two looks at a pipe that has had nothing for a while.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
-/// Most bytes taken at once; the pipe holds a MiB, so that a full one is emptied in one look.
-const BATCH_BYTES: usize = 1 << 20;
-/// Bytes of one read.
-const READ_BYTES: usize = 64 << 10;
+/// Most bytes of one look; the pipe holds a MiB, so that a full one is emptied by one.
+pub(super) const BATCH_BYTES: usize = 1 << 20;
 
-/// The pipe, and the beginning of a line whose rest is still to come.
+/// The pipe.
 #[derive(Debug)]
 pub(super) struct Pipe {
     fd: OwnedFd,
-    bytes: Vec<u8>,
+    /// A pipe of our own, for a copy of what is in the other; reading and writing end.
+    copy: (OwnedFd, OwnedFd),
     is_ended: bool,
     pause: Duration,
 }
@@ -29,16 +31,18 @@ impl Pipe {
     /// Takes the read end, which does not block.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self { fd, bytes: Vec::new(), is_ended: false, pause: Duration::ZERO })
+        let copy = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // Above the user's share of pipe memory the kernel refuses; then a look sees less.
+        let _ = fcntl_setpipe_size(&copy.1, BATCH_BYTES);
+        Ok(Self { fd, copy, is_ended: false, pause: Duration::ZERO })
     }
 
-    /// Whole lines, at least one; none when nobody can write any more. May be dropped at any await: what was read is
-    /// kept.
+    /// Whole lines, at least one, which stay in the pipe until they are [taken](Pipe::take); none when nobody can write
+    /// any more. May be dropped at any await.
     pub(super) async fn next(&mut self) -> Option<Vec<u8>> {
         while !self.is_ended {
             tokio::time::sleep(self.pause).await;
-            self.is_ended = matches!(fill(&self.fd, &mut self.bytes), Filled::End);
-            let lines = lines(&mut self.bytes);
+            let lines = self.look();
             if !lines.is_empty() {
                 // Under a load that fills the pipe within a pause there is none.
                 self.pause = if lines.len() < BATCH_BYTES / 4 { PAUSE_MIN } else { Duration::ZERO };
@@ -49,89 +53,108 @@ impl Pipe {
         None
     }
 
-    /// What is there at this moment, whole lines.
-    pub(super) fn rest(&mut self) -> Vec<u8> {
-        let mut all = Vec::new();
-        while let Filled::More = fill(&self.fd, &mut self.bytes) {
-            all.extend(lines(&mut self.bytes));
-        }
-        all.extend(lines(&mut self.bytes));
-        all
-    }
-}
-
-/// Takes the whole lines out.
-fn lines(bytes: &mut Vec<u8>) -> Vec<u8> {
-    let Some(end) = memchr::memrchr(b'\n', bytes) else {
-        // No writer makes a line as long: whatever this is, it does not grow without end.
-        if bytes.len() > 2 * LINE_BYTES_MAX {
-            bytes.clear();
-        }
-        return Vec::new();
-    };
-    let tail = bytes.split_off(end + 1);
-    std::mem::replace(bytes, tail)
-}
-
-/// What a look at the pipe came to.
-enum Filled {
-    /// Everything was taken.
-    Empty,
-    /// There may be more.
-    More,
-    /// Nobody can write any more.
-    End,
-}
-
-fn fill(fd: &OwnedFd, bytes: &mut Vec<u8>) -> Filled {
-    let limit = bytes.len().saturating_add(BATCH_BYTES);
-    while bytes.len() < limit {
-        bytes.reserve(READ_BYTES);
-        match rustix::io::read(fd, rustix::buffer::spare_capacity(bytes)) {
-            Ok(0) => return Filled::End,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => return Filled::Empty,
+    /// What is there at this moment, whole lines; they stay.
+    pub(super) fn look(&mut self) -> Vec<u8> {
+        let mut bytes = match tee(&self.fd, &self.copy.1, BATCH_BYTES, SpliceFlags::NONBLOCK) {
+            Ok(0) => {
+                self.is_ended = true;
+                return Vec::new();
+            }
+            Ok(count) => read(&self.copy.0, count),
+            Err(Errno::AGAIN | Errno::INTR) => return Vec::new(),
             // A pipe that cannot be read will not be readable again.
-            Err(_) => return Filled::End,
+            Err(_) => {
+                self.is_ended = true;
+                return Vec::new();
+            }
+        };
+        let end = memchr::memrchr(b'\n', &bytes).map_or(0, |at| at + 1);
+        // No writer makes a line as long: whatever this is, it does not stay.
+        if end == 0 && bytes.len() > 2 * LINE_BYTES_MAX {
+            self.take(bytes.len());
+        }
+        bytes.truncate(end);
+        bytes
+    }
+
+    /// Takes out what was looked at first.
+    pub(super) fn take(&mut self, count: usize) {
+        drop(read(&self.fd, count));
+    }
+}
+
+/// Reads what is there, at most so many bytes.
+fn read(fd: &OwnedFd, count: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(count);
+    while bytes.len() < count {
+        let mut piece = vec![0; (count - bytes.len()).min(64 << 10)];
+        match rustix::io::read(fd, &mut piece) {
+            Ok(0) => break,
+            Ok(got) => bytes.extend_from_slice(piece.get(..got).unwrap_or_default()),
+            Err(Errno::INTR) => {}
+            Err(_) => break,
         }
     }
-    Filled::More
+    bytes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::pipe::{PipeFlags, pipe_with};
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.unwrap() })
     }
 
+    fn pipe() -> (Pipe, OwnedFd) {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        (Pipe::new(read).unwrap(), write)
+    }
+
     #[test]
-    fn only_whole_lines_come_out() {
+    fn only_whole_lines_come_out_and_stay_until_they_are_taken() {
         block_on(async {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
-            let mut pipe = Pipe::new(read).unwrap();
+            let (mut pipe, write) = pipe();
             rustix::io::write(&write, b"one\ntwo\nthr").unwrap();
             assert_eq!(pipe.next().await.unwrap(), b"one\ntwo\n");
+            assert_eq!(pipe.look(), b"one\ntwo\n");
+            pipe.take(8);
             rustix::io::write(&write, b"ee\nfour\n").unwrap();
-            assert_eq!(pipe.rest(), b"three\nfour\n");
-            assert_eq!(pipe.rest(), b"");
+            assert_eq!(pipe.look(), b"three\nfour\n");
+            pipe.take(11);
+            assert_eq!(pipe.look(), b"");
             rustix::io::write(&write, b"last\n").unwrap();
             drop(write);
             assert_eq!(pipe.next().await.unwrap(), b"last\n");
+            pipe.take(5);
             assert_eq!(pipe.next().await, None);
         });
+    }
+
+    /// What a reader had not taken, another one finds.
+    #[test]
+    fn what_was_looked_at_is_there_for_the_next_reader() {
+        let (mut pipe, write) = pipe();
+        for _ in 0..100 {
+            rustix::io::write(&write, &[b"x".repeat(399), b"\n".to_vec()].concat()).unwrap();
+        }
+        assert_eq!(pipe.look().len(), 40_000);
+        pipe.take(400);
+        let mut next = Pipe::new(rustix::io::fcntl_dupfd_cloexec(&pipe.fd, 0).unwrap()).unwrap();
+        drop(pipe);
+        assert_eq!(next.look().len(), 39_600);
+        next.take(39_600);
+        assert_eq!(next.look(), b"");
     }
 
     #[test]
     fn records_of_a_pause_come_together() {
         block_on(async {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
-            let mut pipe = Pipe::new(read).unwrap();
+            let (mut pipe, write) = pipe();
             rustix::io::write(&write, b"a\n").unwrap();
             assert_eq!(pipe.next().await.unwrap(), b"a\n");
+            pipe.take(2);
             for _ in 0..3 {
                 rustix::io::write(&write, b"b\n").unwrap();
                 tokio::task::yield_now().await;
@@ -141,16 +164,13 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_end_does_not_grow() {
-        block_on(async {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
-            let mut pipe = Pipe::new(read).unwrap();
-            rustix::io::write(&write, &[b'x'; 4096]).unwrap();
-            rustix::io::write(&write, &[b'x'; 4096]).unwrap();
-            rustix::io::write(&write, b"x").unwrap();
-            assert_eq!(pipe.rest(), b"");
-            rustix::io::write(&write, b"good\n").unwrap();
-            assert_eq!(pipe.rest(), b"good\n");
-        });
+    fn a_line_without_end_does_not_stay() {
+        let (mut pipe, write) = pipe();
+        rustix::io::write(&write, &[b'x'; 4096]).unwrap();
+        rustix::io::write(&write, &[b'x'; 4096]).unwrap();
+        rustix::io::write(&write, b"x").unwrap();
+        assert_eq!(pipe.look(), b"");
+        rustix::io::write(&write, b"good\n").unwrap();
+        assert_eq!(pipe.look(), b"good\n");
     }
 }

@@ -1,9 +1,17 @@
 //! Second records of one request: a worker that dies just when it has written one cannot say so, and the master, in
-//! doubt, writes another.
+//! doubt, writes another; and a clerk that dies when it has written lines, before it has taken them out of the pipe,
+//! leaves them there for the next.
 //!
 //! Holds INV-RECORD-1 (ARCHITECTURE.md).
 
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
 use memchr::memmem;
+
+use super::pipe::BATCH_BYTES;
 
 /// How the master's lines end (`Access::is_by_master`).
 const MARK: &[u8] = b",\"by_master\":true}";
@@ -15,27 +23,56 @@ const BEFORE_ID: &[u8] = b"\"request_id\":\"";
 #[derive(Debug, Default)]
 pub(super) struct Repeats {
     before: Vec<u8>,
+    /// Whether any line of the next batch may be a second one, not only the master's.
+    is_first: bool,
 }
 
 impl Repeats {
-    /// The batch without the master's records of requests that have one already.
-    pub(super) fn without(&mut self, batch: Vec<u8>) -> Vec<u8> {
-        let batch = if memmem::find(&batch, MARK).is_some() { self.sift(&batch) } else { batch };
+    /// Knows what a predecessor wrote last, as much as it can have left in the pipe.
+    pub(super) fn after(files: &[&Path]) -> Self {
+        Self { before: files.iter().flat_map(|path| tail(path).unwrap_or_default()).collect(), is_first: true }
+    }
+
+    /// The batch without second records of requests.
+    pub(super) fn without(&mut self, batch: &[u8]) -> Vec<u8> {
+        let is_first = std::mem::take(&mut self.is_first);
+        let has_repeats = is_first || memmem::find(batch, MARK).is_some();
+        let batch = if has_repeats { self.sift(batch, is_first) } else { batch.to_vec() };
         self.before.clone_from(&batch);
         batch
     }
 
-    fn sift(&self, batch: &[u8]) -> Vec<u8> {
+    fn sift(&self, batch: &[u8], is_any: bool) -> Vec<u8> {
+        let mut known: HashSet<&[u8]> = lines(&self.before).filter_map(id).collect();
         let mut kept: Vec<u8> = Vec::with_capacity(batch.len());
-        for line in batch.split_inclusive(|byte| *byte == b'\n') {
-            let is_by_master = line.trim_ascii_end().ends_with(MARK);
-            let is_known = |id: &[u8]| memmem::find(&kept, id).is_some() || memmem::find(&self.before, id).is_some();
-            if !(is_by_master && id(line).is_some_and(is_known)) {
+        for line in lines(batch) {
+            let may_repeat = is_any || line.trim_ascii_end().ends_with(MARK);
+            let is_known = id(line).is_some_and(|id| !known.insert(id));
+            if !(may_repeat && is_known) {
                 kept.extend_from_slice(line);
             }
         }
         kept
     }
+}
+
+fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split_inclusive(|byte| *byte == b'\n')
+}
+
+/// The last whole lines of a file, as many as the pipe holds. Nothing of what is no file: a look at it could wait for ever.
+fn tail(path: &Path) -> std::io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Ok(Vec::new());
+    }
+    let mut file = File::open(path)?;
+    let start = file.metadata()?.len().saturating_sub(u64::try_from(BATCH_BYTES).unwrap_or(u64::MAX));
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(2 * u64::try_from(BATCH_BYTES).unwrap_or(u64::MAX)).read_to_end(&mut bytes)?;
+    // A line that was cut off is written again.
+    bytes.truncate(memchr::memrchr(b'\n', &bytes).map_or(0, |at| at + 1));
+    Ok(bytes)
 }
 
 /// The id with its key and quotes: no client's text can hold that, since quotes within texts are escaped.
@@ -57,12 +94,13 @@ mod tests {
         out
     }
 
+    fn pass(repeats: &mut Repeats, lines: &[String]) -> String {
+        String::from_utf8(repeats.without(lines.concat().as_bytes())).unwrap()
+    }
+
     #[test]
     fn a_second_record_goes_and_a_first_stays() {
         let mut repeats = Repeats::default();
-        let pass = |repeats: &mut Repeats, lines: &[String]| {
-            String::from_utf8(repeats.without(lines.concat().into_bytes())).unwrap()
-        };
         let (own, only) = (line("req_1", false), line("req_2", true));
         // In one batch, and over two.
         assert_eq!(pass(&mut repeats, &[own.clone(), line("req_1", true), only.clone()]), [own, only].concat());
@@ -71,5 +109,19 @@ mod tests {
         let other = line("req_11", false);
         assert_eq!(pass(&mut repeats, std::slice::from_ref(&other)), other);
         assert_eq!(pass(&mut repeats, &[line("req_1", true)]), line("req_1", true));
+    }
+
+    #[test]
+    fn what_a_predecessor_wrote_is_not_written_again_but_for_half_a_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let [old, new] = ["old", "new"].map(|name| folder.path().join(name));
+        let [one, two, three] = ["req_1", "req_2", "req_3"].map(|id| line(id, false));
+        std::fs::write(&old, &one).unwrap();
+        std::fs::write(&new, format!("{two}{}", &three[..three.len() - 3])).unwrap();
+        let mut repeats = Repeats::after(&[&old, &new, &folder.path().join("none")]);
+        assert_eq!(pass(&mut repeats, &[one, two, three.clone()]), three);
+        // Only in the first batch: later ones hold what was never looked at before.
+        let four = line("req_4", false);
+        assert_eq!(pass(&mut repeats, &[four.clone(), four.clone()]), [four.clone(), four].concat());
     }
 }
