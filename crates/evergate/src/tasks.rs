@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task::JoinHandle;
 
 use crate::telemetry::talk;
@@ -85,6 +85,23 @@ impl Tasks {
             let _ = failed.changed().await;
         }
     }
+}
+
+/// Runs work that would hold up the event loop on a thread of the pool, which is why it needs a permit of a bound on it. It
+/// ends by itself, also when nobody waits for it any more.
+///
+/// # Errors
+/// The work panicked; the hook has said where.
+pub async fn aside<T: Send + 'static>(
+    permit: OwnedSemaphorePermit,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Panicked> {
+    #[allow(clippy::disallowed_methods, reason = "this is the one place that may")]
+    let working = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        work()
+    });
+    working.await.map_err(|_| Panicked)
 }
 
 /// When a kept task panicked lately.

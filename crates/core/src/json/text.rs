@@ -23,8 +23,16 @@ pub fn messages_text(body: &[u8]) -> Result<String, Error> {
     Err(wrong("messages", "must be given: an array of messages"))
 }
 
+/// Most values in a body that a tree is built of: 20 MiB of empty brackets would be a tree of gigabytes, built for seconds.
+const VALUES_MAX: usize = 1 << 18;
+
 /// Parses a whole body. Numbers beyond a float's range and nesting beyond 128 levels are refused here only.
 pub(crate) fn parse(body: &[u8]) -> Result<Value, Error> {
+    // Those within strings are counted too, which errs on the safe side.
+    if memchr::memchr3_iter(b'[', b'{', b',', body).count() > VALUES_MAX {
+        let message = format!("the built-in model takes at most {VALUES_MAX} values and commas in a request");
+        return Err(Error::new(Fault::RequestTooLarge, message));
+    }
     serde_json::from_slice(body).map_err(|error| {
         let message = "the request body holds JSON that the built-in model cannot read";
         Error::new(Fault::InvalidJson, message).detail(error)

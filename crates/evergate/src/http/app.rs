@@ -11,6 +11,7 @@ use evergate_core::router::Router;
 use evergate_upstream::clock::Clock;
 use evergate_upstream::{Client, Resolver, Settings, Trust};
 use http::HeaderValue;
+use tokio::sync::Semaphore;
 
 use super::auth::Door;
 use super::model_call::Endpoint;
@@ -37,6 +38,8 @@ pub struct App {
     pub clock: Clock,
     /// Starts what outlives its request.
     pub tasks: Tasks,
+    /// Who may read a large body, one at a time: see `scan`.
+    pub large: Arc<Semaphore>,
     /// Finds upstreams' addresses.
     pub resolver: Resolver,
     redactor: Arc<Redactor>,
@@ -62,6 +65,7 @@ impl App {
             started_s: evergate_sys::unix_ms() / 1000,
             sealed,
             clock,
+            large: Arc::new(Semaphore::new(1)),
             resolver,
             tasks,
             redactor,

@@ -12,5 +12,6 @@ pub mod model_call;
 pub mod refusal;
 pub mod relay;
 pub mod respond;
+pub mod scan;
 pub mod service;
 mod streaming;

@@ -8,7 +8,7 @@ use evergate_core::chat::{self, Chunks, Reply};
 use evergate_core::config::OnDisconnect;
 use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
-use evergate_core::json::{self, scan_answer, scan_request};
+use evergate_core::json::{self, scan_answer};
 use evergate_core::router::Place;
 use evergate_core::{Cause, Deadline, Error, Fault};
 use http::header::{HeaderMap, HeaderValue};
@@ -21,6 +21,7 @@ use super::body::Body;
 use super::fault::{Bomb, Moment, Planted, planted, strike};
 use super::left::{Left, Watched};
 use super::relay::Relay;
+use super::scan::scan;
 use super::{intake, respond};
 use crate::context::{Token, cancelled};
 use crate::gate::pass::{IsCall, Pass};
@@ -198,9 +199,7 @@ impl ModelCall {
     }
 
     async fn serve(&self, body: &Bytes, deadline: Deadline, pass: &mut Pass) -> Result<Response<Body>, Stop> {
-        let limits = &self.app.sealed.config.limits;
-        let limits = json::Limits { depth: limits.json_depth, choices: limits.choices };
-        let asked = scan_request(body, &limits)?;
+        let asked = scan(&self.app, body, deadline).await?;
         let route = match self.app.router.route(&asked.model) {
             Ok(route) => route,
             Err(error) => {

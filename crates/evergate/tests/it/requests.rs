@@ -1,5 +1,7 @@
 //! Bad requests: what they are told, and that nothing else is harmed. Framing is in `framing.rs`.
 
+use std::time::{Duration, Instant};
+
 use evergate_testkit::raw::{chat_request, get_request, post, post_request};
 use evergate_testkit::{FakeUpstream, Raw, Response, gateway_config};
 use serde_json::{Value, json};
@@ -260,4 +262,49 @@ fn an_upstream_can_be_kept_to_its_named_models() {
     let list = gateway.get("/v1/models").json();
     assert_eq!(list["data"].as_array().unwrap().len(), 1);
     assert_eq!(list["data"][0]["id"], "ok");
+}
+
+/// C9: reading a large body that was made to be slow holds up nobody else: the longest wait of small requests on the same
+/// worker is a fraction of it.
+#[test]
+fn c9_a_large_body_is_read_beside_the_others() {
+    let gateway = echo_with(crate::support::ONE_WORKER);
+    let body = format!(r#"{{"model":"nobody","x":"{}"}}"#, "\\n".repeat(10_000_000));
+    let large = post_request(CHAT, "", &body);
+    let (mut longest, mut count) = (Duration::ZERO, 0);
+    let took = std::thread::scope(|scope| {
+        let (gateway, large) = (&gateway, &large);
+        let asking = scope.spawn(move || {
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(large);
+            let sent = Instant::now();
+            assert_error(&raw.read_response(LIMIT), 404, "model_not_found");
+            sent.elapsed()
+        });
+        let mut raw = Raw::connect(&gateway.addr());
+        while !asking.is_finished() {
+            let began = Instant::now();
+            raw.send(&chat_request("echo", false, &Value::Null));
+            assert_eq!(raw.read_response(LIMIT).status, 200);
+            longest = longest.max(began.elapsed());
+            count += 1;
+        }
+        asking.join().unwrap()
+    });
+    println!("the large one took {took:?} from its last byte, {count} small ones at most {longest:?}");
+    assert!(longest < took / 2, "{longest:?} of {took:?}");
+}
+
+/// C9: no tree of gigabytes for the built-in model.
+#[test]
+fn c9_the_built_in_model_builds_no_huge_tree() {
+    let gateway = echo();
+    for unit in ["[],", "{},", "1,"] {
+        let body = format!(r#"{{"model":"echo","messages":[{}1]}}"#, unit.repeat(3_000_000));
+        assert_error(&post(&gateway.addr(), CHAT, &body), 413, "request_too_large");
+    }
+    let text = "many words, ".repeat(100_000);
+    let body =
+        evergate_testkit::raw::chat_body("echo", false, &json!({"messages": [{"role": "user", "content": text}]}));
+    assert_eq!(post(&gateway.addr(), CHAT, &body).content(), text);
 }
