@@ -200,7 +200,7 @@ mod tests {
         };
         let second = Duration::from_secs(1);
         Config {
-            server: Server { listen: vec![], auth: Auth::None, hosts: vec![], tls: None },
+            server: Server { listen: vec![], auth: Auth::None, hosts: vec![], cors: vec![], tls: None },
             admin_listen: None,
             keys: BTreeMap::new(),
             workers: Workers {

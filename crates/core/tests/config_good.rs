@@ -62,6 +62,7 @@ const FULL: &str = r#"
 listen = ["0.0.0.0:8443", "unix:/run/evergate.sock", "localhost:8444"]
 auth = "keys"
 hosts = ["Gateway.Example.com"]
+cors = ["https://app.example", "http://localhost:3000", "tauri://localhost"]
 tls = { cert = "cert.pem", key = "/etc/key.pem" }
 
 [admin]
@@ -197,6 +198,7 @@ fn a_full_file_is_read_to_the_last_key() {
     let config = &loaded.sealed.config;
     assert_eq!(config.server.listen, ["0.0.0.0:8443", "unix:/run/evergate.sock", "127.0.0.1:8444"]);
     assert_eq!(config.server.hosts, ["gateway.example.com"]);
+    assert_eq!(config.server.cors, ["https://app.example", "http://localhost:3000", "tauri://localhost"]);
     assert_eq!(config.server.tls.as_ref().unwrap().cert, "conf/cert.pem");
     assert_eq!(config.server.tls.as_ref().unwrap().key, "/etc/key.pem");
     assert_eq!(config.keys["team-b"], SecretRef::File("conf/key".into()));

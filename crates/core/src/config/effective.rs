@@ -22,7 +22,7 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     let server = &config.server;
     writeln!(out, "[server]\nlisten = {}", list(&server.listen))?;
     writeln!(out, "auth = \"{}\"", if server.auth == Auth::Keys { "keys" } else { "none" })?;
-    writeln!(out, "hosts = {}", list(&server.hosts))?;
+    writeln!(out, "hosts = {}\ncors = {}", list(&server.hosts), list(&server.cors))?;
     if let Some(tls) = &server.tls {
         writeln!(out, "tls = {{ cert = {}, key = {} }}", text(&tls.cert), text(&tls.key))?;
     }

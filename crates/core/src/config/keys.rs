@@ -18,7 +18,7 @@ pub(super) static ROOT: Shape = Shape {
     later: &["cache", "budgets", "batch", "store", "mcp", "dashboard", "hosts", "guardrails", "runners"],
 };
 pub(super) static SERVER: Shape =
-    Shape { section: "server", keys: &["listen", "auth", "hosts", "tls"], later: &["cors"] };
+    Shape { section: "server", keys: &["listen", "auth", "hosts", "cors", "tls"], later: &[] };
 pub(super) static TLS: Shape = Shape { section: "server.tls", keys: &["cert", "key"], later: &["client_ca"] };
 pub(super) static ADMIN: Shape = Shape { section: "admin", keys: &["listen"], later: &["auth", "tls"] };
 pub(super) static KEY: Shape = Shape {

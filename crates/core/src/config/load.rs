@@ -123,6 +123,7 @@ fn read<'a>(
             listen: listen.iter().map(ToString::to_string).collect(),
             auth,
             hosts: server.hosts,
+            cors: cors(root.report, server.cors, auth),
             tls: server.tls.map(|(tls, _)| tls),
         },
         admin_listen: admin.as_ref().map(ToString::to_string),
@@ -137,6 +138,14 @@ fn read<'a>(
     };
     let plan = Plan { is_listen_default, ..plan(&config, listen, admin) };
     (config, plan)
+}
+
+/// Without keys, "every page" would let any page in somebody's browser spend the operator's money.
+fn cors(report: &Report<'_>, origins: Vec<(String, Place)>, auth: Auth) -> Vec<String> {
+    if let Some((_, place)) = origins.iter().find(|(origin, _)| auth == Auth::None && origin == "*") {
+        report.mistake(*place, "\"*\" needs auth = \"keys\"; without keys, name the pages that may call");
+    }
+    origins.into_iter().map(|(origin, _)| origin).collect()
 }
 
 /// The master's part; the banner, which only a configuration without mistakes needs, is left out.

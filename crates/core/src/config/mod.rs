@@ -66,6 +66,8 @@ pub struct Server {
     pub auth: Auth,
     /// Host names, besides loopback ones and the listen addresses, that a `Host` header may carry while auth is off.
     pub hosts: Vec<String>,
+    /// Origins of web pages that may call from a browser, as browsers write them; `*` alone is every one.
+    pub cors: Vec<String>,
     /// TLS on every TCP listener.
     pub tls: Option<Tls>,
 }

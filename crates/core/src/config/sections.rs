@@ -28,6 +28,7 @@ pub(super) struct Server {
     /// What was written; none means that keys decide.
     pub(super) auth: Option<(Auth, Place)>,
     pub(super) hosts: Vec<String>,
+    pub(super) cors: Vec<(String, Place)>,
     pub(super) tls: Option<(Tls, Place)>,
 }
 
@@ -38,6 +39,7 @@ pub(super) fn server(root: &Section<'_>, vault: &Vault<'_>) -> Server {
         listen: section.get("listen").map(|value| listen(report, &value)),
         auth: auth(&section),
         hosts: section.get("hosts").map(|value| hosts(report, &value)).unwrap_or_default(),
+        cors: section.get("cors").map(|value| cors(report, &value)).unwrap_or_default(),
         tls: section.get("tls").and_then(|value| tls(report, &value, vault)),
     }
 }
@@ -107,6 +109,38 @@ fn hosts(report: &Report<'_>, value: &Value<'_>) -> Vec<String> {
         names.push(name.to_ascii_lowercase());
     }
     names
+}
+
+fn cors(report: &Report<'_>, value: &Value<'_>) -> Vec<(String, Place)> {
+    let mut origins = Vec::new();
+    for item in value.items(report, "a list of origins, such as [\"https://app.example\"]").unwrap_or_default() {
+        let Some(text) = item.text(report) else { continue };
+        if text == "*" || is_origin(text) {
+            origins.push((text.to_owned(), item.place));
+        } else {
+            let text = format!(
+                "\"{}\" is not an origin as browsers write it: scheme://host or scheme://host:port, in lower case, \
+                 without a path and without the scheme's own port",
+                shown(text)
+            );
+            report.mistake(item.place, text);
+        }
+    }
+    origins
+}
+
+/// Whether a browser can send it (RFC 6454, 6.2); "null", which any page can have, is none.
+fn is_origin(text: &str) -> bool {
+    let Some((scheme, host)) = text.split_once("://") else { return false };
+    let is_lower = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_scheme = |byte: u8| is_lower(byte) || matches!(byte, b'+' | b'-' | b'.');
+    let is_host = |byte: u8| is_lower(byte) || matches!(byte, b'.' | b'-' | b'_' | b':' | b'[' | b']');
+    let own_port = if scheme == "https" { ":443" } else { ":80" };
+    scheme.starts_with(|first: char| first.is_ascii_lowercase())
+        && scheme.bytes().all(is_scheme)
+        && (1..=255).contains(&host.len())
+        && host.bytes().all(is_host)
+        && !host.ends_with(own_port)
 }
 
 fn tls<'a>(report: &'a Report<'a>, value: &Value<'a>, vault: &Vault<'_>) -> Option<(Tls, Place)> {

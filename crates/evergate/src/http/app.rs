@@ -14,6 +14,7 @@ use http::HeaderValue;
 use tokio::sync::Semaphore;
 
 use super::auth::Door;
+use super::cors::Cors;
 use super::model_call::Endpoint;
 use crate::gate::Gate;
 use crate::lives::dns_fault;
@@ -30,6 +31,8 @@ pub struct App {
     pub clients: BTreeMap<String, Arc<Client>>,
     /// Who may come in.
     pub door: Door,
+    /// Web pages that may call.
+    pub cors: Cors,
     /// Admits requests.
     pub gate: Arc<Gate>,
     /// Unix seconds of the process's start; `created` of models.
@@ -60,6 +63,7 @@ impl App {
         Ok(Self {
             router: Router::new(&sealed.config),
             door: Door::new(&sealed)?,
+            cors: Cors::new(&sealed.config),
             clients,
             gate,
             started_s: evergate_sys::unix_ms() / 1000,

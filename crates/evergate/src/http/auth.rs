@@ -48,14 +48,17 @@ impl Door {
         Ok(Self::Open { hosts: listening.chain(named).collect() })
     }
 
-    /// Lets a request in and gives the name of its key, empty while auth is off.
+    /// Lets a request in and gives the name of its key, empty while auth is off. A page that is `listed` is no stranger.
     ///
     /// # Errors
     /// `invalid_api_key` or `origin_not_allowed`.
-    pub fn enter(&self, head: &Parts) -> Result<&str, Error> {
+    pub fn enter(&self, head: &Parts, is_listed: bool) -> Result<&str, Error> {
         match self {
             Self::Keys(keys) => keys.find(&head.headers),
-            Self::Open { hosts } => no_stranger(hosts, head).map(|()| ""),
+            Self::Open { hosts } => {
+                let authority = our_host(hosts, head)?;
+                if is_listed { Ok("") } else { no_page(authority, head).map(|()| "") }
+            }
         }
     }
 }
@@ -102,10 +105,13 @@ fn is_ours(hosts: &[String], host: &str) -> bool {
     is_loopback || host == "localhost" || host.ends_with(".localhost") || hosts.contains(&host)
 }
 
-/// Refuses what a web page in somebody's browser can send: any page could otherwise spend the operator's money, by a
-/// plain cross-site POST or by a name that it makes resolve to a loopback address.
-fn no_stranger(hosts: &[String], head: &Parts) -> Result<(), Error> {
-    let refuse = |message: &'static str| Err(Error::new(Fault::OriginNotAllowed, message));
+fn refuse<T>(message: &'static str) -> Result<T, Error> {
+    Err(Error::new(Fault::OriginNotAllowed, message))
+}
+
+/// The host that is asked, which must be ours: any web page could otherwise spend the operator's money by a name that it
+/// makes resolve to a loopback address.
+fn our_host<'a>(hosts: &[String], head: &'a Parts) -> Result<Option<&'a str>, Error> {
     let authority = match head.uri.authority() {
         Some(authority) => Some(authority.as_str()),
         None => match head.headers.get(HOST) {
@@ -121,11 +127,18 @@ fn no_stranger(hosts: &[String], head: &Parts) -> Result<(), Error> {
     {
         return refuse("while auth is off, the Host header must be a loopback name; add others to server.hosts");
     }
+    Ok(authority)
+}
+
+/// Refuses what a web page in somebody's browser can send, by a plain cross-site POST.
+fn no_page(authority: Option<&str>, head: &Parts) -> Result<(), Error> {
     for origin in head.headers.get_all(ORIGIN) {
         let own =
             |scheme: &str| authority.is_some_and(|own| origin.as_bytes() == format!("{scheme}://{own}").as_bytes());
         if !own("http") && !own("https") {
-            return refuse("while auth is off, requests from web pages of another origin are refused");
+            return refuse(
+                "while auth is off, requests from web pages of another origin are refused; add it to server.cors",
+            );
         }
     }
     if head.headers.get_all(SEC_FETCH_SITE).iter().any(|site| site != "same-origin" && site != "none") {
@@ -163,7 +176,7 @@ mod tests {
     #[test]
     fn a_web_page_is_refused_while_auth_is_off() {
         let door = Door::Open { hosts: vec!["gateway.lan".into()] };
-        let enter = |headers: &[(&str, &str)]| door.enter(&parts(headers)).is_ok();
+        let enter = |headers: &[(&str, &str)]| door.enter(&parts(headers), false).is_ok();
         assert!(enter(&[("host", "127.0.0.1:4700")]));
         assert!(enter(&[("host", "[::1]:4700")]));
         assert!(enter(&[("host", "Gateway.LAN:1")]));
@@ -173,5 +186,9 @@ mod tests {
         assert!(!enter(&[("host", "localhost"), ("origin", "https://evil.example")]));
         assert!(!enter(&[("host", "localhost"), ("origin", "null")]));
         assert!(!enter(&[("host", "localhost"), ("sec-fetch-site", "cross-site")]));
+        // A page on the list is let in, a name that is not ours stays out.
+        let page = [("origin", "https://app.example"), ("sec-fetch-site", "cross-site")];
+        assert!(door.enter(&parts(&[&page[..], &[("host", "localhost")]].concat()), true).is_ok());
+        assert!(door.enter(&parts(&[&page[..], &[("host", "evil.example")]].concat()), true).is_err());
     }
 }

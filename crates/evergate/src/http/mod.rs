@@ -5,6 +5,7 @@ mod attempts;
 pub mod auth;
 pub mod body;
 mod call;
+pub mod cors;
 pub mod fault;
 pub mod intake;
 pub mod left;

@@ -15,7 +15,7 @@ use hyper::body::Incoming;
 use super::app::App;
 use super::body::{Active, Body};
 use super::model_call::{Endpoint, ModelCall, Outcome, settle};
-use super::respond;
+use super::{cors, respond};
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
@@ -117,13 +117,18 @@ impl Service {
         let (head, body) = request.into_parts();
         let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
         let mut arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
-        let (served, mut pass) = match refusal.map_or_else(|| self.judge(&head, path), Err) {
-            Ok(tenant) => {
+        let judged = match refusal {
+            Some(error) => Judged::Refused(error),
+            None => self.judge(&head, path),
+        };
+        let (served, mut pass) = match judged {
+            Judged::Served(tenant) => {
                 arrival.tenant = tenant;
                 let call = (arrival.clone(), started, Arc::clone(&token));
                 self.dispatch(head, body, path, (id, own_id), call).await
             }
-            Err(error) => (Err(error), None),
+            Judged::Answered(response) => (Ok(response), None),
+            Judged::Refused(error) => (Err(error), None),
         };
         match &mut pass {
             Some(pass) => settle(pass, &served),
@@ -151,12 +156,21 @@ impl Service {
         response
     }
 
-    /// What can be said by the head alone; gives the key's name.
-    fn judge(&self, head: &http::request::Parts, path: Path) -> Result<String, Error> {
+    /// What can be said by the head alone.
+    fn judge(&self, head: &http::request::Parts, path: Path) -> Judged {
+        // A browser asks without the key that it will send.
+        if let Some(answer) = self.app.cors.preflight(head) {
+            return Judged::Answered(answer);
+        }
+        self.admit(head, path).map_or_else(Judged::Refused, Judged::Served)
+    }
+
+    /// Gives the key's name.
+    fn admit(&self, head: &http::request::Parts, path: Path) -> Result<String, Error> {
         if matches!(path, Path::Healthz | Path::Readyz) {
             return Self::check_method(head, path).map(|()| String::new());
         }
-        let tenant = self.app.door.enter(head)?.to_owned();
+        let tenant = self.app.door.enter(head, self.app.cors.listed(&head.headers).is_some())?.to_owned();
         if path == Path::Unknown && head.method == Method::CONNECT {
             return Self::check_method(head, path).map(|()| tenant);
         }
@@ -259,6 +273,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let is_h1 = request.version() <= Version::HTTP_11;
         let own_id = HeaderValue::from_bytes(seen.id.text().as_bytes()).ok();
         let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
+        let page = self.app.cors.listed(request.headers()).cloned();
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
         let ground = (self.shared.next_refusal(), Active::new(&self.shared));
@@ -269,10 +284,20 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             token,
             is_h1,
             echoed,
+            page,
             app: Arc::clone(&self.app),
             shared: Arc::clone(&self.shared),
         }
     }
+}
+
+/// What a request's head comes to.
+enum Judged {
+    /// It is served, for the key of that name.
+    Served(String),
+    /// The head was all of it.
+    Answered(Response<Body>),
+    Refused(Error),
 }
 
 /// A handler with its two boundaries: a panic is a 500 for this request alone, and a cancel is answered at once,
@@ -284,6 +309,8 @@ pub struct Bounded {
     is_h1: bool,
     /// Goes on every answer: the client's own id, or ours.
     echoed: Option<HeaderValue>,
+    /// The origin of the page that may read the answer.
+    page: Option<HeaderValue>,
     app: Arc<App>,
     shared: Arc<Shared>,
 }
@@ -346,6 +373,9 @@ impl Future for Bounded {
         self.say_connection(&mut response);
         if let Some(echoed) = self.echoed.take() {
             response.headers_mut().insert(respond::REQUEST_ID, echoed);
+        }
+        if let Some(page) = self.page.take() {
+            cors::dress(response.headers_mut(), page);
         }
         Poll::Ready(Ok(response))
     }

@@ -2,7 +2,7 @@
 
 use evergate_testkit::link::Gone;
 use evergate_testkit::raw::{chat_body, get_request, post_request};
-use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, Response, gateway_config, wait_until};
 use serde_json::Value;
 
 use crate::support::{CHAT, EXE, LIMIT, assert_alive, assert_error, assert_error_shape, before, echo_with};
@@ -249,4 +249,104 @@ fn echo_needs_a_line_in_a_file() {
     let response = evergate_testkit::post_chat(&gateway.addr(), "echo", false, &Value::Null);
     assert_error(&response, 404, "model_not_found");
     assert_alive(&echo_with(""));
+}
+
+const PAGE: &str = "https://app.example";
+
+/// B16: what a page on the list is told, with auth off and with keys; another page is treated as if there were no list.
+#[test]
+fn b16_listed_pages_may_call_and_others_may_not() {
+    let open = "[server]\nlisten = [\"127.0.0.1:0\"]\ncors = [\"https://app.example\", \"http://localhost:3000\"]\n";
+    let keyed = format!("{open}auth = \"keys\"\n");
+    let rest = "[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\ntargets = [{ upstream = \"echo\" }]\n";
+    let key = format!("authorization: Bearer {KEY_A}\r\n");
+    for (text, key, refusal) in [
+        (format!("{open}{rest}"), "", (403, "origin_not_allowed")),
+        (format!("{keyed}{rest}[keys.a]\nsecret = {{ env = \"TEAM_A\" }}\n"), key.as_str(), (401, "invalid_api_key")),
+    ] {
+        let gateway = Evergate::builder(EXE).config(text).env("TEAM_A", KEY_A).start();
+        let mut raw = Raw::connect(&gateway.addr());
+        for origin in [PAGE, "http://localhost:3000"] {
+            let asked = "access-control-request-method: POST\r\n\
+                         access-control-request-headers: Authorization, content-type,x-stainless-os, x-evil\r\n";
+            raw.send(&options(CHAT, &format!("origin: {origin}\r\nsec-fetch-site: cross-site\r\n{asked}")));
+            let told = raw.read_response(LIMIT);
+            assert_eq!((told.status, told.body.len()), (204, 0), "{}", told.text());
+            assert_page(&told, Some(origin));
+            assert_eq!(told.header("access-control-allow-methods"), Some("GET, POST, DELETE"));
+            assert_eq!(
+                told.header("access-control-allow-headers"),
+                Some("authorization, content-type, x-stainless-os")
+            );
+            assert_eq!(told.header("access-control-max-age"), Some("600"));
+
+            let page = format!("origin: {origin}\r\nsec-fetch-site: cross-site\r\n");
+            raw.send(&chat_with(&format!("{page}{key}")));
+            let answer = raw.read_response(LIMIT);
+            assert_eq!(answer.content(), "Say hello");
+            assert_page(&answer, Some(origin));
+            raw.send(&post_request(CHAT, &format!("{page}{key}"), &chat_body("echo", true, &Value::Null)));
+            assert_page(&raw.read_response(LIMIT), Some(origin));
+            raw.send(&post_request(CHAT, &format!("{page}{key}"), "{"));
+            let error = raw.read_response(LIMIT);
+            assert_error(&error, 400, "invalid_json");
+            assert_page(&error, Some(origin));
+        }
+        for origin in [
+            "https://evil.example",
+            "https://app.example.evil.example",
+            "https://app.example:8443",
+            "http://app.example",
+            "HTTPS://APP.EXAMPLE",
+            "null",
+            "https://app.example, https://app.example",
+            "https://app.example\r\norigin: https://app.example",
+        ] {
+            raw.send(&options(CHAT, &format!("origin: {origin}\r\naccess-control-request-method: POST\r\n")));
+            let told = raw.read_response(LIMIT);
+            assert_error(&told, refusal.0, refusal.1);
+            assert_page(&told, None);
+            raw.send(&chat_with(&format!("origin: {origin}\r\n{key}")));
+            let answer = raw.read_response(LIMIT);
+            assert_eq!(answer.status, if key.is_empty() { 403 } else { 200 }, "{origin}");
+            assert_page(&answer, None);
+        }
+        // No question of a browser, no origin, another host: as without a list.
+        raw.send(&options(CHAT, &format!("origin: {PAGE}\r\n{key}")));
+        assert_error(&raw.read_response(LIMIT), 405, "method_not_allowed");
+        raw.send(&chat_with(key));
+        assert_page(&raw.read_response(LIMIT), None);
+        let foreign = format!("GET /v1/models HTTP/1.1\r\nhost: evil.example\r\norigin: {PAGE}\r\n\r\n");
+        raw.send(foreign.as_bytes());
+        assert_error(&raw.read_response(LIMIT), refusal.0, refusal.1);
+    }
+}
+
+/// Without a list nothing is said to browsers.
+#[test]
+fn b16_pages_are_told_nothing_by_default() {
+    let gateway = with_keys();
+    let mut raw = Raw::connect(&gateway.addr());
+    let key = format!("authorization: Bearer {KEY_A}\r\n");
+    raw.send(&options(CHAT, &format!("{key}origin: {PAGE}\r\naccess-control-request-method: POST\r\n")));
+    let told = raw.read_response(LIMIT);
+    assert_error(&told, 405, "method_not_allowed");
+    assert_page(&told, None);
+    raw.send(&chat_with(&format!("{key}origin: {PAGE}\r\n")));
+    assert_page(&raw.read_response(LIMIT), None);
+}
+
+fn options(path: &str, fields: &str) -> Vec<u8> {
+    format!("OPTIONS {path} HTTP/1.1\r\nhost: localhost\r\n{fields}\r\n").into_bytes()
+}
+
+/// The answer is for that page, or says nothing to any; credentials are for none.
+#[track_caller]
+fn assert_page(response: &Response, origin: Option<&str>) {
+    let said = |name: &str| response.header(name);
+    assert_eq!(said("access-control-allow-origin"), origin);
+    assert_eq!(said("vary"), origin.map(|_| "Origin"));
+    assert_eq!(said("access-control-expose-headers").is_some(), origin.is_some());
+    assert_eq!(said("access-control-allow-credentials"), None);
+    assert!(origin.is_some() || !response.headers.iter().any(|(name, _)| name.starts_with("access-control-")));
 }
