@@ -5,7 +5,7 @@ pub mod load;
 pub mod pass;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,9 @@ use self::pass::{Admitted, Pass, Record};
 use crate::context::Token;
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names::{self, End};
+
+/// How long after a failed accept a worker is short of descriptors: some pauses between two tries.
+const SHORT_NS: u64 = 1_000_000_000;
 
 /// How far a worker is on its way to the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,6 +51,8 @@ pub struct Gate {
     empty: Notify,
     stage: watch::Sender<Stage>,
     access: AccessLog,
+    /// When accepting last failed for want of descriptors; 0 for never.
+    short_ns: AtomicU64,
 }
 
 /// What is known of a request when it arrives.
@@ -90,6 +95,7 @@ impl Gate {
             empty: Notify::new(),
             stage: watch::Sender::new(Stage::Serving),
             access,
+            short_ns: AtomicU64::new(0),
         })
     }
 
@@ -119,6 +125,18 @@ impl Gate {
     #[must_use]
     pub fn is_far_above_peers(&self) -> bool {
         self.load.is_far_above_peers()
+    }
+
+    /// Accepting has failed for want of descriptors: for a while each answer closes its connection.
+    pub fn run_short(&self) {
+        self.short_ns.store(monotonic_ns(), Ordering::Relaxed);
+    }
+
+    /// Whether that was a moment ago.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        let then = self.short_ns.load(Ordering::Relaxed);
+        then > 0 && monotonic_ns().saturating_sub(then) < SHORT_NS
     }
 
     /// A new request's own id.

@@ -345,7 +345,7 @@ impl Bounded {
             if gate.is_far_above_peers() {
                 self.shared.send_elsewhere();
             }
-        } else if gate.is_draining() || gate.is_far_above_peers() {
+        } else if gate.is_draining() || gate.is_far_above_peers() || gate.is_short() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }

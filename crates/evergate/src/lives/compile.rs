@@ -9,6 +9,7 @@ use evergate_core::config::{self, Facts, Loaded, Mistake, Roots, Sealed, Source}
 use evergate_core::inherit::{self, code};
 use evergate_upstream::Trust;
 
+use super::descriptors;
 use crate::cli::ConfigArgs;
 use crate::server::tls;
 
@@ -68,6 +69,7 @@ pub fn load(args: &ConfigArgs) -> Result<Loaded, Vec<Mistake>> {
     let mut loaded = config::load(source.as_ref(), &args.overrides(), &facts)?;
     check_tls(&loaded.sealed).and_then(|()| check_roots(&loaded.sealed)).map_err(|why| vec![whole_file(&name, why)])?;
     loaded.warnings.extend(exposed(&loaded.sealed));
+    loaded.warnings.extend(descriptors::warning(&loaded.sealed.config));
     Ok(loaded)
 }
 

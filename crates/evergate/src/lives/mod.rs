@@ -17,6 +17,7 @@ use tokio::net::unix::pipe::Receiver;
 mod boot_fault;
 pub mod clerk;
 pub mod compile;
+mod descriptors;
 pub(crate) mod dns_fault;
 pub mod serve;
 pub mod worker;

@@ -11,7 +11,7 @@ use evergate_core::redact::Redactor;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
-use super::{ChildArgs, Inherited, kick, master_gone, rss_kib};
+use super::{ChildArgs, Inherited, descriptors, kick, master_gone, rss_kib};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
 use crate::http::fault::{Place, pass_by};
@@ -96,7 +96,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     lifespan.start("planted", boot, async { Ok(((), super::boot_fault::stop())) }).await.map_err(failed)?;
 
     let places = (sealed.config.workers.slots, sealed.config.limits.queue);
-    let connections = sealed.config.limits.connections;
+    let connections = descriptors::connections(&sealed.config);
     let waker = Arc::clone(&kicker);
     let tell = Box::new(move || kick(&*waker));
     let redactor = Arc::new(Redactor::new(sealed.secrets.values().map(String::as_str)));

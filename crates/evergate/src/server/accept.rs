@@ -48,7 +48,12 @@ impl Listener {
     }
 
     fn accept(&self) -> io::Result<Accepted> {
-        let fd = rustix::net::accept_with(self.fd.get_ref(), SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+        let accepted = rustix::net::accept_with(self.fd.get_ref(), SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        let fd = match accepted {
+            // The kernel looks for a descriptor before it looks for a connection.
+            Err(error) if is_short(&error.into()) && !self.has_waiting() => return Err(empty()),
+            accepted => accepted?,
+        };
         Ok(if self.is_unix {
             Accepted::Unix(tokio::net::UnixStream::from_std(fd.into())?)
         } else {
@@ -115,7 +120,10 @@ impl Acceptor {
                 Some(Ok(stream)) => self.start(stream, place).await,
                 Some(Err(error)) if is_shut(&error) => return self.see_empty(&listener),
                 // The connection died in the queue, or descriptors are short: the others must not wait for it.
-                Some(Err(error)) if is_short(&error) => tokio::time::sleep(PAUSE).await,
+                Some(Err(error)) if is_short(&error) => {
+                    self.make_room();
+                    tokio::time::sleep(PAUSE).await;
+                }
                 Some(Err(_)) => {}
             }
         }
@@ -166,6 +174,17 @@ impl Acceptor {
                 outcome => return Some(outcome),
             }
         }
+    }
+
+    /// There is no descriptor left: what is idle goes. The connection that could not be taken stays in the queue, where a
+    /// peer may take it; it is not accepted and closed, which would refuse it in everybody's name.
+    fn make_room(&self) {
+        let gate = &self.app.gate;
+        if let Some(series) = gate.board().series(gate.row()) {
+            series.add(names::key(names::ACCEPT_FAILURES, 0, 0, 0), 1);
+        }
+        gate.run_short();
+        self.app.clients.values().for_each(|client| client.close_idle());
     }
 
     fn see_empty(&self, listener: &Listener) {

@@ -26,6 +26,8 @@ pub const EXITS: u8 = 6;
 pub const ACCESS_DROPPED: u8 = 7;
 /// Panics.
 pub const PANICS: u8 = 8;
+/// Accepts that failed for want of descriptors or memory.
+pub const ACCEPT_FAILURES: u8 = 15;
 /// Client connections accepted.
 pub const CONNECTIONS: u8 = 9;
 /// Children started in place of another: kind (a), what made the other one go (b, index in `INITIATORS`). On the master's

@@ -204,6 +204,9 @@ impl Page<'_> {
         let connections = sums.total(names::CONNECTIONS);
         let help = "Client connections accepted.";
         self.single("evergate_client_connections_total", "counter", help, connections);
+        let failures = sums.total(names::ACCEPT_FAILURES);
+        let help = "Accepts that failed for want of descriptors or memory; the connection waited.";
+        self.single("evergate_accept_failures_total", "counter", help, failures);
         self.look_ups(sums);
         let overflows = self.board.master().queue_overflows();
         let help = "Connects that a full accept queue turned away; their clients tried again a second later.";

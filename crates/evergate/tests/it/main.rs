@@ -13,6 +13,7 @@ mod client_deadline;
 mod connecting;
 mod connections;
 mod control;
+mod descriptors;
 mod disconnects;
 mod drain;
 mod drain_http2;
