@@ -109,16 +109,26 @@ faults! {
     UpstreamFailed => 502 "server_error" "upstream_failed" retry=true after=None, close=false Upstream;
     /// The upstream does not accept the gateway's own credential.
     UpstreamAuthFailed => 502 "server_error" "upstream_auth_failed" retry=false after=None, close=false Upstream;
+    /// A program that is a model cannot be executed as it is configured.
+    AdapterSpawnFailed => 502 "server_error" "adapter_spawn_failed" retry=false after=None, close=false Upstream;
+    /// A program that is a model ended with another code than 0, or by a signal.
+    AdapterExited => 502 "server_error" "adapter_exited" retry=true after=None, close=false Upstream;
+    /// What a program that is a model wrote is not what its mode promises.
+    AdapterProtocolError => 502 "server_error" "adapter_protocol_error" retry=true after=None, close=false Upstream;
     /// All places are taken.
     Overloaded => 503 "server_error" "overloaded" retry=true after=Some(1), close=false Capacity;
     /// The gateway is stopping.
     ServerShuttingDown => 503 "server_error" "server_shutting_down" retry=true after=Some(1), close=true Capacity;
+    /// A program that is a model is being started, and was not ready in time.
+    ModelLoading => 503 "server_error" "model_loading" retry=true after=Some(2), close=false Capacity;
     /// An operator ended the request.
     OperatorCancelled => 503 "server_error" "cancelled_by_operator" retry=false after=None, close=false Capacity;
     /// The upstream was silent for longer than `idle`, or took longer than `connect`.
     UpstreamTimeout => 504 "server_error" "upstream_timeout" retry=true after=None, close=false Upstream;
     /// The upstream sent nothing within `first_token`.
     FirstTokenTimeout => 504 "server_error" "first_token_timeout" retry=true after=None, close=false Upstream;
+    /// A program that is a model was not executed, read nothing, or wrote nothing for too long.
+    AdapterTimeout => 504 "server_error" "adapter_timeout" retry=true after=None, close=false Upstream;
     /// The request used up `total` or `stream_total`.
     DeadlineExceeded => 504 "server_error" "deadline_exceeded" retry=false after=None, close=false Upstream;
 }

@@ -53,6 +53,8 @@ pub struct Plan {
 pub struct Wiring<'a> {
     /// Arguments after those of the plan.
     pub args: &'a [OsString],
+    /// The request it is started for, for the record of its end.
+    pub request: Option<&'a str>,
     /// Descriptors it finds under numbers from 3 on.
     pub fds: &'a [(BorrowedFd<'a>, i32)],
     /// Whether its standard input is a pipe of ours; otherwise it is empty.
@@ -76,6 +78,8 @@ pub(crate) struct State {
 pub struct Ended {
     /// Its number among processes, which may be another's by now.
     pub pid: Pid,
+    /// The request it was started for, if it was for one.
+    pub request: Option<String>,
     /// How its first process ended, and what it used.
     pub exit: Exit,
     /// How far we had to go.
@@ -165,6 +169,15 @@ impl Program {
     /// descendants hold its output open or have to be looked for. None when its life was lost to a defect of ours.
     pub async fn ended(&mut self) -> Option<Ended> {
         self.state.wait_for(|state| state.ended.is_some()).await.ok()?.ended.clone()
+    }
+
+    /// As [`Program::ended`], for somebody who does not hold it.
+    pub fn gone(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut state = self.state.clone();
+        async move {
+            // An error is its end too.
+            let _ = state.wait_for(|state| state.ended.is_some()).await;
+        }
     }
 
     /// Asks it to end: TERM to its group, and KILL after the plan's grace.

@@ -16,6 +16,9 @@ pub trait Report: Send + Sync + 'static {
     /// A program is gone, with everything that it had started.
     fn ended(&self, ended: &Ended);
 
+    /// Requests that programs work on, and those that wait for one.
+    fn load(&self, in_flight: u32, waiting: u32);
+
     /// A line of a program's own output.
     fn line(&self, line: Line<'_>);
 }

@@ -11,7 +11,7 @@ mod whole;
 
 pub use embedding::embeddings;
 pub use models::{model, models_list};
-pub use stream::Chunks;
+pub use stream::{Chunks, DONE, Events};
 pub use whole::{completion, text_completion};
 
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ use crate::json::write_string;
 /// Bytes that make a token, about what English text comes to with OpenAI's own tokenizers.
 const TOKEN_BYTES: usize = 4;
 
-/// One answer of the built-in model.
+/// One answer of our own: the built-in model's, or a program's that writes plain text.
 #[derive(Clone, Debug)]
 pub struct Reply {
     /// `id`.
@@ -30,8 +30,10 @@ pub struct Reply {
     pub created: u64,
     /// `model`, as the client named it.
     pub model: String,
-    /// The answer's text. An echo's is its prompt too, and is counted as both.
+    /// The answer's text.
     pub text: String,
+    /// What the prompt is counted as; none where the text is the prompt too, as an echo's is.
+    pub tokens_in: Option<u64>,
     /// Whether a stream ends with a chunk of usage (`stream_options.include_usage`); a whole answer always has it.
     pub wants_usage: bool,
 }
@@ -59,10 +61,22 @@ impl Reply {
 
     /// Writes a `CompletionUsage`.
     fn write_usage(&self, out: &mut String) {
-        let tokens = count_tokens(&self.text);
-        let total = tokens.saturating_mul(2);
-        let _ = write!(out, "{{\"prompt_tokens\":{tokens},\"completion_tokens\":{tokens},\"total_tokens\":{total}}}");
+        let (tokens_in, tokens_out) = self.tokens();
+        write_usage(out, tokens_in, tokens_out);
     }
+
+    /// Of the prompt and of the text.
+    fn tokens(&self) -> (u64, u64) {
+        let tokens_out = count_tokens(&self.text);
+        (self.tokens_in.unwrap_or(tokens_out), tokens_out)
+    }
+}
+
+fn write_usage(out: &mut String, tokens_in: u64, tokens_out: u64) {
+    let total = tokens_in.saturating_add(tokens_out);
+    // Writing to a string cannot fail.
+    let _ =
+        write!(out, "{{\"prompt_tokens\":{tokens_in},\"completion_tokens\":{tokens_out},\"total_tokens\":{total}}}");
 }
 
 #[cfg(test)]

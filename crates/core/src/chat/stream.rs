@@ -3,11 +3,115 @@
 use super::Reply;
 use crate::json::write_string;
 
+/// What ends a stream that told everything.
+pub const DONE: &str = "data: [DONE]\n\n";
+
 /// Which endpoint's shape the events have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     Chat,
     Text,
+}
+
+/// Makes the events of one stream, each with its blank line: for chat a role, then pieces of text, the end, the usage if
+/// it is wanted; [`DONE`] comes last.
+#[derive(Clone, Debug)]
+pub struct Events {
+    shape: Shape,
+    wants_usage: bool,
+    /// What every event begins with.
+    head: String,
+}
+
+impl Events {
+    /// The events of a chat completion, each a `CreateChatCompletionStreamResponse`. The reply's text is not looked at.
+    #[must_use]
+    pub fn chat(reply: &Reply) -> Self {
+        Self::new(reply, Shape::Chat, "chat.completion.chunk")
+    }
+
+    /// The events of a text completion, each a `CreateCompletionResponse` whose `finish_reason` is null until the end,
+    /// as OpenAI sends it. The reply's text is not looked at.
+    #[must_use]
+    pub fn text(reply: &Reply) -> Self {
+        Self::new(reply, Shape::Text, "text_completion")
+    }
+
+    fn new(reply: &Reply, shape: Shape, object: &str) -> Self {
+        let mut head = String::with_capacity(192);
+        head.push_str("data: ");
+        reply.write_head(&mut head, object);
+        head.push_str("\"choices\":[");
+        Self { shape, wants_usage: reply.wants_usage, head }
+    }
+
+    /// What comes before the first piece: for chat, whose the answer is.
+    #[must_use]
+    pub fn role(&self) -> Option<String> {
+        let delta = "{\"role\":\"assistant\",\"content\":\"\",\"refusal\":null}";
+        (self.shape == Shape::Chat).then(|| self.choice("delta", |out| out.push_str(delta), "null"))
+    }
+
+    /// A piece of the text.
+    #[must_use]
+    pub fn piece(&self, text: &str) -> String {
+        match self.shape {
+            Shape::Text => self.choice("text", |out| write_string(out, text), "null"),
+            Shape::Chat => {
+                let delta = |out: &mut String| {
+                    out.push_str("{\"content\":");
+                    write_string(out, text);
+                    out.push('}');
+                };
+                self.choice("delta", delta, "null")
+            }
+        }
+    }
+
+    /// The end of the text.
+    #[must_use]
+    pub fn finish(&self) -> String {
+        match self.shape {
+            Shape::Text => self.choice("text", |out| out.push_str("\"\""), "\"stop\""),
+            Shape::Chat => self.choice("delta", |out| out.push_str("{}"), "\"stop\""),
+        }
+    }
+
+    /// The usage, for who wants it (`stream_options.include_usage`).
+    #[must_use]
+    pub fn usage(&self, tokens_in: u64, tokens_out: u64) -> String {
+        let mut out = self.head.clone();
+        out.push_str("],\"usage\":");
+        super::write_usage(&mut out, tokens_in, tokens_out);
+        out.push_str("}\n\n");
+        out
+    }
+
+    /// An event with one choice, whose `key` holds what `write` writes.
+    fn choice(&self, key: &str, write: impl FnOnce(&mut String), finish_reason: &str) -> String {
+        let mut out = String::with_capacity(self.head.len() + 192);
+        out.push_str(&self.head);
+        // OpenAI's order: a chat's index comes first, a text's after it.
+        if self.shape == Shape::Chat {
+            out.push_str("{\"index\":0,\"");
+        } else {
+            out.push_str("{\"");
+        }
+        out.push_str(key);
+        out.push_str("\":");
+        write(&mut out);
+        if self.shape == Shape::Text {
+            out.push_str(",\"index\":0");
+        }
+        out.push_str(",\"logprobs\":null,\"finish_reason\":");
+        out.push_str(finish_reason);
+        out.push_str("}]");
+        if self.wants_usage {
+            out.push_str(",\"usage\":null");
+        }
+        out.push_str("}\n\n");
+        out
+    }
 }
 
 /// What comes next.
@@ -16,43 +120,38 @@ enum Stage {
     Role,
     /// The words from this byte of the text on.
     Words(usize),
-    Finish,
     Usage,
     Done,
     End,
 }
 
-/// The events of a stream, each with its blank line: for chat a role, then one for each word with the white space
-/// after it, the end, the usage if it is wanted, and `[DONE]`.
+/// The events of a whole text, one for each word with the white space after it, and `[DONE]`.
 #[derive(Clone, Debug)]
 pub struct Chunks {
     reply: Reply,
-    shape: Shape,
+    events: Events,
     stage: Stage,
-    /// What every event begins with.
-    head: String,
 }
 
 impl Chunks {
-    /// The events of a chat completion, each a `CreateChatCompletionStreamResponse`.
+    /// As a chat completion.
     #[must_use]
     pub fn chat(reply: Reply) -> Self {
-        Self::new(reply, Shape::Chat, "chat.completion.chunk", Stage::Role)
+        Self { events: Events::chat(&reply), reply, stage: Stage::Role }
     }
 
-    /// The events of a text completion, each a `CreateCompletionResponse` whose `finish_reason` is null until the end,
-    /// as OpenAI sends it.
+    /// As a text completion.
     #[must_use]
     pub fn text(reply: Reply) -> Self {
-        Self::new(reply, Shape::Text, "text_completion", Stage::Words(0))
+        Self { events: Events::text(&reply), reply, stage: Stage::Role }
     }
 
-    fn new(reply: Reply, shape: Shape, object: &str, stage: Stage) -> Self {
-        let mut head = String::with_capacity(192);
-        head.push_str("data: ");
-        reply.write_head(&mut head, object);
-        head.push_str("\"choices\":[");
-        Self { reply, shape, stage, head }
+    fn usage(&self) -> Option<String> {
+        if !self.reply.wants_usage {
+            return None;
+        }
+        let (tokens_in, tokens_out) = self.reply.tokens();
+        Some(self.events.usage(tokens_in, tokens_out))
     }
 
     /// The next word and where the one after it begins.
@@ -60,69 +159,28 @@ impl Chunks {
         let word = self.reply.text.get(from..)?.split_inclusive(char::is_whitespace).next()?;
         Some((word, from + word.len()))
     }
-
-    /// An event that carries `content`; with `finish_reason` "stop" if it is the last of the choice.
-    fn choice(&self, content: &str, finish_reason: &str) -> String {
-        let mut out = String::with_capacity(self.head.len() + content.len() + 128);
-        out.push_str(&self.head);
-        match (self.shape, self.stage) {
-            (Shape::Text, _) => {
-                out.push_str("{\"text\":");
-                write_string(&mut out, content);
-                out.push_str(",\"index\":0");
-            }
-            (Shape::Chat, Stage::Role) => {
-                out.push_str("{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\",\"refusal\":null}");
-            }
-            (Shape::Chat, Stage::Words(_)) => {
-                out.push_str("{\"index\":0,\"delta\":{\"content\":");
-                write_string(&mut out, content);
-                out.push('}');
-            }
-            (Shape::Chat, _) => out.push_str("{\"index\":0,\"delta\":{}"),
-        }
-        out.push_str(",\"logprobs\":null,\"finish_reason\":");
-        out.push_str(finish_reason);
-        out.push_str("}]");
-        if self.reply.wants_usage {
-            out.push_str(",\"usage\":null");
-        }
-        out.push_str("}\n\n");
-        out
-    }
-
-    fn usage(&self) -> String {
-        let mut out = self.head.clone();
-        out.push_str("],\"usage\":");
-        self.reply.write_usage(&mut out);
-        out.push_str("}\n\n");
-        out
-    }
 }
 
 impl Iterator for Chunks {
     type Item = String;
 
     fn next(&mut self) -> Option<String> {
-        let (event, next) = match self.stage {
-            Stage::Role => (self.choice("", "null"), Stage::Words(0)),
-            Stage::Words(from) => match self.word(from) {
-                Some((word, next)) => (self.choice(word, "null"), Stage::Words(next)),
-                None => {
-                    self.stage = Stage::Finish;
-                    return self.next();
-                }
-            },
-            Stage::Finish => {
-                let next = if self.reply.wants_usage { Stage::Usage } else { Stage::Done };
-                (self.choice("", "\"stop\""), next)
+        loop {
+            let (event, next) = match self.stage {
+                Stage::Role => (self.events.role(), Stage::Words(0)),
+                Stage::Words(from) => match self.word(from) {
+                    Some((word, next)) => (Some(self.events.piece(word)), Stage::Words(next)),
+                    None => (Some(self.events.finish()), Stage::Usage),
+                },
+                Stage::Usage => (self.usage(), Stage::Done),
+                Stage::Done => (Some(String::from(DONE)), Stage::End),
+                Stage::End => return None,
+            };
+            self.stage = next;
+            if event.is_some() {
+                return event;
             }
-            Stage::Usage => (self.usage(), Stage::Done),
-            Stage::Done => (String::from("data: [DONE]\n\n"), Stage::End),
-            Stage::End => return None,
-        };
-        self.stage = next;
-        Some(event)
+        }
     }
 }
 
@@ -133,7 +191,7 @@ mod tests {
     use super::*;
 
     fn reply(text: &str, wants_usage: bool) -> Reply {
-        Reply { id: "id-1".into(), created: 7, model: "echo".into(), text: text.into(), wants_usage }
+        Reply { id: "id-1".into(), created: 7, model: "echo".into(), text: text.into(), tokens_in: None, wants_usage }
     }
 
     /// The events' data, of which the last is `[DONE]` and cut off.

@@ -41,6 +41,7 @@ mod tests {
             created: 1_700_000_000,
             model: "my \"echo\"".into(),
             text: "hello, \"world\"\n😀".into(),
+            tokens_in: None,
             wants_usage: false,
         }
     }

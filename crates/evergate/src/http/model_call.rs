@@ -243,6 +243,7 @@ impl ModelCall {
             created: evergate_sys::unix_ms() / 1000,
             model: asked.model.clone(),
             text: json::messages_text(body)?,
+            tokens_in: None,
             wants_usage: asked.wants_usage,
         };
         if pass.record.is_stream {

@@ -37,6 +37,7 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) struct Life {
     pub(crate) number: u64,
     pub(crate) pid: Pid,
+    pub(crate) request: Option<String>,
     pub(crate) program: OsString,
     pub(crate) grace: Duration,
     pub(crate) born: Instant,
@@ -94,7 +95,7 @@ impl Life {
         let (strays, left) = self.sweep().await;
         let exit = self.bury().unwrap_or(Exit { status, rss_max_kib: 0, cpu_ms: 0 });
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner).bytes();
-        let ended = Ended { pid: self.pid, exit, ladder, age, strays, left, tail };
+        let ended = Ended { pid: self.pid, request: self.request.take(), exit, ladder, age, strays, left, tail };
         self.report.ended(&ended);
         self.state.send_modify(|state| state.ended = Some(ended));
     }

@@ -232,6 +232,7 @@ impl Programs {
         let life = Life {
             number,
             pid,
+            request: wiring.request.map(str::to_owned),
             program: plan.argv.first().cloned().unwrap_or_default(),
             grace: plan.grace,
             born: Instant::now(),

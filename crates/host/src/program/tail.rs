@@ -112,6 +112,7 @@ mod tests {
     impl Report for Heard {
         fn started(&self, _: Pid) {}
         fn failed(&self, _: &Failed) {}
+        fn load(&self, _: u32, _: u32) {}
         fn ended(&self, _: &Ended) {}
         fn line(&self, line: Line<'_>) {
             self.0.lock().unwrap().push((line.text.to_vec(), line.is_cut, line.dropped));

@@ -21,11 +21,18 @@ pub(crate) struct Ear {
     pub(crate) lines: Mutex<Vec<String>>,
     pub(crate) dropped: Mutex<u64>,
     pub(crate) ended: Mutex<Vec<Ended>>,
+    pub(crate) failed: Mutex<Vec<String>>,
+    pub(crate) load: Mutex<(u32, u32)>,
 }
 
 impl Report for Ear {
     fn started(&self, _: Pid) {}
-    fn failed(&self, _: &Failed) {}
+    fn failed(&self, failed: &Failed) {
+        self.failed.lock().unwrap().push(failed.to_string());
+    }
+    fn load(&self, in_flight: u32, waiting: u32) {
+        *self.load.lock().unwrap() = (in_flight, waiting);
+    }
     fn ended(&self, ended: &Ended) {
         self.ended.lock().unwrap().push(ended.clone());
     }
@@ -73,9 +80,11 @@ pub(crate) fn sim(steps: &[&str]) -> Plan {
 }
 
 /// Input and output by pipes.
-pub(crate) const PIPES: Wiring<'static> = Wiring { args: &[], fds: &[], has_input: true, has_output: true };
+pub(crate) const PIPES: Wiring<'static> =
+    Wiring { args: &[], request: None, fds: &[], has_input: true, has_output: true };
 /// Output only.
-pub(crate) const OUTPUT: Wiring<'static> = Wiring { args: &[], fds: &[], has_input: false, has_output: true };
+pub(crate) const OUTPUT: Wiring<'static> =
+    Wiring { args: &[], request: None, fds: &[], has_input: false, has_output: true };
 
 impl House {
     pub(crate) async fn start(&self, plan: &Plan, wiring: Wiring<'_>) -> Program {

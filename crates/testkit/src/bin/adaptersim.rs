@@ -9,6 +9,7 @@
 //! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON
 //! - `flood:BYTES` lines to standard output, `flood-err:BYTES`, `line:BYTES` without an end, `drip:COUNT:MS` lines
 //! - `alloc:BYTES` and touch them
+//! - `obey` the steps on its input, one a line
 //! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
 //!   same, and its parent has ended), `naked` (the same, with nothing in its environment)
 #![forbid(unsafe_code)]
@@ -32,13 +33,16 @@ fn main() {
         std::thread::sleep(LIFE);
         exit(99);
     });
-    for step in std::env::args().skip(1) {
-        let (name, value) = step.split_once(':').unwrap_or((&step, ""));
-        if let Err(error) = act(name, value) {
-            // What a plain program does that meets a closed pipe.
-            let _ = writeln!(std::io::stderr(), "adaptersim: {step}: {error}");
-            exit(98);
-        }
+    // What comes after `--` is somebody's text.
+    std::env::args().skip(1).take_while(|step| step != "--").for_each(|step| do_step(&step));
+}
+
+fn do_step(step: &str) {
+    let (name, value) = step.split_once(':').unwrap_or((step, ""));
+    if let Err(error) = act(name, value) {
+        // What a plain program does that meets a closed pipe.
+        let _ = writeln!(std::io::stderr(), "adaptersim: {step}: {error}");
+        exit(98);
     }
 }
 
@@ -90,6 +94,11 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
         "alloc" => {
             let bytes = vec![1_u8; usize::try_from(number()).expect("a size")];
             std::hint::black_box(&bytes);
+        }
+        "obey" => {
+            for step in std::io::read_to_string(std::io::stdin())?.lines() {
+                do_step(step);
+            }
         }
         "fork" => fork(value)?,
         "setsid" => {

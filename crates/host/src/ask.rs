@@ -1,0 +1,81 @@
+//! What a host is asked, and what it answers: the border between the service and the modes.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use evergate_core::{Error, json};
+use tokio::sync::mpsc;
+
+/// A way of serving requests with programs.
+pub trait Mode: Send + Sync + 'static {
+    /// Answers one request. Dropping the future, or the events of its answer, means that nobody wants it any more.
+    fn call(self: Arc<Self>, ask: Ask) -> impl Future<Output = Result<Answer, Refusal>> + Send;
+}
+
+/// Where a request was sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completions,
+    /// `/v1/embeddings`.
+    Embeddings,
+}
+
+/// A request.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// Where it was sent to.
+    pub endpoint: Endpoint,
+    /// What identifies it in records.
+    pub id: String,
+    /// As it came.
+    pub body: Bytes,
+    /// What was read of it.
+    pub request: json::Request,
+    /// When nobody wants the answer any more; none if nobody has said.
+    pub deadline: Option<Instant>,
+}
+
+/// What comes of a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// One JSON object.
+    Whole(Bytes),
+    /// A stream of events, each whole, with its blank line. Whoever sends them ends them with `[DONE]` or an error.
+    Events {
+        /// It has decided that there is an answer.
+        first: Bytes,
+        /// What comes after it.
+        rest: Events,
+    },
+}
+
+/// Events as they come. An error is the last.
+pub type Events = mpsc::Receiver<Result<Bytes, Error>>;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub struct Refusal {
+    /// For the client.
+    pub error: Error,
+    /// Whether a program may have seen something of the request, so that doing it again may do it twice.
+    pub is_dispatched: bool,
+}
+
+impl Refusal {
+    /// A request that no program has seen.
+    #[must_use]
+    pub fn before(error: Error) -> Self {
+        Self { error, is_dispatched: false }
+    }
+
+    /// A request that a program has seen something of.
+    #[must_use]
+    pub fn after(error: Error) -> Self {
+        Self { error, is_dispatched: true }
+    }
+}
