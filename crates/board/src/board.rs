@@ -12,6 +12,7 @@ use crate::inflight::{Inflight, InflightRow, InflightRows};
 use crate::labels::{self, LabelRow};
 use crate::layout::{Head, Layout, MAGIC, Shape, VERSION};
 use crate::map::Map;
+use crate::permits::{self, Permits, PermitsSeen, Table};
 use crate::rows::{ChildRow, MasterRow};
 use crate::series::Series;
 
@@ -170,7 +171,25 @@ impl Board {
         InflightRows::new(self.clone(), row)
     }
 
-    /// Empties a dead child's row and its in-flight rows; its counters stay.
+    /// A child's side of the limit of an upstream; none when the board has no room for one more.
+    #[must_use]
+    pub fn permits(&self, upstream: &str, (row, epoch): (u32, u32)) -> Option<Permits> {
+        let label = self.label(upstream);
+        let place =
+            (0..permits::TABLES).find(|place| self.permit_table(*place).is_some_and(|one| one.settle(label)))?;
+        Some(Permits::new(self.clone(), place, (row, epoch)))
+    }
+
+    /// What is held and who waits, of every upstream that has ever had a limit.
+    pub fn permits_seen(&self) -> impl Iterator<Item = PermitsSeen> {
+        self.permit_tables().map(|table| table.seen(self))
+    }
+
+    fn permit_tables(&self) -> impl Iterator<Item = Table<'_>> {
+        (0..permits::TABLES).map_while(|place| self.permit_table(place)).take_while(Table::is_taken)
+    }
+
+    /// Empties a dead child's row, its in-flight rows and the permits it held; its counters stay.
     pub fn bury(&self, row: u32) {
         // Rows above the mark were never written; touching them would allocate their pages.
         let Some(child) = self.child(row) else { return };
@@ -179,6 +198,7 @@ impl Board {
             slot.clear();
         }
         child.clear();
+        self.permit_tables().for_each(|table| table.bury(self, row));
     }
 
     /// A row's counters.
@@ -214,6 +234,18 @@ impl Board {
     pub(crate) fn inflight_table(&self, row: u32) -> &[InflightRow] {
         let layout = &self.0.layout;
         layout.inflight_of(row).map_or(&[], |offset| self.0.map.slice(offset, wide(layout.shape.slots)))
+    }
+
+    pub(crate) fn permit_table(&self, place: usize) -> Option<Table<'_>> {
+        let (layout, map) = (&self.0.layout, &self.0.map);
+        let offset = layout.permits_of(place)?;
+        let slots = offset.checked_add(size_of::<permits::TableHead>())?;
+        let lines = slots.checked_add(permits::SLOTS_BYTES)?;
+        Some(Table {
+            head: map.at(offset)?,
+            slots: map.slice(slots, permits::SLOTS),
+            lines: map.slice(lines, wide(layout.shape.children)),
+        })
     }
 
     fn label_table(&self) -> &[LabelRow] {

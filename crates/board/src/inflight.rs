@@ -58,6 +58,8 @@ pub enum InflightPhase {
     Stream = 5,
     /// The answer is being written to the client.
     Write = 6,
+    /// It waits for a permit of its upstream.
+    Queued = 7,
 }
 
 impl InflightPhase {
@@ -71,11 +73,12 @@ impl InflightPhase {
             Self::Wait => "wait",
             Self::Stream => "stream",
             Self::Write => "write",
+            Self::Queued => "queued",
         }
     }
 
     fn from_word(word: u64) -> Self {
-        [Self::Body, Self::Route, Self::Connect, Self::Wait, Self::Stream, Self::Write]
+        [Self::Body, Self::Route, Self::Connect, Self::Wait, Self::Stream, Self::Write, Self::Queued]
             .into_iter()
             .find(|phase| *phase as u64 == word)
             .unwrap_or(Self::Body)

@@ -6,13 +6,14 @@ use evergate_core::plan::Plan;
 
 use crate::inflight::InflightRow;
 use crate::labels::LabelRow;
+use crate::permits::{self, TableHead};
 use crate::rows::{ChildRow, MasterRow};
 use crate::series::{Cell, SeriesHead};
 
 /// First word of a board.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
 /// Changes with every change of the layout, so that two builds never misread each other.
-pub(crate) const VERSION: u64 = 4;
+pub(crate) const VERSION: u64 = 5;
 
 /// In-flight rows beyond twice the places, for what waits: address space, until they are needed.
 const WAITING_ROWS: u32 = 1024;
@@ -79,6 +80,8 @@ pub(crate) struct Layout {
     inflight_stride: usize,
     series: usize,
     series_stride: usize,
+    permits: usize,
+    permits_stride: usize,
     pub(crate) size: usize,
 }
 
@@ -103,7 +106,10 @@ impl Layout {
         let series = inflight.checked_add(inflight_stride.checked_mul(children)?)?;
         let series_stride = pages(size_of::<Cell>().checked_mul(cells)?.checked_add(size_of::<SeriesHead>())?)?;
         // The master's own counters come after the children's.
-        let size = series.checked_add(series_stride.checked_mul(children.checked_add(1)?)?)?;
+        let permits = series.checked_add(series_stride.checked_mul(children.checked_add(1)?)?)?;
+        let lines = size_of::<permits::Line>().checked_mul(children)?;
+        let permits_stride = pages(size_of::<TableHead>().checked_add(permits::SLOTS_BYTES)?.checked_add(lines)?)?;
+        let size = permits.checked_add(permits_stride.checked_mul(permits::TABLES)?)?;
         Some(Self {
             shape,
             master,
@@ -113,6 +119,8 @@ impl Layout {
             inflight_stride,
             series,
             series_stride,
+            permits,
+            permits_stride,
             size,
         })
     }
@@ -131,6 +139,14 @@ impl Layout {
             return None;
         }
         self.series.checked_add(self.series_stride.checked_mul(usize::try_from(row).ok()?)?)
+    }
+
+    /// Where the permits of one upstream start.
+    pub(crate) fn permits_of(&self, table: usize) -> Option<usize> {
+        if table >= permits::TABLES {
+            return None;
+        }
+        self.permits.checked_add(self.permits_stride.checked_mul(table)?)
     }
 }
 
@@ -153,7 +169,13 @@ mod tests {
             assert!(at >= last && at.is_multiple_of(128));
             last = at + 8 * size_of::<Cell>() + size_of::<SeriesHead>();
         }
+        for table in 0..permits::TABLES {
+            let at = layout.permits_of(table).unwrap();
+            assert!(at >= last && at.is_multiple_of(128));
+            last = at + size_of::<TableHead>() + permits::SLOTS_BYTES + 3 * size_of::<permits::Line>();
+        }
         assert!(last <= layout.size);
+        assert_eq!(layout.permits_of(permits::TABLES), None);
         assert_eq!(layout.inflight_of(3), None);
         assert_eq!(layout.series_of(4), None);
         for odd in [

@@ -33,6 +33,10 @@ unsafe impl Shared for crate::labels::LabelRow {}
 unsafe impl Shared for crate::series::Cell {}
 // SAFETY: as above.
 unsafe impl Shared for crate::series::SeriesHead {}
+// SAFETY: as above.
+unsafe impl Shared for crate::permits::TableHead {}
+// SAFETY: as above.
+unsafe impl Shared for crate::permits::Line {}
 
 /// A shared mapping of a whole file whose size is sealed.
 #[derive(Debug)]

@@ -24,6 +24,8 @@ pub enum Reached {
 /// How an attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
+    /// The upstream has as many calls under way as it may: it was not called (L1).
+    Full,
     /// No connection came about (D1 to D9).
     NotReached,
     /// The connection ended after the request was written, without a byte of an answer (D10).
@@ -59,7 +61,7 @@ impl How {
     /// Whether another target may do better and nothing forbids to ask it.
     fn may_go_on(self, retry_unknown: bool) -> bool {
         match self {
-            Self::NotReached | Self::Slow | Self::Broken => true,
+            Self::Full | Self::NotReached | Self::Slow | Self::Broken => true,
             // The upstream may have worked, and sent its bill.
             Self::Unanswered => retry_unknown,
             // Our credential (401, 403), its limit (429): no other target has the same.

@@ -181,6 +181,8 @@ mod tests {
             api_key: None,
             roots: Roots::Bundled,
             any_model,
+            in_flight_max: 0,
+            queue: 0,
             is_preset: false,
         }
     }

@@ -119,9 +119,12 @@ cleanup = "4s"
 [upstreams.local]
 base_url = "http://127.0.0.1:8080/v1/"
 any_model = false
+in_flight_max = 4
+queue = 0
 
 [upstreams.socket]
 base_url = "unix:/run/m.sock:/v1"
+in_flight_max = 20
 
 [upstreams.openai]
 dialect = "openai"
@@ -216,6 +219,8 @@ fn a_full_file_is_read_to_the_last_key() {
     assert_eq!(openai.roots, Roots::File("conf/ca.pem".into()));
     assert!(matches!(&openai.base_url.transport, Transport::Https { port: 8443, .. }));
     assert!(!config.upstreams["local"].any_model && config.upstreams["socket"].any_model);
+    let in_flight = |name: &str| (config.upstreams[name].in_flight_max, config.upstreams[name].queue);
+    assert_eq!([in_flight("local"), in_flight("socket"), in_flight("openai")], [(4, 0), (20, 20), (0, 0)]);
     assert_eq!(config.models["it's\"quoted\""].targets[0].model, "it's\"quoted\"");
     let safe = &config.models["safe"];
     let targets: Vec<_> = safe.targets.iter().map(|target| (&*target.upstream, &*target.model)).collect();
@@ -342,6 +347,10 @@ fn what_is_most_likely_not_meant_is_warned_about() {
          targets = [{ upstream = \"u\" }, { upstream = \"u\", model = \"y\" }]",
         "evergate.toml:4:11: a stream's head goes out after timeouts.head_hold (10s), and no other target is tried",
     );
+    warned(
+        "[workers]\nslots = 40\n[upstreams.u]\nbase_url = \"https://u\"\nin_flight_max = 20",
+        "evergate.toml:5:17: \"in_flight_max\" and \"queue\" of \"u\" add up to 40, and a worker has 40 slots",
+    );
     warned("[upstreams.u]\nbase_url = \"http://gpu1\"\napi_key = { env = \"SHORT\" }", "1:12: its api_key and every");
 }
 
@@ -373,6 +382,7 @@ proptest! {
     #[test]
     fn any_numbers_survive_the_effective_form(
         min in 1_u32..=60, more in 0_u32..=59, slots in 1_u32..=65_536, body_kib in 1_u64..=1_048_576,
+        in_flight_max in 0_u32..=4096, queue in 0_u32..=65_536,
         total_ms in 1_u64..=604_800_000, drain_ms in 0_u64..=604_800_000,
         model in "[!-~]{1,128}", target in "[ -~äöü]{1,64}", host in "[a-z][a-z0-9-]{0,20}", port in 1_u16..=65_535,
     ) {
@@ -386,6 +396,7 @@ proptest! {
         let upstream = evergate_core::config::Upstream {
             base_url: format!("https://{host}:{port}/v1").parse().unwrap(),
             api_key: None, roots: Roots::System, any_model: false, is_preset: false,
+            in_flight_max, queue: if in_flight_max > 0 { queue } else { 0 },
         };
         config.upstreams.insert("u".into(), upstream);
         let target = evergate_core::config::Target { upstream: "u".into(), model: target };

@@ -209,6 +209,12 @@ const TABLE: &[(&str, &str)] = &[
         "3:11: the secret in env:UMLAUT contains a non-ASCII character",
     ),
     ("[upstreams.x]\nbase_url = \"https://x\"\nroots = \"mine\"", "3:9: \"roots\" must be \"bundled\", \"system\" or"),
+    ("[upstreams.x]\nbase_url = \"https://x\"\nin_flight_max = 4097", "3:17: \"in_flight_max\" must be from 0 to 4096"),
+    (
+        "[upstreams.x]\nbase_url = \"https://x\"\nin_flight_max = 0\nqueue = 3",
+        "4:9: \"queue\" is the line before \"in_flight_max\", which is not set",
+    ),
+    ("[upstreams.x]\nbase_url = \"https://x\"\nin_flight_max = 1\nqueue = 65537", "4:9: \"queue\" must be from 0 to"),
     ("[upstreams.x]\nbase_url = \"https://x\"\nroots = {}", "3:9: \"roots\" must be \"bundled\", \"system\" or"),
     // Models.
     ("[models.x]\n", "1:9: \"targets\" is missing"),

@@ -3,6 +3,7 @@
 pub mod admission;
 pub mod load;
 pub mod pass;
+pub mod permits;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -103,6 +104,12 @@ impl Gate {
     #[must_use]
     pub fn board(&self) -> &Board {
         &self.board
+    }
+
+    /// The owner's number within the run.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
     }
 
     /// The owner's row number.

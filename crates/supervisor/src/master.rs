@@ -179,7 +179,7 @@ impl Master {
                 is_ready,
                 beat: row.beat_ns(),
                 took_queue: row.took_queue(),
-                load: row.load(),
+                load: row.load().saturating_sub(row.parked()),
                 waiting: row.waiting(),
                 lag: u64::from(row.loop_lag_us()).saturating_mul(1_000),
                 requests: row.requests(),

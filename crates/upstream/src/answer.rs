@@ -1,5 +1,6 @@
 //! The body of an answer, and the connection it arrives on.
 
+use std::any::Any;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,6 +18,8 @@ pub struct AnswerBody {
     body: Incoming,
     connection: Option<Connection>,
     pool: Arc<Pool>,
+    /// Behind the connection, so that it goes after it.
+    held: Option<Box<dyn Any + Send>>,
 }
 
 impl std::fmt::Debug for AnswerBody {
@@ -27,7 +30,12 @@ impl std::fmt::Debug for AnswerBody {
 
 impl AnswerBody {
     pub(crate) fn new(body: Incoming, connection: Connection, pool: Arc<Pool>) -> Self {
-        Self { body, connection: Some(connection), pool }
+        Self { body, connection: Some(connection), pool, held: None }
+    }
+
+    /// Keeps something until the call is over: until the answer has been read to its end, or this is dropped.
+    pub fn hold(&mut self, held: Box<dyn Any + Send>) {
+        self.held = Some(held);
     }
 
     /// The next bytes; `None` at the end that the framing promised.
@@ -58,6 +66,7 @@ impl AnswerBody {
                 }
                 Some(Err(error)) => {
                     self.connection = None;
+                    self.held = None;
                     let message = "the upstream's connection ended before its answer did";
                     return Poll::Ready(Some(Err(Error::new(Fault::UpstreamDisconnected, message).detail(error))));
                 }
@@ -86,6 +95,7 @@ impl AnswerBody {
                 Poll::<()>::Pending
             });
             self.pool.give(connection);
+            self.held = None;
         }
     }
 }

@@ -10,7 +10,8 @@ const ENDED: Ended = Ended {
 };
 
 /// Every way to fail, and whether the next target is tried: without and with `retry_unknown`.
-const TABLE: [(How, [bool; 2]); 29] = [
+const TABLE: [(How, [bool; 2]); 30] = [
+    (How::Full, [true, true]),
     (How::NotReached, [true, true]),
     (How::Unanswered, [false, true]),
     (How::Slow, [true, true]),

@@ -104,7 +104,11 @@ fn upstreams(out: &mut String, config: &Config) -> fmt::Result {
             Roots::System => writeln!(out, "roots = \"system\"")?,
             Roots::File(path) => writeln!(out, "roots = {{ file = {} }}", text(path))?,
         }
-        writeln!(out, "any_model = {}", upstream.any_model)?;
+        writeln!(out, "any_model = {}\nin_flight_max = {}", upstream.any_model, upstream.in_flight_max)?;
+        // Without a limit nobody waits, and a file may not say how many do.
+        if upstream.in_flight_max > 0 {
+            writeln!(out, "queue = {}", upstream.queue)?;
+        }
     }
     Ok(())
 }

@@ -87,7 +87,7 @@ pub(super) static SHUTDOWN: Shape =
 pub(super) static PRESETS: Shape = Shape { section: "presets", keys: &["enabled"], later: &[] };
 pub(super) static UPSTREAM: Shape = Shape {
     section: "upstreams.NAME",
-    keys: &["dialect", "base_url", "api_key", "roots", "any_model"],
+    keys: &["dialect", "base_url", "api_key", "roots", "any_model", "in_flight_max", "queue"],
     later: &["process", "replace", "headers", "health", "timeouts", "limits"],
 };
 pub(super) static MODEL: Shape = Shape {

@@ -118,6 +118,8 @@ fn read<'a>(
     let timeouts = sections::timeouts(root);
     let (models, wants_echo) = models::models(root, &upstreams, &timeouts);
     let listen: Vec<Address> = listen.into_iter().map(|(address, _)| address).collect();
+    let workers = sections::workers(root, overrides.workers, facts.cpus);
+    upstreams.check_limits(root.report, workers.slots);
     let config = Config {
         server: super::Server {
             listen: listen.iter().map(ToString::to_string).collect(),
@@ -128,7 +130,7 @@ fn read<'a>(
         },
         admin_listen: admin.as_ref().map(ToString::to_string),
         keys,
-        workers: sections::workers(root, overrides.workers, facts.cpus),
+        workers,
         limits: sections::limits(root),
         timeouts,
         shutdown: sections::shutdown(root),

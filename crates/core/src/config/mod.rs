@@ -225,6 +225,10 @@ pub struct Upstream {
     pub roots: Roots,
     /// Whether `NAME/<model>` reaches any model of it without a `[models]` entry.
     pub any_model: bool,
+    /// Most calls under way at once, over all workers; 0 is no limit.
+    pub in_flight_max: u32,
+    /// Requests per worker that wait for one of them; 0 without a limit.
+    pub queue: u32,
     /// Whether it comes from the presets file.
     pub is_preset: bool,
 }

@@ -48,7 +48,15 @@ impl Preset {
             report.warn(Place::Named("presets"), format!("\"{}\" is left out: {why}", self.name));
             return None;
         }
-        Some(Upstream { base_url, api_key: Some(reference), roots: Roots::Bundled, any_model: true, is_preset: true })
+        Some(Upstream {
+            base_url,
+            api_key: Some(reference),
+            roots: Roots::Bundled,
+            any_model: true,
+            in_flight_max: 0,
+            queue: 0,
+            is_preset: true,
+        })
     }
 }
 

@@ -17,6 +17,11 @@ pub(super) const ECHO: &str = "echo";
 const DIALECTS_LATER: [&str; 8] =
     ["anthropic", "gemini", "azure", "bedrock", "vertex", "cohere", "ollama", "responses"];
 
+/// Most upstreams with `in_flight_max`: the board has room for these and as many of earlier generations.
+const LIMITED_MAX: usize = 64;
+/// The shortest line that is the default: less would refuse what a moment's crowd brings.
+const QUEUE_LEAST: u32 = 16;
+
 /// What can be called.
 pub(super) struct Upstreams {
     pub(super) found: BTreeMap<String, Upstream>,
@@ -24,13 +29,17 @@ pub(super) struct Upstreams {
     written: BTreeSet<String>,
     /// Presets that are not among `found`.
     unset: Vec<Preset>,
+    /// Where the limits stand.
+    limited: Vec<(String, Place)>,
 }
 
 pub(super) fn upstreams<'a>(root: &Section<'a>, vault: &Vault<'a>, facts: &Facts<'_>, presets_on: bool) -> Upstreams {
-    let mut all = Upstreams { found: BTreeMap::new(), written: BTreeSet::new(), unset: Vec::new() };
+    let mut all =
+        Upstreams { found: BTreeMap::new(), written: BTreeSet::new(), unset: Vec::new(), limited: Vec::new() };
     for (name, section) in root.named("upstreams", &UPSTREAM) {
         check_name(section.report, name, section.place);
         all.written.insert(name.into());
+        all.limited.extend(section.get("in_flight_max").map(|value| (name.to_owned(), value.place)));
         if let Some(upstream) = upstream(&section, vault) {
             all.found.insert(name.into(), upstream);
         }
@@ -70,17 +79,32 @@ fn upstream<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Option<Upstream> {
     check_dialect(section);
     let base_url = base_url(section);
     let api_key = section.get("api_key").and_then(|value| vault.reference(&value));
+    let (in_flight_max, queue) = in_flight(section);
     let upstream = Upstream {
         base_url: base_url?,
         api_key,
         roots: roots(section, vault),
         any_model: section.bool("any_model", true),
+        in_flight_max,
+        queue,
         is_preset: false,
     };
     if upstream.api_key.is_some() && upstream.base_url.is_exposed() {
         section.report.warn(section.place, "its api_key and every prompt go over the network unencrypted: use https");
     }
     Some(upstream)
+}
+
+/// The limit of calls under way, and the line before it.
+fn in_flight(section: &Section<'_>) -> (u32, u32) {
+    let max = section.u32("in_flight_max", 0, 0..=4096);
+    if max == 0 {
+        if let Some(value) = section.get("queue") {
+            section.report.mistake(value.place, "\"queue\" is the line before \"in_flight_max\", which is not set");
+        }
+        return (0, 0);
+    }
+    (max, section.u32("queue", max.max(QUEUE_LEAST), 0..=65_536))
 }
 
 fn check_dialect(section: &Section<'_>) {
@@ -127,6 +151,26 @@ fn roots<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Roots {
 }
 
 impl Upstreams {
+    /// Holds the limits against the rest.
+    pub(super) fn check_limits(&self, report: &Report<'_>, slots: u32) {
+        let limited = |(name, place): &(String, Place)| {
+            let upstream = self.found.get(name).filter(|upstream| upstream.in_flight_max > 0)?;
+            Some((name.clone(), *place, upstream.in_flight_max.saturating_add(upstream.queue)))
+        };
+        for (at, (name, place, places)) in self.limited.iter().filter_map(limited).enumerate() {
+            if at == LIMITED_MAX {
+                report.mistake(place, format!("more than {LIMITED_MAX} upstreams have \"in_flight_max\""));
+            }
+            if places >= slots {
+                let text = format!(
+                    "\"in_flight_max\" and \"queue\" of \"{name}\" add up to {places}, and a worker has {slots} slots: \
+                     while it is full its requests can keep those for other upstreams waiting"
+                );
+                report.warn(place, text);
+            }
+        }
+    }
+
     /// Complains about a target that names none of them.
     pub(super) fn check(&self, report: &Report<'_>, name: &str, place: Place) {
         if name == ECHO || self.found.contains_key(name) || self.written.contains(name) {

@@ -23,7 +23,7 @@ const SLACK: u32 = 2;
 /// Below this much no worker is far above its peers: four streams.
 const FAR_LEAST: u32 = 8;
 /// Beats come every quarter of a second when nothing is to be done; who has missed two is not counted on.
-const FRESH_NS: u64 = 600_000_000;
+pub(super) const FRESH_NS: u64 = 600_000_000;
 /// A peer that has not moved for so long while connections waited for it is stuck: standing still, or out of
 /// descriptors. On a crowded machine even a healthy one does not get a processor for some tens of milliseconds.
 const STUCK: Duration = Duration::from_millis(100);
@@ -77,6 +77,8 @@ pub struct Load {
     requests: AtomicU32,
     /// The streams among them, and those that wait, weighted: they stay.
     lasting: AtomicU32,
+    /// Those that wait for an upstream, weighted.
+    parked: AtomicU32,
     /// The others, in sixteenths, as a mean over beats.
     passing: AtomicU32,
     /// Peers that should have taken a connection, and how long one waited for them.
@@ -98,6 +100,7 @@ impl Load {
             accepted: AtomicU64::new(0),
             requests: AtomicU32::new(0),
             lasting: AtomicU32::new(0),
+            parked: AtomicU32::new(0),
             passing: AtomicU32::new(0),
             waited: Mutex::default(),
             far_at: AtomicU64::new(0),
@@ -138,6 +141,7 @@ impl Load {
         child.set_fresh(own.load.saturating_sub(requests));
         child.set_connections(own.connections);
         child.set_held(self.held());
+        child.set_parked(self.parked.load(Ordering::Relaxed));
     }
 
     fn held(&self) -> u32 {
@@ -262,13 +266,14 @@ pub struct Weight {
     load: Arc<Load>,
     counted: u32,
     is_lasting: bool,
+    parked: u32,
 }
 
 impl Weight {
     /// One request more.
     #[must_use]
     pub fn new(load: &Arc<Load>) -> Self {
-        let mut weight = Self { load: Arc::clone(load), counted: 0, is_lasting: false };
+        let mut weight = Self { load: Arc::clone(load), counted: 0, is_lasting: false, parked: 0 };
         weight.set(UNARY, false);
         weight
     }
@@ -276,6 +281,14 @@ impl Weight {
     /// It waits for a place, or has one now.
     pub fn set_waiting(&mut self, is_waiting: bool) {
         self.set(self.counted, is_waiting);
+    }
+
+    /// It waits for an upstream, or does not any more.
+    pub fn set_parked(&mut self, is_parked: bool) {
+        let parked = if is_parked { self.counted } else { 0 };
+        change(&self.load.parked, parked.wrapping_sub(self.parked).cast_signed());
+        self.parked = parked;
+        self.load.show();
     }
 
     /// It is a stream.
@@ -299,6 +312,9 @@ impl Weight {
 
 impl Drop for Weight {
     fn drop(&mut self) {
+        if self.parked > 0 {
+            self.set_parked(false);
+        }
         self.set(0, false);
         self.load.relieved.notify_waiters();
     }

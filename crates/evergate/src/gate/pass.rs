@@ -166,9 +166,21 @@ impl Pass {
         self.record.attempt_began = Some(Instant::now());
     }
 
-    /// Notes that the attempt under way has failed.
-    pub fn end_attempt(&mut self, fault: Fault) {
-        self.record.close_attempt(fault.row().code);
+    /// Says which upstream is to be called next, while that is not certain yet: it is no attempt.
+    pub fn turn_to(&mut self, name: &str) {
+        self.record.backend = name.to_owned();
+        self.record.backend_label = 0;
+        self.ticket.set_backend(0, self.record.attempts);
+    }
+
+    /// Says that it waits for an upstream, or does not any more.
+    pub fn set_parked(&mut self, is_parked: bool) {
+        self.weight.set_parked(is_parked);
+    }
+
+    /// Notes how the attempt under way has failed.
+    pub fn end_attempt(&mut self, cause: &'static str) {
+        self.record.close_attempt(cause);
     }
 
     /// The attempts that have failed so far.
@@ -177,11 +189,13 @@ impl Pass {
         &self.record.path
     }
 
-    /// Another attempt follows one that failed with `fault`: what that one had begun is not the answer's, and it is counted
-    /// here, since the request's own count tells of the last one only.
-    pub fn go_on(&mut self, fault: Fault) {
+    /// Another attempt follows one that failed, with `fault` if the upstream was called: what that one had begun is not the
+    /// answer's, and it is counted here, since the request's own count tells of the last one only.
+    pub fn go_on(&mut self, fault: Option<Fault>) {
         self.record.first_token_ms = None;
-        if let Some(series) = self.gate.board.series(self.gate.row) {
+        if let Some(fault) = fault
+            && let Some(series) = self.gate.board.series(self.gate.row)
+        {
             let end = names::status_and_end(0, End::Fault(fault));
             series.add(names::key(names::ATTEMPTS, 0, self.record.backend_label, end), 1);
         }
@@ -345,7 +359,7 @@ impl Gate {
             model: &record.model,
             backend: &record.backend,
             attempts: record.attempts,
-            path: if record.attempts > 1 { &record.path } else { &[] },
+            path: if record.path.len() > 1 { &record.path } else { &[] },
             status,
             cause: end.name(),
             is_stream: record.is_stream,

@@ -17,6 +17,7 @@ use super::auth::Door;
 use super::cors::Cors;
 use super::model_call::Endpoint;
 use crate::gate::Gate;
+use crate::gate::permits::Limit;
 use crate::lives::dns_fault;
 use crate::tasks::Tasks;
 
@@ -29,6 +30,8 @@ pub struct App {
     pub router: Router,
     /// Clients by upstream name.
     pub clients: BTreeMap<String, Arc<Client>>,
+    /// Limits of calls under way, of those upstreams that have one.
+    pub limits: BTreeMap<String, Arc<Limit>>,
     /// Who may come in.
     pub door: Door,
     /// Web pages that may call.
@@ -60,11 +63,13 @@ impl App {
         for (name, upstream) in &sealed.config.upstreams {
             clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, (&clock, &resolver))?));
         }
+        let limits = limits(&sealed, &gate, &clock)?;
         Ok(Self {
             router: Router::new(&sealed.config),
             door: Door::new(&sealed)?,
             cors: Cors::new(&sealed.config),
             clients,
+            limits,
             gate,
             started_s: evergate_sys::unix_ms() / 1000,
             sealed,
@@ -97,6 +102,17 @@ impl App {
     pub fn redact(&self, text: &str) -> String {
         self.redactor.redact(text)
     }
+}
+
+fn limits(sealed: &Sealed, gate: &Gate, clock: &Clock) -> Result<BTreeMap<String, Arc<Limit>>, String> {
+    let limited = sealed.config.upstreams.iter().filter(|(_, upstream)| upstream.in_flight_max > 0);
+    let limit = |(name, upstream): (&String, &Upstream)| {
+        let (owner, numbers) = ((gate.row(), gate.epoch()), (upstream.in_flight_max, upstream.queue));
+        let limit = Limit::new(gate.board(), owner, name, numbers, clock.clone());
+        let no_room = || format!("the board has no room for the in_flight_max of {name}: only a restart makes some");
+        limit.map(|limit| (name.clone(), limit)).ok_or_else(no_room)
+    };
+    limited.map(limit).collect()
 }
 
 fn client(

@@ -4,7 +4,7 @@
 //! Holds INV-ATTEMPT-1 (ARCHITECTURE.md).
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evergate_board::InflightPhase;
@@ -20,6 +20,11 @@ use super::left::Left;
 use super::model_call::ModelCall;
 use crate::context::cancelled;
 use crate::gate::pass::{IsCall, Pass};
+use crate::gate::permits::Permit;
+use crate::telemetry::names::Shed;
+
+/// On the path, in place of a fault: the upstream's limit was reached, and it was not called.
+const FULL: &str = "upstream_full";
 
 /// A failed attempt.
 #[derive(Debug)]
@@ -68,8 +73,20 @@ pub(super) struct Attempt<'a> {
     pub(super) body: Bytes,
     /// The request's end.
     pub(super) deadline: Deadline,
+    /// The right to this call, of an upstream with a limit.
+    pub(super) permit: Option<Box<Permit>>,
     /// The same, or the end of the model's `attempt` where that is earlier: until the first byte.
     pub(super) first_by: Deadline,
+}
+
+/// One target's turn.
+struct Turn<'a> {
+    /// The upstream, and the model's name there.
+    target: (&'a str, &'a str),
+    /// Whether no other target is left.
+    is_last: bool,
+    /// The model's `attempt`.
+    attempt: Option<Duration>,
 }
 
 impl ModelCall {
@@ -90,7 +107,58 @@ impl ModelCall {
         };
         pass.set_backend(name, IsCall::Yes);
         pass.enter(InflightPhase::Wait);
-        Ok(Attempt { client, name, body, deadline: asked.deadline, first_by: asked.deadline })
+        Ok(Attempt { client, name, body, deadline: asked.deadline, permit: None, first_by: asked.deadline })
+    }
+
+    /// The right to call an upstream; none is needed where it has no limit. Only the last target's line is waited in.
+    async fn permit(
+        &self,
+        name: &str,
+        is_last: bool,
+        deadline: Deadline,
+        pass: &mut Pass,
+    ) -> Result<Option<Box<Permit>>, Failure> {
+        let Some(limit) = self.app.limits.get(name) else { return Ok(None) };
+        pass.turn_to(name);
+        if let Some(permit) = limit.take() {
+            return Ok(Some(permit));
+        }
+        let waited = if is_last {
+            pass.enter(InflightPhase::Queued);
+            pass.set_parked(true);
+            let waited = limit.wait(deadline).await;
+            pass.set_parked(false);
+            waited
+        } else {
+            Err(Shed::NextTarget)
+        };
+        waited.map(Some).map_err(|shed| {
+            limit.count(shed);
+            Failure { error: shed.error(name), how: How::Full }
+        })
+    }
+
+    /// Makes one attempt.
+    async fn attempt(
+        &self,
+        turn: Turn<'_>,
+        asked: &Asked<'_>,
+        head_by: &mut Instant,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Failure> {
+        let began = Instant::now();
+        let permit = self.permit(turn.target.0, turn.is_last, asked.deadline, pass).await?;
+        if permit.is_some() {
+            // The line is no part of the time that the upstream has for the head.
+            *head_by += began.elapsed();
+        }
+        let ours = |error| Failure { error, how: How::Ours };
+        let mut attempt = self.begin(turn.target, asked, pass).map_err(ours)?;
+        attempt.permit = permit;
+        if let Some(limit) = turn.attempt.filter(|_| !turn.is_last) {
+            attempt.first_by = asked.deadline.min(Deadline::new(Instant::now(), limit, Limit::Attempt));
+        }
+        if pass.record.is_stream { self.stream(attempt, *head_by, pass).await } else { self.whole(attempt, pass).await }
     }
 
     /// Calls the targets in order. Dropping it between two of them, or within one, leaves no call behind.
@@ -105,27 +173,19 @@ impl ModelCall {
         let mut target = first;
         let mut verdict = Verdict::default();
         // One time for the head, too: a second attempt does not keep a client waiting for a second `head_hold`.
-        let head_by = Instant::now() + self.app.sealed.config.timeouts.head_hold;
+        let mut head_by = Instant::now() + self.app.sealed.config.timeouts.head_hold;
         loop {
             let following = targets.next();
-            let mut attempt = self.begin(target, asked, pass)?;
-            if let Some(limit) = fallback.attempt.filter(|_| following.is_some()) {
-                attempt.first_by = asked.deadline.min(Deadline::new(Instant::now(), limit, Limit::Attempt));
-            }
             if !fallback.targets.is_empty() {
                 pass.begin_attempt();
             }
-            let answered = if pass.record.is_stream {
-                self.stream(attempt, head_by, pass).await
-            } else {
-                self.whole(attempt, pass).await
-            };
-            let Failure { error, how } = match answered {
+            let turn = Turn { target, is_last: following.is_none(), attempt: fallback.attempt };
+            let Failure { error, how } = match self.attempt(turn, asked, &mut head_by, pass).await {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
             let fault = error.fault;
-            pass.end_attempt(fault);
+            pass.end_attempt(if how == How::Full { FULL } else { fault.row().code });
             let next = next(&Ended {
                 how,
                 // Whatever the client has seen of a stream, that stream's body has taken over.
@@ -137,7 +197,7 @@ impl ModelCall {
             });
             let told = match (next, following) {
                 (Next::Target, Some(following)) => {
-                    pass.go_on(fault);
+                    pass.go_on((how != How::Full).then_some(fault));
                     verdict.add(error);
                     target = following;
                     continue;

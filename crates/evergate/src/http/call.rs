@@ -63,8 +63,11 @@ impl ModelCall {
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, first_by } = attempt;
-        let answer = client.call(self.call(body, first_by)).await?;
+        let Attempt { client, name, body, deadline, permit, first_by } = attempt;
+        let mut answer = client.call(self.call(body, first_by)).await?;
+        if let Some(permit) = permit {
+            answer.body.hold(permit);
+        }
         pass.note_first_token();
         if !answer.status.is_success() {
             return Err(Box::pin(self.refused(name, answer, deadline)).await);

@@ -220,7 +220,8 @@ impl ModelCall {
             }
             Place::Upstream { name, model, .. } => {
                 let asked = Asked { body, request: &asked, deadline };
-                if route.fallback.targets.is_empty() && !pass.record.is_stream {
+                let is_plain = route.fallback.targets.is_empty() && !pass.record.is_stream;
+                if is_plain && !self.app.limits.contains_key(&**name) {
                     let attempt = self.begin((name, model), &asked, pass)?;
                     return self.whole(attempt, pass).await.map_err(|failure| failure.error.into());
                 }

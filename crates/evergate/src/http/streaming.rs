@@ -41,7 +41,7 @@ impl ModelCall {
         head_by: Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, first_by } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by } = attempt;
         let limits = self.limits(first_by);
         let call = self.call(body, first_by.min(limits.stream_total));
         let asking = Self {
@@ -55,7 +55,10 @@ impl ModelCall {
         };
         let upstream = name.to_owned();
         let calling: Calling = Box::pin(async move {
-            let answer = client.call(call).await?;
+            let mut answer = client.call(call).await?;
+            if let Some(permit) = permit {
+                answer.body.hold(permit);
+            }
             if !answer.status.is_success() {
                 return Err(asking.refused(&upstream, answer, deadline).await);
             }

@@ -105,7 +105,11 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let app = async {
         let app = Arc::new(App::new(sealed, Arc::clone(&gate), tasks.clone(), redactor)?);
         let clients = Arc::clone(&app);
-        let stop = async move { clients.clients.values().for_each(|client| client.close_idle()) };
+        let stop = async move {
+            // What has ended in order has given everything back; the rest is the master's to free.
+            debug_assert!(clients.gate.live() > 0 || clients.limits.values().all(|limit| limit.is_idle()));
+            clients.clients.values().for_each(|client| client.close_idle());
+        };
         Ok((app, Box::pin(stop) as _))
     };
     let app = lifespan.start("upstreams", boot, app).await.map_err(failed)?;
@@ -308,6 +312,7 @@ async fn beat(row: u32, app: Arc<App>) {
             names::count_look_ups(&series, app.resolver.take_counts());
         }
         load.beat();
+        app.limits.values().for_each(|limit| limit.settle_max());
         child.set_upstream_connections(app.upstream_connections());
         if ticks.is_multiple_of(RSS_BEATS) {
             child.set_rss_kib(rss_kib());

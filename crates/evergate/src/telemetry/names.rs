@@ -57,6 +57,39 @@ pub const FIRST_BYTE_SUM_US: u8 = 14;
 pub const FIRST_BYTE_BUCKETS_MS: [u64; 14] =
     [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 5_000, 10_000, 60_000, 300_000];
 
+/// Requests that an upstream's limit has kept from it: reason (a, a `Shed`), upstream label (b).
+pub const SHED: u8 = 41;
+
+/// Why a request got no permit of an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Shed {
+    /// As many waited as may.
+    QueueFull = 0,
+    /// It would have waited for longer than it had time.
+    TooLate = 1,
+    /// It waited in vain.
+    OutOfTime = 2,
+    /// It went on to the model's next target, without waiting.
+    NextTarget = 3,
+}
+
+impl Shed {
+    /// All of them, in their order.
+    pub const ALL: [Self; 4] = [Self::QueueFull, Self::TooLate, Self::OutOfTime, Self::NextTarget];
+
+    /// The label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QueueFull => "queue_full",
+            Self::TooLate => "too_late",
+            Self::OutOfTime => "out_of_time",
+            Self::NextTarget => "next_target",
+        }
+    }
+}
+
 /// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
 /// millisecond late by its own granularity.
 pub const LOOP_LAG_BUCKETS_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 
-use evergate_board::{Board, SeriesKey, monotonic_ns};
+use evergate_board::{Board, PermitsSeen, SeriesKey, monotonic_ns};
 use evergate_core::exit::Kind;
 
-use super::names::{self, FIRST_BYTE_BUCKETS_MS, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS};
+use super::names::{self, FIRST_BYTE_BUCKETS_MS, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS, Shed};
 use super::status::{Inflights, oldest_wait_ns};
 
 /// All metrics of `names`, and the gauges.
@@ -22,6 +22,7 @@ pub fn prometheus(board: &Board) -> String {
     page.first_token(&sums);
     page.tokens(&sums);
     page.times(&sums);
+    page.limits(&sums);
     page.exits(&sums);
     page.plain_counters(&sums);
     page.supervision();
@@ -114,11 +115,35 @@ impl Page<'_> {
         }
         for ((label, cause), value) in calls {
             let upstream = self.board.label_text(label);
-            // Requests that nobody was called for, and those that are answered within the process.
+            // Requests that nobody was called for (a full upstream was not either), and those that are answered within
+            // the process.
             if !upstream.is_empty() && *upstream != *"echo" {
                 self.sample(NAME, &[("upstream", &upstream), ("cause", cause)], value);
             }
         }
+    }
+
+    /// Upstreams with a limit of calls under way.
+    fn limits(&mut self, sums: &Sums) {
+        const SHED: &str = "evergate_shed_total";
+        self.head(SHED, "counter", "Requests that an upstream's in_flight_max has kept from it.");
+        for (key, value) in sums.of(names::SHED) {
+            let Some(reason) = Shed::ALL.get(usize::from(key.a)) else { continue };
+            let upstream = self.board.label_text(key.b);
+            self.sample(SHED, &[("upstream", &upstream), ("reason", reason.name())], value);
+        }
+        let limits: Vec<PermitsSeen> = self.board.permits_seen().collect();
+        let mut gauge = |name: &str, help: &str, value: fn(&PermitsSeen) -> u64| {
+            self.head(name, "gauge", help);
+            for limit in &limits {
+                self.sample(name, &[("upstream", &limit.upstream)], value(limit));
+            }
+        };
+        let help = "Calls under way, of upstreams with in_flight_max.";
+        gauge("evergate_upstream_in_flight", help, |limit| limit.held.into());
+        gauge("evergate_upstream_in_flight_max", "The most of these that there may be.", |limit| limit.max.into());
+        let help = "Requests that wait for one of these calls to end.";
+        gauge("evergate_upstream_waiting", help, |limit| limit.waiting);
     }
 
     fn first_token(&mut self, sums: &Sums) {
@@ -393,6 +418,26 @@ mod tests {
                 r#"evergate_attempts_total{upstream="second",cause="ok"} 4"#,
             ]
         );
+    }
+
+    #[test]
+    fn limits_of_upstreams_show_what_is_held_and_what_waits() {
+        let board = board();
+        board.child(1).unwrap().claim(&Claim { kind: Kind::Worker, slot: 0, epoch: 1, generation: 1, spawned_ns: 1 });
+        let permits = board.permits("gpu", (1, 1)).unwrap();
+        permits.set_max(3);
+        let _taken = [permits.take().unwrap(), permits.take().unwrap()];
+        permits.show_waiting(7, 1);
+        let label = board.label("gpu");
+        board.series(1).unwrap().add(names::key(names::SHED, Shed::TooLate as u16, label, 0), 4);
+        board.series(1).unwrap().add(names::key(names::SHED, 99, label, 0), 4);
+        let text = prometheus(&board);
+        has(&text, r#"evergate_upstream_in_flight{upstream="gpu"} 2"#);
+        has(&text, r#"evergate_upstream_in_flight_max{upstream="gpu"} 3"#);
+        has(&text, r#"evergate_upstream_waiting{upstream="gpu"} 7"#);
+        has(&text, r#"evergate_shed_total{upstream="gpu",reason="too_late"} 4"#);
+        assert_eq!(text.lines().filter(|line| line.starts_with("evergate_shed_total")).count(), 1);
+        assert!(Shed::ALL.iter().enumerate().all(|(at, shed)| *shed as usize == at));
     }
 
     #[test]

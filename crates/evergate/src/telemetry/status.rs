@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use evergate_board::{Board, ChildRow, Inflight, monotonic_ns};
+use evergate_board::{Board, ChildRow, Inflight, PermitsSeen, monotonic_ns};
 use serde::Serialize;
 
 /// Most requests in flight that are listed; all are counted.
@@ -15,6 +15,8 @@ pub struct Status {
     pub master: Master,
     /// Its children, in the order of the board's rows.
     pub children: Vec<Child>,
+    /// Upstreams with `in_flight_max`.
+    pub upstreams: Vec<Upstream>,
     /// Requests in flight, at most 1,000, oldest first.
     pub inflight: Vec<Request>,
 }
@@ -110,6 +112,19 @@ impl Inflights {
     }
 }
 
+/// An upstream with a limit of calls under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Upstream {
+    /// Its name.
+    pub name: String,
+    /// Calls under way, over all workers.
+    pub in_flight: u32,
+    /// The most there may be.
+    pub in_flight_max: u32,
+    /// Requests that wait for one of them to end.
+    pub waiting: u64,
+}
+
 /// One request in flight.
 #[derive(Clone, Debug, Serialize)]
 pub struct Request {
@@ -151,7 +166,17 @@ pub fn snapshot(board: &Board) -> Status {
         children.push(read_child(child, row, kind.name(), counts, now));
     }
     inflight.sort_by_key(|request| std::cmp::Reverse(request.age_ms));
-    Status { master: read_master(board, now), children, inflight }
+    Status {
+        master: read_master(board, now),
+        children,
+        upstreams: board.permits_seen().map(upstream).collect(),
+        inflight,
+    }
+}
+
+fn upstream(seen: PermitsSeen) -> Upstream {
+    let PermitsSeen { upstream: name, max: in_flight_max, held: in_flight, waiting } = seen;
+    Upstream { name, in_flight, in_flight_max, waiting }
 }
 
 fn read_master(board: &Board, now: u64) -> Master {
@@ -261,6 +286,13 @@ impl Status {
             let _ = write!(out, "; {waiting} waiting for a slot, the oldest for {}", age_text(oldest));
         }
         out.push('\n');
+        for Upstream { name, in_flight, in_flight_max, waiting } in &self.upstreams {
+            let _ = write!(out, "upstream {}: {in_flight} of {in_flight_max} calls under way", printable(name));
+            if *waiting > 0 {
+                let _ = write!(out, ", {waiting} waiting");
+            }
+            out.push('\n');
+        }
         out
     }
 }
@@ -374,6 +406,19 @@ mod tests {
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["children"][0]["kind"], "worker");
         assert_eq!(json["children"][0]["inflight"]["stream"], 1);
+    }
+
+    #[test]
+    fn upstreams_with_a_limit_have_a_line() {
+        let board = board();
+        let permits = board.permits("gpu", (2, 9)).unwrap();
+        permits.set_max(2);
+        let _taken = permits.take().unwrap();
+        assert!(snapshot(&board).to_table().ends_with("\nupstream gpu: 1 of 2 calls under way\n"));
+        permits.show_waiting(5, 1);
+        let status = snapshot(&board);
+        assert!(status.to_table().ends_with("\nupstream gpu: 1 of 2 calls under way, 5 waiting\n"));
+        assert_eq!(serde_json::to_value(&status).unwrap()["upstreams"][0]["waiting"], 5);
     }
 
     #[test]

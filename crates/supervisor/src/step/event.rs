@@ -134,7 +134,7 @@ pub struct Seen {
     pub beat: Ns,
     /// Whether it found the accept queue empty after it was told to stop.
     pub took_queue: bool,
-    /// Weighted requests it has.
+    /// Weighted requests it has, without those that wait for an upstream.
     pub load: u32,
     /// Requests that wait in it for a slot.
     pub waiting: u32,

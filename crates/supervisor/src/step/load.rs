@@ -3,7 +3,8 @@
 //! The formula, over the workers that are ready and not told to go (those that leave are no capacity):
 //!
 //! - *backlog* = connections in the accept queues + requests that wait for a slot;
-//! - *use* = their weighted requests, a stream counting two, / (their number x `slots`);
+//! - *use* = their weighted requests, a stream counting two, those that wait for a full upstream left out, / (their
+//!   number x `slots`);
 //! - *lag* = the median of how late their event loops are.
 //!
 //! Samples are 100 ms apart while there is anything to see. **Up** by 1, 2, 4 ... workers when the backlog is at least

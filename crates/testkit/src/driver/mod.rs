@@ -245,6 +245,12 @@ impl Evergate {
         std::fs::write(self.folder.path().join(name), text).expect("write a file");
     }
 
+    /// The configuration file.
+    #[must_use]
+    pub fn config_file(&self) -> PathBuf {
+        self.folder.path().join("evergate.toml")
+    }
+
     /// The state folder.
     #[must_use]
     pub fn state_dir(&self) -> &Path {

@@ -57,6 +57,8 @@ fn serve_requests(link: &mut Link, log: &Log, number: usize) -> Option<How> {
             let recorded =
                 Recorded { request: request.clone(), connection: number, arrived: Instant::now(), end: None };
             state.requests.push(recorded);
+            state.working += 1;
+            state.working_most = state.working_most.max(state.working);
             state.requests.len() - 1
         });
         let staged = log.look(|state| state.staged.get(&request.model()).cloned());
@@ -96,7 +98,14 @@ fn next_request(link: &mut Link) -> Result<Request, Option<How>> {
 }
 
 fn play(link: &mut Link, log: &Log, steps: &[Step]) -> Played {
-    for step in steps {
+    let mut work = Work(Some(log));
+    let is_done = |step: &Step| matches!(step, Step::Send(bytes) if bytes.ends_with(b"[DONE]\n\n\r\n"));
+    let is_send = |step: &Step| matches!(step, Step::Send(_));
+    let last = steps.iter().position(is_done).or_else(|| steps.iter().rposition(is_send));
+    for (index, step) in steps.iter().enumerate() {
+        if Some(index) == last {
+            work.end();
+        }
         let outcome = match step {
             Step::Send(bytes) => link.write_all(bytes),
             Step::Pause(time) => link.pause(*time),
@@ -111,6 +120,23 @@ fn play(link: &mut Link, log: &Log, steps: &[Step]) -> Played {
         }
     }
     Played::ToTheEnd
+}
+
+/// A request that is being worked on.
+struct Work<'a>(Option<&'a Log>);
+
+impl Work<'_> {
+    fn end(&mut self) {
+        if let Some(log) = self.0.take() {
+            log.change(|state| state.working -= 1);
+        }
+    }
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 fn hold(link: &mut Link, log: &Log) -> Result<(), Gone> {

@@ -70,6 +70,9 @@ pub(super) struct State {
     pub(super) handles: Vec<Option<EndHandle>>,
     /// Answers that the test gave, by the model's name.
     pub(super) staged: std::collections::HashMap<String, Vec<Step>>,
+    /// Requests being worked on, and the most there were at once.
+    pub(super) working: usize,
+    pub(super) working_most: usize,
     pub(super) is_released: bool,
     pub(super) is_over: bool,
 }

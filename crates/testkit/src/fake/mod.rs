@@ -149,6 +149,14 @@ impl FakeUpstream {
         self.log.look(|state| state.requests.len())
     }
 
+    /// The most requests that were worked on at once, since the last time this was asked. A request is worked on until the
+    /// last piece of its answer (of a stream: `[DONE]`) is about to be written, so that whoever has read that and asks again
+    /// counts once.
+    #[must_use]
+    pub fn take_working_most(&self) -> usize {
+        self.log.change(|state| std::mem::replace(&mut state.working_most, state.working))
+    }
+
     /// All connections so far, in the order they came in.
     #[must_use]
     pub fn connections(&self) -> Vec<Connection> {
