@@ -48,6 +48,7 @@ mod shutdown;
 mod stages;
 mod streams;
 mod streams_broken;
+mod streams_odd;
 mod support;
 mod systemd;
 mod targets;
