@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use evergate_testkit::fake::{BlackHole, TEXT, refused_address};
 use evergate_testkit::raw::{Response, chat_body, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, assert_error, chat, open, via};
@@ -139,6 +140,11 @@ fn d2_a_slow_look_up_ends_at_its_own_limit_and_runs_once() {
     let threads = std::fs::read_dir(format!("/proc/{}/task", named.gateway.workers()[0])).unwrap();
     let names = threads.filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).ok());
     assert_eq!(names.filter(|name| name.trim() == "evergate-dns").count(), 1);
+    // Nor does it hold up the exit.
+    let (mut gateway, began) = (named.gateway, Instant::now());
+    gateway.signal(Signal::TERM);
+    assert!(gateway.wait_exit(LIMIT).success(), "{}", gateway.stderr());
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 /// D2: one that answers within its limit is waited for, by all with one look-up.
