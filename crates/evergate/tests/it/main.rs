@@ -45,6 +45,7 @@ mod requests;
 mod respawn;
 mod scaling;
 mod shutdown;
+mod soak;
 mod stages;
 mod streams;
 mod streams_broken;
