@@ -137,6 +137,11 @@ impl ModelCall {
         };
         waited.map(Some).map_err(|shed| {
             limit.count(shed);
+            if shed == Shed::OutOfTime && deadline.limit() == Limit::Client {
+                // Its own time is over, wherever it was spent.
+                let error = Limit::Client.overrun(name, "had no place for the call within");
+                return Failure { error, how: How::OutOfTime };
+            }
             Failure { error: shed.error(name), how: How::Full }
         })
     }
