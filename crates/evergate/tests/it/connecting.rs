@@ -119,20 +119,20 @@ fn d1_last_good_addresses_serve_while_the_resolver_is_down() {
 #[test]
 fn d2_a_slow_look_up_ends_at_its_own_limit_and_runs_once() {
     let fake = FakeUpstream::start();
-    let more = format!("[timeouts]\ndns = \"500ms\"\n[upstreams.other]\nbase_url = \"{}\"\n", fake.base_url());
+    let more = format!("[timeouts]\ndns = \"2s\"\n[upstreams.other]\nbase_url = \"{}\"\n", fake.base_url());
     let named = named(port_of(fake.address()), "two.test after=60000 127.0.0.1\n", &more);
     let began = Instant::now();
     let mut waiting: Vec<Raw> = (0..50).map(|n| open(&named.gateway, "ok", n % 2 == 0)).collect();
     let other = evergate_testkit::post_chat(&named.gateway.addr(), "other/ok", false, &Value::Null);
     assert_eq!(other.content(), TEXT);
-    assert!(began.elapsed() < Duration::from_millis(450), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_millis(1800), "{:?}", began.elapsed());
     for raw in &mut waiting {
         let response = raw.read_response(LIMIT);
         assert_error(&response, 504, "upstream_timeout");
         assert!(response.error_message().contains("timeouts.dns"), "{}", response.text());
     }
     let took = began.elapsed();
-    assert!(took >= Duration::from_millis(450) && took < Duration::from_secs(4), "{took:?}");
+    assert!(took >= Duration::from_millis(1800) && took < Duration::from_secs(8), "{took:?}");
     named.wait_look_ups("late", 1);
     let metrics = named.gateway.metrics();
     assert!(metrics.contains("evergate_dns_lookups_total{result=\"ok\"} 0\n"), "{metrics}");
