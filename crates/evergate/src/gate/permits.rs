@@ -51,6 +51,8 @@ struct Line {
     next: u64,
     /// By the order of arrival.
     waiting: BTreeMap<u64, Waiter>,
+    /// Permits for those whose turn has come and who have not been polled since.
+    granted: BTreeMap<u64, Slot>,
     hold: Hold,
     /// Since when a free permit is left to a peer.
     yields_since: Option<u64>,
@@ -137,12 +139,11 @@ impl Limit {
     #[must_use]
     pub fn take(self: &Arc<Self>) -> Option<Box<Permit>> {
         let mut line = self.lock();
-        if !line.waiting.is_empty() {
-            return None;
-        }
-        let slot = self.try_take(&mut line, monotonic_ns())?;
+        let woken = self.grant(&mut line);
+        let slot = if line.waiting.is_empty() { self.try_take(&mut line, monotonic_ns()) } else { None };
         drop(line);
-        Some(self.permit(slot))
+        woken.into_iter().for_each(Waker::wake);
+        slot.map(|slot| self.permit(slot))
     }
 
     /// A permit, waited for in turn until the deadline. Dropping the future leaves the line.
@@ -222,6 +223,24 @@ impl Limit {
         self.permits.take()
     }
 
+    /// Gives those that wait what is free, as far as it is their turn; gives who is to be woken. Whoever comes by does this
+    /// for all of them: on a worker with much to do each is polled seldom, and one after the other would leave permits idle.
+    fn grant(&self, line: &mut Line) -> Vec<Waker> {
+        let mut woken = Vec::new();
+        while let Some((number, since_ns)) = line.waiting.first_key_value().map(|(number, one)| (*number, one.since_ns))
+            && let Some(slot) = self.try_take(line, since_ns)
+        {
+            woken.extend(line.waiting.remove(&number).map(|one| one.waker));
+            line.granted.insert(number, slot);
+        }
+        if !woken.is_empty() {
+            self.show(line);
+            // Who is the first now looks for permits of peers.
+            woken.extend(line.waiting.values().next().map(|first| first.waker.clone()));
+        }
+        woken
+    }
+
     /// Whether a request that comes now will most likely wait for longer than it has time.
     fn is_too_late(&self, line: &Line, deadline: Deadline) -> bool {
         let own = u64::try_from(line.waiting.len()).unwrap_or(u64::MAX);
@@ -239,11 +258,9 @@ impl Limit {
         self.permits.give(slot);
         let mut line = self.lock();
         line.hold.add(u64::try_from(held.as_nanos()).unwrap_or(u64::MAX));
-        let first = line.waiting.values().next().map(|first| first.waker.clone());
+        let woken = self.grant(&mut line);
         drop(line);
-        if let Some(first) = first {
-            first.wake();
-        }
+        woken.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -267,7 +284,6 @@ impl Drop for Permit {
 struct Waiting<'a> {
     limit: &'a Limit,
     number: u64,
-    since_ns: u64,
 }
 
 impl<'a> Waiting<'a> {
@@ -283,20 +299,25 @@ impl<'a> Waiting<'a> {
         line.next = number.wrapping_add(1);
         line.waiting.insert(number, Waiter { since_ns, waker: Waker::noop().clone() });
         limit.show(&line);
-        Ok(Self { limit, number, since_ns })
+        Ok(Self { limit, number })
     }
 
     /// Ready with a permit, or without one for who is not the first; pending for the first.
     fn poll(&self, cx: &Context<'_>) -> Poll<Option<Slot>> {
         let mut line = self.limit.lock();
-        let is_first = line.waiting.first_key_value().is_none_or(|(number, _)| *number == self.number);
         if let Some(own) = line.waiting.get_mut(&self.number) {
             own.waker.clone_from(cx.waker());
         }
-        if !is_first {
-            return Poll::Ready(None);
+        let woken = self.limit.grant(&mut line);
+        let slot = line.granted.remove(&self.number);
+        let is_first = line.waiting.first_key_value().is_some_and(|(number, _)| *number == self.number);
+        drop(line);
+        woken.into_iter().for_each(Waker::wake);
+        match slot {
+            Some(slot) => Poll::Ready(Some(slot)),
+            None if is_first => Poll::Pending,
+            None => Poll::Ready(None),
         }
-        self.limit.try_take(&mut line, self.since_ns).map_or(Poll::Pending, |slot| Poll::Ready(Some(slot)))
     }
 }
 
@@ -305,14 +326,16 @@ impl Drop for Waiting<'_> {
         let mut line = self.limit.lock();
         let was_first = line.waiting.first_key_value().is_some_and(|(number, _)| *number == self.number);
         let own = line.waiting.remove(&self.number);
+        if let Some(slot) = line.granted.remove(&self.number) {
+            self.limit.permits.give(slot);
+        }
         self.limit.show(&line);
-        let first = line.waiting.values().next().filter(|_| was_first).map(|first| first.waker.clone());
+        let mut woken = self.limit.grant(&mut line);
+        woken.extend(line.waiting.values().next().filter(|_| was_first).map(|first| first.waker.clone()));
         drop(line);
         // Outside the lock: it may be the last thing that holds a task.
         drop(own);
-        if let Some(first) = first {
-            first.wake();
-        }
+        woken.into_iter().for_each(Waker::wake);
     }
 }
 

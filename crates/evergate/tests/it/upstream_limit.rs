@@ -338,7 +338,7 @@ fn a_reload_changes_the_limit() {
         assert_eq!(raw.read_response(LIMIT).status, 200);
     }
     wait_limit(&gateway, "fake", 0, 0);
-    let _ = fake.take_working_most();
+    let (_, before) = (fake.take_working_most(), fake.request_count());
     fake.hold();
     let mut many: Vec<Raw> = (0..6).map(|_| open(&gateway, "hold", false)).collect();
     wait_limit(&gateway, "fake", 2, 4);
@@ -346,6 +346,7 @@ fn a_reload_changes_the_limit() {
     assert!(gateway.cli(&["reload"]).status.success());
     // The old worker's line goes on by the new number.
     wait_limit(&gateway, "fake", 5, 1);
+    wait_until("they are at the upstream", LIMIT, || fake.request_count() >= before + 5);
     fake.release();
     for raw in &mut many {
         assert_eq!(raw.read_response(LIMIT).status, 200);

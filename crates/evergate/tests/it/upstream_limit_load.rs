@@ -370,13 +370,16 @@ fn l5_a_full_upstream_keeps_nobody_waiting_for_another() {
                 }
             });
         }
-        wait_until("the slow one is full", LIMIT, || shed(&gateway, "first", "queue_full") > 0);
-        let crowd = std::panic::catch_unwind(std::panic::AssertUnwindSafe(times));
+        // All of them have asked: the slow one has what it can take.
+        let crowd = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            wait_until("the slow one is full", LIMIT, || slow.request_count() >= 8);
+            times()
+        }));
         is_over.store(true, Ordering::Relaxed);
         crowd.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
     println!("the fast model alone: {calm:?} (median, p95); beside the slow one: {crowd:?}");
     // Behind the slow one's calls it would wait for 100 ms each time.
     assert!(crowd.0 < Duration::from_millis(60), "{calm:?} alone, {crowd:?} beside the slow one");
-    assert!(slow.take_working_most() <= 4);
+    assert!(slow.take_working_most() <= 4 && shed(&gateway, "first", "queue_full") > 0);
 }
