@@ -195,6 +195,8 @@ row! {
         upstream_connections set_upstream_connections u32;
         /// The part of its load that waits for an upstream which has no permit left: more workers do not help it.
         parked set_parked u32;
+        /// Tasks of its runtime that have not ended.
+        tasks set_tasks u32;
         /// Requests waiting for a slot.
         waiting set_waiting u32;
         /// Since when the oldest of them waits, monotonic nanoseconds; 0 when none does.
@@ -267,6 +269,7 @@ impl ChildRow {
         self.set_connections(0);
         self.set_upstream_connections(0);
         self.set_parked(0);
+        self.set_tasks(0);
         self.set_waiting(0);
         self.set_waiting_since_ns(0);
         self.set_loop_lag_us(0);

@@ -104,6 +104,12 @@ pub async fn aside<T: Send + 'static>(
     working.await.map_err(|_| Panicked)
 }
 
+/// Tasks of this runtime that have not ended.
+#[must_use]
+pub fn alive() -> u32 {
+    u32::try_from(tokio::runtime::Handle::current().metrics().num_alive_tasks()).unwrap_or(u32::MAX)
+}
+
 /// When a kept task panicked lately.
 #[derive(Debug, Default)]
 struct Restarts {

@@ -4,11 +4,13 @@
 //! `CreateChatCompletionStreamResponse`, `CreateCompletionResponse`, `CreateEmbeddingResponse`, `ListModelsResponse`
 //! and `Model`. Fields that may be null but are required (`logprobs`, `refusal`, `finish_reason`) are always there.
 
+mod converted;
 mod embedding;
 mod models;
 mod stream;
 mod whole;
 
+pub use converted::as_events;
 pub use embedding::embeddings;
 pub use models::{model, models_list};
 pub use stream::{Chunks, DONE, Events};

@@ -77,6 +77,8 @@ pub(super) struct Attempt<'a> {
     pub(super) permit: Option<Box<Permit>>,
     /// The same, or the end of the model's `attempt` where that is earlier: until the first byte.
     pub(super) first_by: Deadline,
+    /// Whether a stream ends with a chunk of usage.
+    pub(super) wants_usage: bool,
 }
 
 /// One target's turn.
@@ -107,7 +109,8 @@ impl ModelCall {
         };
         pass.set_backend(name, IsCall::Yes);
         pass.enter(InflightPhase::Wait);
-        Ok(Attempt { client, name, body, deadline: asked.deadline, permit: None, first_by: asked.deadline })
+        let (deadline, wants_usage) = (asked.deadline, asked.request.wants_usage);
+        Ok(Attempt { client, name, body, deadline, permit: None, first_by: deadline, wants_usage })
     }
 
     /// The right to call an upstream; none is needed where it has no limit. Only the last target's line is waited in.
@@ -134,6 +137,11 @@ impl ModelCall {
         };
         waited.map(Some).map_err(|shed| {
             limit.count(shed);
+            if shed == Shed::OutOfTime && deadline.limit() == Limit::Client {
+                // Its own time is over, wherever it was spent.
+                let error = Limit::Client.overrun(name, "had no place for the call within");
+                return Failure { error, how: How::OutOfTime };
+            }
             Failure { error: shed.error(name), how: How::Full }
         })
     }

@@ -63,7 +63,7 @@ impl ModelCall {
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by, .. } = attempt;
         let mut answer = client.call(self.call(body, first_by)).await?;
         if let Some(permit) = permit {
             answer.body.hold(permit);
@@ -93,7 +93,7 @@ impl ModelCall {
         Ok(response)
     }
 
-    async fn read_whole(
+    pub(super) async fn read_whole(
         &self,
         mut body: AnswerBody,
         name: &str,

@@ -28,7 +28,20 @@ const AFTER_DONE_PIECES_MAX: u8 = 4;
 const AFTER_DONE: Duration = Duration::from_millis(5);
 
 /// A call on its way to a stream's head.
-pub type Calling = Pin<Box<dyn Future<Output = Result<AnswerBody, Failure>> + Send>>;
+pub type Calling = Pin<Box<dyn Future<Output = Result<Called, Failure>> + Send>>;
+
+/// What a call for a stream was answered with.
+pub enum Called {
+    /// Events to come.
+    Events(AnswerBody),
+    /// A whole answer, told as events.
+    Whole {
+        /// Each with its blank line, `[DONE]` too.
+        events: Vec<String>,
+        /// What the answer said of it.
+        usage: Option<Usage>,
+    },
+}
 
 /// Makes the client's error of an error event's message, with every secret taken out of it.
 pub type OnErrorEvent = Box<dyn Fn(Option<&str>) -> Error + Send>;
@@ -53,8 +66,8 @@ pub struct Limits {
 enum Source {
     Calling(Calling),
     Reading(AnswerBody),
-    /// The built-in model.
-    Echo(Chunks),
+    /// Events that are made here, of the built-in model or of a whole answer.
+    Made(Box<dyn Iterator<Item = String> + Send>),
     /// `[DONE]` has passed; the answer's framing should end now, and its connection is kept if it does.
     Closing {
         body: AnswerBody,
@@ -111,7 +124,7 @@ impl Relay {
     #[must_use]
     pub fn echo(chunks: Chunks, limits: Limits) -> Self {
         let never = Box::new(|_: Option<&str>| Error::new(Fault::Internal, "echo reported an error"));
-        Self::from_source(Source::Echo(chunks), "echo".into(), never, limits)
+        Self::from_source(Source::Made(Box::new(chunks)), "echo".into(), never, limits)
     }
 
     fn from_source(source: Source, upstream: String, on_error_event: OnErrorEvent, limits: Limits) -> Self {
@@ -159,13 +172,17 @@ impl Relay {
             }
             let polled = match &mut self.source {
                 Source::Ended => return Poll::Ready(None),
-                Source::Echo(chunks) => {
+                Source::Made(chunks) => {
                     let chunk = chunks.next();
-                    self.take_echo(chunk);
+                    self.take_made(chunk);
                     continue;
                 }
                 Source::Calling(calling) => calling.as_mut().poll(cx).map(|called| match called {
-                    Ok(body) => self.source = Source::Reading(body),
+                    Ok(Called::Events(body)) => self.source = Source::Reading(body),
+                    Ok(Called::Whole { events, usage }) => {
+                        self.seen.usage = usage;
+                        self.source = Source::Made(Box::new(events.into_iter()));
+                    }
                     Err(Failure { error, how }) => {
                         self.how = how;
                         self.ready.push_back(Err(error));
@@ -201,7 +218,7 @@ impl Relay {
         }
     }
 
-    fn take_echo(&mut self, chunk: Option<String>) {
+    fn take_made(&mut self, chunk: Option<String>) {
         match chunk {
             Some(chunk) => {
                 let data = chunk.strip_prefix("data: ").unwrap_or_default();

@@ -320,14 +320,19 @@ impl Bounded {
     fn lost(&self) -> Response<Body> {
         let error = Error::new(Fault::Internal, "an internal error ended the request").detail(panics::last());
         if !self.token.is_accounted() {
-            let Seen { id, path, method, started } = self.seen;
-            let echoed = self.echoed.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
-            let client_id = if echoed == id.text().as_str() { "" } else { echoed }.to_owned();
-            let arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
-            let end = (error.status(), End::Fault(error.fault));
-            self.app.gate.record_unadmitted(id, arrival, started, end, Some(&error));
+            self.record((error.status(), End::Fault(error.fault)), Some(&error));
         }
         self.answer(&error)
+    }
+
+    /// The record of a request whose handler can write none.
+    fn record(&self, end: (u16, End), error: Option<&Error>) {
+        let Seen { id, path, method, started } = self.seen;
+        let echoed = self.echoed.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
+        let client_id = if echoed == id.text().as_str() { "" } else { echoed }.to_owned();
+        let arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
+        self.token.account();
+        self.app.gate.record_unadmitted(id, arrival, started, end, error);
     }
 
     fn answer(&self, error: &Error) -> Response<Body> {
@@ -347,6 +352,16 @@ impl Bounded {
             }
         } else if gate.is_draining() || gate.is_far_above_peers() || gate.is_short() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+}
+
+/// A client that leaves takes the handler with it. Before the admission there is no pass to write the record.
+impl Drop for Bounded {
+    fn drop(&mut self) {
+        let is_probe = matches!(self.seen.path, Path::Healthz | Path::Readyz);
+        if !is_probe && !self.token.is_accounted() {
+            self.record((499, End::ClientGone), None);
         }
     }
 }

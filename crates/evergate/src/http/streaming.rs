@@ -6,15 +6,17 @@ use std::time::Instant;
 use bytes::Bytes;
 use evergate_core::attempts::Reached;
 use evergate_core::deadline::Limit;
-use evergate_core::{Deadline, Error, Fault};
+use evergate_core::json::scan_answer;
+use evergate_core::{Deadline, Error, Fault, chat};
+use evergate_upstream::AnswerBody;
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 
 use super::attempts::{Attempt, Failure};
 use super::body::{Body, Stream};
 use super::fault::{Bomb, Planted, planted};
-use super::model_call::ModelCall;
-use super::relay::{Calling, Limits, Relay};
+use super::model_call::{Endpoint, ModelCall};
+use super::relay::{Called, Calling, Limits, Relay};
 use super::{refusal, respond};
 use crate::gate::Arrival;
 use crate::gate::pass::Pass;
@@ -41,7 +43,7 @@ impl ModelCall {
         head_by: Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by, wants_usage } = attempt;
         let limits = self.limits(first_by);
         let call = self.call(body, first_by.min(limits.stream_total));
         let asking = Self {
@@ -63,15 +65,39 @@ impl ModelCall {
                 return Err(asking.refused(&upstream, answer, deadline).await);
             }
             let kind = answer.headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-            if kind.get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream")) {
-                return Ok(answer.body);
+            let is_of = |wanted: &[u8]| kind.get(..wanted.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(wanted));
+            if is_of(b"text/event-stream") {
+                return Ok(Called::Events(answer.body));
             }
-            let message = format!("the upstream \"{upstream}\" answered a stream request with something else");
-            Err(Failure::new(Reached::Answer, Error::new(Fault::UpstreamBadResponse, message)))
+            let body = if is_of(b"application/json") { Some(answer.body) } else { None };
+            asking.told_as_events(&upstream, body, deadline, wants_usage).await
         });
         let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
         let on_error_event = Box::new(move |message: Option<&str>| refusal::of_object(&app, &upstream, message));
         self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), head_by, pass).await
+    }
+
+    /// F19: the whole answer of an upstream that does not heed `stream: true`, told as a stream.
+    async fn told_as_events(
+        &self,
+        name: &str,
+        body: Option<AnswerBody>,
+        deadline: Deadline,
+        wants_usage: bool,
+    ) -> Result<Called, Failure> {
+        let broken = |error| Failure::new(Reached::Answer, error);
+        let other = || {
+            let message = format!("the upstream \"{name}\" answered a stream request with something else");
+            broken(Error::new(Fault::UpstreamBadResponse, message))
+        };
+        let body = body.ok_or_else(other)?;
+        let body = self.read_whole(body, name, deadline, self.app.sealed.config.limits.answer_bytes).await?;
+        let seen = scan_answer(&body).map_err(|_| other())?;
+        if seen.has_error {
+            return Err(broken(refusal::of_object(&self.app, name, seen.error_message.as_deref())));
+        }
+        let events = chat::as_events(&body, self.endpoint == Endpoint::Chat, wants_usage).ok_or_else(other)?;
+        Ok(Called::Whole { events, usage: seen.usage })
     }
 
     /// Waits with the response head until the first event, so that an early failure has a real status, or another

@@ -19,7 +19,7 @@ use crate::lifespan::{Lifespan, nothing};
 use crate::panics;
 use crate::server::accept::{Acceptor, Listener};
 use crate::server::tls;
-use crate::tasks::{Caught, Tasks};
+use crate::tasks::{self, Caught, Tasks};
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names;
 
@@ -314,6 +314,7 @@ async fn beat(row: u32, app: Arc<App>) {
         load.beat();
         app.limits.values().for_each(|limit| limit.settle_max());
         child.set_upstream_connections(app.upstream_connections());
+        child.set_tasks(tasks::alive());
         if ticks.is_multiple_of(RSS_BEATS) {
             child.set_rss_kib(rss_kib());
         }

@@ -54,6 +54,16 @@ const HYPER_URI_BYTES_MAX: usize = u16::MAX as usize - 1;
 /// Most header fields that hyper takes when nothing is said (`http1::Builder::max_headers`).
 const HYPER_HEADERS_MAX: u32 = 100;
 
+/// Of HTTP/2 (A14), said here so that no other version of the library says otherwise. Streams that a client opened and reset
+/// before they were looked at; streams that this side reset for a mistake of the client's: beyond either the client is told
+/// to calm down (GOAWAY) and the connection ends.
+const H2_PENDING_RESETS_MAX: usize = 20;
+const H2_OUR_RESETS_MAX: usize = 1024;
+/// The least that the protocol allows (RFC 9113, 6.5.2).
+const H2_FRAME_BYTES_MAX: u32 = 16 * 1024;
+/// Of an answer's bytes, per stream, that wait for the client's window.
+const H2_SEND_BYTES_MAX: usize = 400 * 1024;
+
 /// Serves a connection to its end. Errors are the connection's own: the requests on it have their records.
 pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Receiver<Stage>) {
     let config = &app.sealed.config;
@@ -139,6 +149,10 @@ async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service,
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)
         .max_header_list_size(u32::try_from(config.limits.header_bytes).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(H2_PENDING_RESETS_MAX)
+        .max_local_error_reset_streams(H2_OUR_RESETS_MAX)
+        .max_frame_size(H2_FRAME_BYTES_MAX)
+        .max_send_buf_size(H2_SEND_BYTES_MAX)
         .keep_alive_interval(config.timeouts.client_idle)
         .serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(connection);

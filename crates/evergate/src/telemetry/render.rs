@@ -285,6 +285,12 @@ impl Page<'_> {
         let help = "Upstream connections open, idle ones included.";
         self.single("evergate_upstream_connections", "gauge", help, alive.upstream_connections);
         self.single("evergate_client_connections", "gauge", "Client connections open.", alive.connections);
+        self.single(
+            "evergate_tasks",
+            "gauge",
+            "Tasks of all workers: connections, streams, and a few of their own.",
+            alive.tasks,
+        );
         self.head("evergate_workers", "gauge", "Workers by phase.");
         for (phase, count) in alive.workers {
             self.sample("evergate_workers", &[("phase", phase)], count);
@@ -302,6 +308,7 @@ struct Alive {
     inflight: Inflights,
     connections: u64,
     upstream_connections: u64,
+    tasks: u64,
     waiting: u64,
     oldest_wait_ns: u64,
     /// By slot: while one worker drains, its successor may have the same.
@@ -317,6 +324,7 @@ impl Alive {
             inflight: Inflights::default(),
             connections: 0,
             upstream_connections: 0,
+            tasks: 0,
             waiting: 0,
             oldest_wait_ns: 0,
             loads: BTreeMap::new(),
@@ -327,6 +335,7 @@ impl Alive {
             board.inflight(row).for_each(|request| alive.inflight.add(&request));
             alive.connections = alive.connections.saturating_add(child.connections().into());
             alive.upstream_connections = alive.upstream_connections.saturating_add(child.upstream_connections().into());
+            alive.tasks = alive.tasks.saturating_add(child.tasks().into());
             alive.waiting = alive.waiting.saturating_add(child.waiting().into());
             alive.oldest_wait_ns = alive.oldest_wait_ns.max(oldest_wait_ns(child, monotonic_ns()));
             if kind == Kind::Worker {

@@ -112,6 +112,24 @@ fn a13_waiting_counts() {
     assert_eq!(fake.request_count(), 2, "no time was left for the second target");
 }
 
+/// In the line before an upstream with a limit.
+#[test]
+fn a13_waiting_for_an_upstream_counts() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, &format!("in_flight_max = 1\nqueue = 4\n{ONE_WORKER}"));
+    let mut first = open_stream(&gateway, "hold-mid");
+    for stream in [false, true] {
+        let began = Instant::now();
+        let response = asks(&gateway, &via("ok"), stream, "400ms");
+        assert_error(&response, 504, "deadline_exceeded");
+        assert!(response.error_message().ends_with("within x-request-timeout"), "{}", response.text());
+        assert_in_time(began, TIME);
+    }
+    assert_eq!(fake.request_count(), 1);
+    fake.release();
+    assert!(rest_of(&mut first).last().unwrap().is_done());
+}
+
 /// A body that comes later than its client wants to wait is not passed on any more.
 #[test]
 fn a13_a_body_after_the_deadline_calls_nobody() {

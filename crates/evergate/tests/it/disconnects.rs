@@ -254,3 +254,22 @@ fn what_is_read_on_holds_its_place() {
     assert_left(&gateway.wait_access("holds", LIMIT), 499, "on_disconnect: finished", true);
     wait_until("the place is free", LIMIT, || crate::support::chat(&gateway, "ok", false).status == 200);
 }
+
+/// A2: who leaves the line before the places, before anything was admitted, is on record, too.
+#[test]
+fn a2_a_client_that_leaves_the_line_is_on_record() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 1\nmax = 1\nslots = 1\n");
+    let mut holder = crate::support::open_stream(&gateway, "hold-mid");
+    for n in 0..2 {
+        let id = format!("in-line-{n}");
+        let raw = crate::support::open_as(&gateway, "ok", n == 1, &format!("x-request-id: {id}\r\n"));
+        wait_until("it waits", LIMIT, || gateway.metrics().contains("evergate_waiting_requests 1\n"));
+        leave(raw, n);
+        assert_left(&gateway.wait_access(&id, LIMIT), 499, "", false);
+        wait_until("nobody waits", LIMIT, || gateway.metrics().contains("evergate_waiting_requests 0\n"));
+    }
+    fake.release();
+    assert!(crate::support::rest_of(&mut holder).last().unwrap().is_done());
+    assert_eq!(fake.request_count(), 1);
+}

@@ -119,6 +119,21 @@ impl Wire {
         }
     }
 
+    /// As `next_within`, for a connection that may be reset: that is an end too.
+    pub fn next_or_gone(&mut self, limit: Duration) -> Result<Option<Frame>, Duration> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(frame) = self.take() {
+                return Ok(Some(frame));
+            }
+            match self.link.wait(end) {
+                Wait::Data => {}
+                Wait::Gone(_) => return Ok(None),
+                Wait::Time => return Err(limit),
+            }
+        }
+    }
+
     fn take(&mut self) -> Option<Frame> {
         let inbox = &mut self.link.inbox;
         let length =

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::Builder;
 use evergate_testkit::raw::{chat_body, post_request};
-use evergate_testkit::{Evergate, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, is_full, send};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, is_full, open, open_as, send};
 
 fn echo_in(state: &Path, more: &str) -> Evergate {
     prepare(more).state_dir(state).start()
@@ -130,6 +130,21 @@ fn i12_a_frozen_clerk_costs_records_and_no_request() {
     });
     assert!(dropped(&gateway) > 0, "the pipe holds more than it should");
     assert_eq!(metric(&gateway, "evergate_requests_total"), 4_000);
+}
+
+/// INV-RECORD-1: it never was admitted, and ends without an answer.
+#[test]
+fn a_request_that_leaves_the_line_is_on_record() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, &format!("{ONE_WORKER}slots = 1\n"));
+    let _holding = open(&gateway, "hold", false);
+    let _ = fake.wait_request(0, LIMIT);
+    let waiting = open_as(&gateway, "ok", false, "x-request-id: impatient\r\n");
+    wait_until("a request that waits", LIMIT, || metric(&gateway, "evergate_waiting_requests") == 1);
+    drop(waiting);
+    let record = gateway.wait_access("impatient", LIMIT);
+    assert_eq!((record["cause"].as_str(), record["status"].as_u64()), (Some("client_gone"), Some(499)), "{record}");
+    assert_eq!(metric(&gateway, "evergate_waiting_requests"), 0);
 }
 
 /// At the worst moments: records that it has in its hands, and those that it has just written.

@@ -17,7 +17,8 @@ use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, chat, is_full, open_stream, s
 const SETTLE: Duration = Duration::from_millis(150);
 const DRAIN: Duration = Duration::from_millis(200);
 const CANCEL: Duration = Duration::from_millis(200);
-const CLEANUP: Duration = Duration::from_millis(200);
+/// Longer than the others: a machine that is busy with another build may need 200 ms for the clerk's last lines (seen).
+const CLEANUP: Duration = Duration::from_millis(400);
 /// What the master gives a worker, and the clerk, beyond its stages before it kills it.
 const SLACK: Duration = Duration::from_secs(1);
 /// What this machine may need for starting and ending processes while others use it.

@@ -6,7 +6,7 @@ use evergate_testkit::fake::{TEXT, refused_address};
 use evergate_testkit::{Evergate, FakeUpstream, gateway_config};
 use serde_json::Value;
 
-use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, assert_good_stream, before, chat};
+use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, before, chat};
 
 /// The client would think that its own key is bad.
 #[test]
@@ -169,27 +169,6 @@ fn half_an_emoji_passes_unchanged() {
     let response = chat(&gateway, "half-emoji", false);
     assert_eq!(response.status, 200);
     assert!(response.text().contains(r"half \ud83d"), "{}", response.text());
-}
-
-/// F19: converted, or refused with a real status; never one mode under the other's name.
-#[test]
-fn an_answer_in_the_other_mode_is_not_passed_off_as_right() {
-    let fake = FakeUpstream::start();
-    let gateway = before(&fake, "");
-    let response = chat(&gateway, "json-for-stream", true);
-    if response.status == 200 {
-        let events = response.events();
-        assert_good_stream(&events, response.is_complete);
-        assert_eq!(evergate_testkit::sse::text_of(&events), TEXT);
-    } else {
-        assert_error(&response, 502, "upstream_bad_response");
-    }
-    let response = chat(&gateway, "events-for-unary", false);
-    if response.status == 200 {
-        assert_eq!(response.content(), TEXT);
-    } else {
-        assert_error(&response, 502, "upstream_bad_response");
-    }
 }
 
 #[test]

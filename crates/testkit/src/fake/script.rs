@@ -93,12 +93,23 @@ pub enum Script {
     /// `events-for-unary`: a stream, whatever was asked.
     EventsForUnary,
 
+    /// `odd-tools`: a stream of tool calls whose deltas lack an index, jump to another, come with an id late, and end as no
+    /// JSON.
+    OddTools,
+    /// `odd-chunks`: a right stream with empty choices, the role in every chunk and null deltas.
+    OddChunks,
+    /// `after-finish`: a right stream with a second `finish_reason` and more text before `[DONE]`.
+    AfterFinish,
+    /// `two-usages`: a right stream with usage in its middle and another at its end, asked for or not.
+    TwoUsages,
     /// `error-event-first`: a stream whose first event is an error.
     ErrorEventFirst,
     /// `error-event-mid`: an error event in the middle, then a clean end without `[DONE]`.
     ErrorEventMid,
     /// `no-done`: all text and a `finish_reason`, then a clean end without `[DONE]`.
     NoDone,
+    /// `no-done-cut`: all text and a `finish_reason`, then FIN against the framing's promise.
+    NoDoneCut,
     /// `no-finish`: the first half, then a clean end with neither `finish_reason` nor `[DONE]`.
     NoFinish,
     /// `half-event`: the first half, then a part of an event and a clean end.
@@ -159,9 +170,14 @@ impl Script {
             "too-long" => Self::TooLong,
             "json-for-stream" => Self::JsonForStream,
             "events-for-unary" => Self::EventsForUnary,
+            "odd-tools" => Self::OddTools,
+            "odd-chunks" => Self::OddChunks,
+            "after-finish" => Self::AfterFinish,
+            "two-usages" => Self::TwoUsages,
             "error-event-first" => Self::ErrorEventFirst,
             "error-event-mid" => Self::ErrorEventMid,
             "no-done" => Self::NoDone,
+            "no-done-cut" => Self::NoDoneCut,
             "no-finish" => Self::NoFinish,
             "half-event" => Self::HalfEvent,
             "two-done" => Self::TwoDone,

@@ -179,6 +179,7 @@ fn events(script: &Script, answer: &Answer) -> Vec<Step> {
     let finish = || vec![done(), end()];
     let extra = |event: &str| vec![chunk(event)];
     let error = || extra(&answer::event(&answer::error(500)));
+    let odd = |events: Vec<Value>| events.iter().map(|value| chunk(&answer::event(value))).collect::<Vec<_>>();
     let head = vec![head];
     match script {
         Script::Delay(time) => [vec![Step::Pause(*time)], head, first, rest, finish()].concat(),
@@ -203,13 +204,22 @@ fn events(script: &Script, answer: &Answer) -> Vec<Step> {
                 "model": "odd-usage", "choices": [], "usage": odd_usage()}));
             [head, first, rest, extra(&odd), finish()].concat()
         }
+        Script::OddTools => [head, odd(odd_tools()), rest, finish()].concat(),
+        Script::OddChunks => [head, first, odd(odd_chunks()), rest, finish()].concat(),
+        Script::AfterFinish => [head, first, rest, odd(after_finish()), finish()].concat(),
+        Script::TwoUsages => [head, first, odd(vec![usage(3)]), rest, odd(vec![usage(5)]), finish()].concat(),
         Script::ErrorEventFirst => [head, error(), vec![end()]].concat(),
         Script::ErrorEventMid => [head, first, error(), vec![end()]].concat(),
         Script::NoDone => [head, first, rest, vec![end()]].concat(),
+        Script::NoDoneCut => [head, first, rest, vec![Step::Close]].concat(),
         Script::NoFinish => [head, first, vec![end()]].concat(),
         Script::HalfEvent => [head, first, extra("data: {\"id\":\"cut he"), vec![end()]].concat(),
-        Script::TwoDone => [head, first, rest, vec![done()], finish()].concat(),
-        Script::AfterDone => [head, first, rest, vec![done()], extra(&answer.text_event("late")), vec![end()]].concat(),
+        // In one piece, and what follows in another.
+        Script::TwoDone => [head, first, rest, extra("data: [DONE]\n\ndata: [DONE]\n\n"), finish()].concat(),
+        Script::AfterDone => {
+            let late = answer.text_event("late");
+            [head, first, rest, extra(&format!("data: [DONE]\n\n{late}")), extra(&late), vec![end()]].concat()
+        }
         Script::OneByte => [head, first, rest, finish()].concat().iter().flat_map(bytes_of).collect(),
         Script::Crlf => [head, crlf(&all), finish()].concat(),
         Script::BigEvent(size) => [head, first, extra(&answer.text_event(&"x".repeat(*size))), rest, finish()].concat(),
@@ -254,6 +264,43 @@ fn crlf(all: &[String]) -> Vec<Step> {
             chunk(&event.replace('\n', "\r\n"))
         })
         .collect()
+}
+
+fn odd_chunk(choices: &Value) -> Value {
+    json!({"id": "odd", "object": "chat.completion.chunk", "created": answer::CREATED, "model": "odd", "choices": choices})
+}
+
+fn odd_tools() -> Vec<Value> {
+    let call = |call: Value| odd_chunk(&json!([{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": null}]));
+    vec![
+        call(json!({"type": "function", "function": {"name": "a", "arguments": "{\"x"}})),
+        call(json!({"index": 7, "id": "late", "function": {"arguments": "\": [1,"}})),
+        call(json!({"index": 3, "id": null, "function": {"name": null, "arguments": "oops"}})),
+    ]
+}
+
+fn odd_chunks() -> Vec<Value> {
+    vec![
+        odd_chunk(&json!([])),
+        odd_chunk(&Value::Null),
+        odd_chunk(&json!([{"index": 0, "delta": {"role": "assistant", "content": "again "}, "finish_reason": null}])),
+        odd_chunk(&json!([{"index": 0, "delta": null, "finish_reason": null}])),
+        odd_chunk(&json!([{"index": 0, "delta": {"content": null}}])),
+    ]
+}
+
+fn after_finish() -> Vec<Value> {
+    vec![
+        odd_chunk(&json!([{"index": 0, "delta": {"content": "more "}, "finish_reason": null}])),
+        odd_chunk(&json!([{"index": 0, "delta": {}, "finish_reason": "length"}])),
+    ]
+}
+
+fn usage(completion: u64) -> Value {
+    let mut value = odd_chunk(&json!([]));
+    value["usage"] = json!({"prompt_tokens": answer::PROMPT_TOKENS, "completion_tokens": completion,
+        "total_tokens": answer::PROMPT_TOKENS + completion});
+    value
 }
 
 fn odd_usage() -> Value {
