@@ -85,7 +85,9 @@ fn a_stalled_body_is_answered_408() {
     let gateway = echo_with(SHORT);
     let mut raw = Raw::connect(&gateway.addr());
     raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{{\"model\"").as_bytes());
-    assert_error(&raw.read_response(LIMIT), 408, "request_timeout");
+    let response = raw.read_response(LIMIT);
+    assert_error(&response, 408, "request_timeout");
+    assert!(response.text().contains("within timeouts.body_idle"), "{}", response.text());
     assert!(raw.read_to_close(LIMIT).0.is_empty());
     assert_alive(&gateway);
 }

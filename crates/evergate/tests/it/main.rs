@@ -45,6 +45,7 @@ mod requests;
 mod respawn;
 mod scaling;
 mod shutdown;
+mod slow_clients;
 mod soak;
 mod stages;
 mod streams;
