@@ -144,7 +144,8 @@ impl Life {
             let grace_end = Instant::now() + self.grace;
             self.signal_group(Signal::TERM);
             tokio::select! {
-                // As above; and a moment is a value too.
+                biased;
+                // As above; and a moment is a value too. One that has gone in time is not killed, whenever we look.
                 () = gone(process) => return (Ladder::Term, Some(grace_end)),
                 _ = ordered(&mut self.order, &mut self.all, Order::End) => {}
                 () = sleep_until(grace_end.into()) => {}

@@ -13,6 +13,8 @@ fn g26_a_program_has_its_own_environment_and_descriptors_and_no_others() {
         // Open in this process, as its listeners and logs are.
         let secret = std::fs::File::open("/proc/self/status").unwrap();
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        // One that its owner forgot to mark: it is not handed on either.
+        let careless = rustix::io::dup(&secret).unwrap();
         assert!(std::env::vars_os().count() > 2, "there is something that could be inherited");
         let mut plan = sim(&["dump"]);
         plan.env.push(("MODEL_KEY".into(), "its own".into()));
@@ -30,7 +32,7 @@ fn g26_a_program_has_its_own_environment_and_descriptors_and_no_others() {
         assert!(["1", "2"].iter().all(|fd| fds[*fd].as_str().unwrap().starts_with("pipe:")));
         assert_eq!(seen["pid"], seen["group"], "a group of its own");
         assert!(seen["status"].as_str().unwrap().contains("NoNewPrivs:\t1"));
-        drop((secret, socket));
+        drop((secret, socket, careless));
     });
 }
 

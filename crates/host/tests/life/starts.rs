@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use evergate_host::{StartError, Wiring};
 use evergate_sys::{Status, Step};
 
-use super::support::{LONG, OUTPUT, folder, open_files, plan, read, run, sim, text};
+use super::support::{LONG, OUTPUT, alone, folder, open_files, plan, read, run, sim, text};
 
 const ENOENT: i32 = 2;
 const ENOEXEC: i32 = 8;
@@ -65,23 +65,7 @@ fn g1_a_name_is_looked_up_as_a_shell_would() {
 /// In a process of its own, since the limit is one of the process.
 #[test]
 fn g2_a_full_machine_is_asked_again_after_pauses() {
-    const INSIDE: &str = "EVERGATE_TEST_INSIDE";
-    run(|house| async move {
-        if std::env::var_os(INSIDE).is_some() {
-            full(&house).await;
-            return;
-        }
-        #[allow(clippy::disallowed_methods, reason = "nothing replaces a test while it runs")]
-        let own = std::env::current_exe().unwrap();
-        let mut again = plan(&[
-            own.as_os_str(),
-            "--exact".as_ref(),
-            "starts::g2_a_full_machine_is_asked_again_after_pauses".as_ref(),
-        ]);
-        again.env = std::env::vars_os().chain([(INSIDE.into(), "1".into())]).collect();
-        let (output, ended) = house.whole(&again).await;
-        assert_eq!(ended.exit.status, Status::Code(0), "{}{}", text(&output), text(&ended.tail));
-    });
+    alone("starts::g2_a_full_machine_is_asked_again_after_pauses", || run(|house| async move { full(&house).await }));
 }
 
 async fn full(house: &super::support::House) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use evergate_host::program::{Ended, Failed};
 use evergate_host::report::Line;
 use evergate_host::{Plan, Program, Programs, Report, Wiring};
-use evergate_sys::Pid;
+use evergate_sys::{Pid, Status};
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -54,9 +54,26 @@ pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce(House) -> F) {
     let _ = evergate_testkit::adaptersim();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let ear = Arc::new(Ear::default());
-        let programs = Programs::new(OsStr::new("test.1"), ear.clone()).unwrap();
-        tokio::time::timeout(LONG * 4, test(House { programs, ear })).await.expect("the test took too long");
+        tokio::time::timeout(LONG * 4, test(House::new())).await.expect("the test took too long");
+    });
+}
+
+/// Runs a test in a process of its own: for what would disturb the others.
+pub(crate) fn alone(name: &str, test: impl FnOnce()) {
+    const INSIDE: &str = "EVERGATE_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        test();
+        return;
+    }
+    let name = name.to_owned();
+    run(|house| async move {
+        #[allow(clippy::disallowed_methods, reason = "nothing replaces a test while it runs")]
+        let own = std::env::current_exe().unwrap();
+        let mut again = plan(&[own.as_os_str(), "--exact".as_ref(), name.as_ref()]);
+        again.env = std::env::vars_os().chain([(INSIDE.into(), "1".into())]).collect();
+        let (output, ended) = house.whole(&again).await;
+        assert_eq!(ended.exit.status, Status::Code(0), "{}{}", text(&output), text(&ended.tail));
+        assert!(text(&output).contains("1 passed"), "{}", text(&output));
     });
 }
 
@@ -87,6 +104,12 @@ pub(crate) const OUTPUT: Wiring<'static> =
     Wiring { args: &[], request: None, fds: &[], has_input: false, has_output: true };
 
 impl House {
+    /// Within a runtime.
+    pub(crate) fn new() -> Self {
+        let ear = Arc::new(Ear::default());
+        Self { programs: Programs::new(OsStr::new("test.1"), ear.clone()).unwrap(), ear }
+    }
+
     pub(crate) async fn start(&self, plan: &Plan, wiring: Wiring<'_>) -> Program {
         self.programs.start(plan, wiring, Instant::now() + LONG).await.unwrap()
     }
