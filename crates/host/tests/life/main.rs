@@ -3,6 +3,7 @@
 
 mod confined;
 mod ends;
+mod prepared;
 mod starts;
 mod streams;
 mod support;
