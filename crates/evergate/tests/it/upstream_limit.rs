@@ -128,8 +128,8 @@ fn l1_a_wait_that_would_outlast_the_request_is_refused_at_its_beginning() {
         response.text()
     );
     let (response, took) = ask("600ms");
-    assert_error(&response, 503, "overloaded");
-    assert!(took >= Duration::from_millis(590) && response.text().contains("none ended in time"), "{took:?}");
+    assert_error(&response, 504, "deadline_exceeded");
+    assert!(took >= Duration::from_millis(590), "{took:?}");
     // With three before it 600 ms are not enough any more.
     let mut waiting: Vec<Raw> = (0..3).map(|_| open(&gateway, "ok", false)).collect();
     wait_limit(&gateway, "fake", 1, 3);
@@ -143,6 +143,16 @@ fn l1_a_wait_that_would_outlast_the_request_is_refused_at_its_beginning() {
     }
     assert_eq!(fake.request_count(), 12);
     wait_limit(&gateway, "fake", 0, 0);
+
+    // Not the client's own time, but the gateway's.
+    fake.hold();
+    let gateway = limited(&fake, 1, 1, "[timeouts]\ntotal = \"400ms\"\n");
+    let _first = open_stream(&gateway, "hold-mid");
+    let began = Instant::now();
+    let response = chat(&gateway, "ok", false);
+    assert_error(&response, 503, "overloaded");
+    assert!(began.elapsed() >= Duration::from_millis(390) && response.text().contains("none ended in time"));
+    assert_eq!(shed(&gateway, "fake", "out_of_time"), 1);
 }
 
 /// Nobody who has left keeps a place in the line, or a permit.
