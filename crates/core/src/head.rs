@@ -86,20 +86,22 @@ pub fn check(head: &[u8], limits: &HeadLimits) -> Result<Framing, Error> {
 /// 9110, 5.5).
 fn returns(head: &[u8]) -> Result<usize, Error> {
     let (groups, rest) = head.as_chunks::<32>();
-    // A whole group without a branch inside becomes vector code.
+    // A whole group without a branch inside becomes vector code, and a check for overflow is one: 32 fit.
     let look = |bytes: &[u8]| {
-        bytes.iter().fold((0_u8, false), |(returns, any), byte| {
-            let is_control = ((*byte < 0x20) & !matches!(byte, b'\t' | b'\n' | b'\r')) | (*byte == 0x7f);
-            (returns + u8::from(*byte == b'\r'), any | is_control)
+        bytes.iter().fold((0_u8, 0_u8), |(returns, any), byte| {
+            let is_return = u8::from(*byte == b'\r');
+            let is_space = u8::from(*byte == b'\t') | u8::from(*byte == b'\n') | is_return;
+            let is_control = (u8::from(*byte < 0x20) & !is_space) | u8::from(*byte == 0x7f);
+            (returns.wrapping_add(is_return), any | is_control)
         })
     };
-    let (mut returns, mut any) = (0, false);
+    let (mut returns, mut any) = (0, 0);
     for group in groups.iter().map(<[u8; 32]>::as_slice).chain([rest]) {
         let (here, is_bad) = look(group);
         returns += usize::from(here);
         any |= is_bad;
     }
-    if any { Err(refuse("the request head holds a control character")) } else { Ok(returns) }
+    if any != 0 { Err(refuse("the request head holds a control character")) } else { Ok(returns) }
 }
 
 struct Lines<'a> {
