@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::SealFlags;
 
+use crate::hosts::{HOSTS_MAX, HostRow};
 use crate::inflight::{Inflight, InflightRow, InflightRows};
 use crate::labels::{self, LabelRow};
 use crate::layout::{Head, Layout, MAGIC, Shape, VERSION};
@@ -158,6 +159,17 @@ impl Board {
         (0..).zip(self.child_table())
     }
 
+    /// A host's row.
+    #[must_use]
+    pub fn host(&self, row: u32) -> Option<&HostRow> {
+        self.host_table().get(usize::try_from(row).ok()?)
+    }
+
+    /// All hosts' rows, empty ones too.
+    pub fn hosts(&self) -> impl Iterator<Item = (u32, &HostRow)> {
+        (0..).zip(self.host_table())
+    }
+
     /// The requests a child has in flight, each read whole.
     pub fn inflight(&self, row: u32) -> impl Iterator<Item = Inflight> {
         let high = self.child(row).map_or(0, ChildRow::inflight_high);
@@ -224,6 +236,10 @@ impl Board {
     #[must_use]
     pub fn label_text(&self, id: u16) -> String {
         labels::text(self.label_table(), id)
+    }
+
+    fn host_table(&self) -> &[HostRow] {
+        self.0.map.slice(self.0.layout.hosts, wide(HOSTS_MAX))
     }
 
     fn child_table(&self) -> &[ChildRow] {

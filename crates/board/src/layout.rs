@@ -4,6 +4,7 @@ use std::mem::size_of;
 
 use evergate_core::plan::Plan;
 
+use crate::hosts::{HOSTS_MAX, HostRow};
 use crate::inflight::InflightRow;
 use crate::labels::LabelRow;
 use crate::permits::{self, TableHead};
@@ -23,7 +24,7 @@ const SLOTS_MAX: u32 = 2 * 65_536 + WAITING_ROWS;
 /// How large a board is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Rows for children, 1 to 1,024.
+    /// Rows for children, 1 to 1,152.
     pub children: u32,
     /// In-flight rows per child, 1 to 132,096.
     pub slots: u32,
@@ -41,13 +42,21 @@ impl Shape {
         // go for other reasons. Some are there for a reload with more workers than the start had, and for those that were
         // killed and do not end (`supervisor/src/step/ghosts.rs`).
         let children = plan.workers_max.saturating_mul(6).saturating_add(8).clamp(64, 1024);
+        let children = children.saturating_add(Self::host_rows(plan));
         // More than places: a request whose body is still being read, or that waits, has a row but no place yet.
         let slots = plan.slots.saturating_mul(2).saturating_add(WAITING_ROWS).clamp(1, SLOTS_MAX);
         Self { children, slots, series: 2048, labels: 2048 }
     }
 
+    /// Of the rows for children, those at the end that are for hosts: twice as many as there are programs, for those that
+    /// a reload replaces, and some for programs that a reload brings.
+    #[must_use]
+    pub fn host_rows(plan: &Plan) -> u32 {
+        u32::try_from(plan.hosts.len()).unwrap_or(u32::MAX).saturating_mul(2).clamp(8, 128)
+    }
+
     pub(crate) fn is_valid(self) -> bool {
-        (1..=1024).contains(&self.children)
+        (1..=1152).contains(&self.children)
             && (1..=SLOTS_MAX).contains(&self.slots)
             && (1..=65_536).contains(&self.series)
             && self.series.is_power_of_two()
@@ -74,6 +83,7 @@ pub(crate) struct Head {
 pub(crate) struct Layout {
     pub(crate) shape: Shape,
     pub(crate) master: usize,
+    pub(crate) hosts: usize,
     pub(crate) children: usize,
     pub(crate) labels: usize,
     inflight: usize,
@@ -99,7 +109,9 @@ impl Layout {
         let (children, slots) = (wide(shape.children)?, wide(shape.slots)?);
         let (cells, labels) = (wide(shape.series)?, wide(shape.labels)?);
         let master = PAGE;
-        let children_at = pages(master.checked_add(size_of::<MasterRow>())?)?;
+        let hosts = pages(master.checked_add(size_of::<MasterRow>())?)?;
+        let hosts_end = hosts.checked_add(size_of::<HostRow>().checked_mul(wide(HOSTS_MAX)?)?)?;
+        let children_at = pages(hosts_end)?;
         let labels_at = pages(children_at.checked_add(size_of::<ChildRow>().checked_mul(children)?)?)?;
         let inflight = pages(labels_at.checked_add(size_of::<LabelRow>().checked_mul(labels)?)?)?;
         let inflight_stride = pages(size_of::<InflightRow>().checked_mul(slots)?)?;
@@ -113,6 +125,7 @@ impl Layout {
         Some(Self {
             shape,
             master,
+            hosts,
             children: children_at,
             labels: labels_at,
             inflight,
@@ -158,6 +171,8 @@ mod tests {
     fn regions_do_not_overlap_and_odd_shapes_are_refused() {
         let shape = Shape { children: 3, slots: 5, series: 8, labels: 4 };
         let layout = Layout::new(shape).unwrap();
+        assert!(layout.hosts >= layout.master + size_of::<MasterRow>());
+        assert!(layout.children >= layout.hosts + usize::try_from(HOSTS_MAX).unwrap() * size_of::<HostRow>());
         let mut last = layout.labels + 4 * size_of::<LabelRow>();
         for row in 0..3 {
             let at = layout.inflight_of(row).unwrap();

@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 mod board;
+mod hosts;
 mod inflight;
 mod labels;
 mod layout;
@@ -20,6 +21,7 @@ mod word;
 
 pub use board::{Board, Error};
 pub use evergate_sys::monotonic_ns;
+pub use hosts::{HOSTS_MAX, HostRow, HostState};
 pub use inflight::{Inflight, InflightPhase, InflightRows, InflightStart, MODEL_BYTES_MAX, Ticket};
 pub use labels::{LABEL_BYTES_MAX, OTHER};
 pub use layout::Shape;

@@ -26,6 +26,8 @@ unsafe impl Shared for crate::rows::MasterRow {}
 // SAFETY: as above.
 unsafe impl Shared for crate::rows::ChildRow {}
 // SAFETY: as above.
+unsafe impl Shared for crate::hosts::HostRow {}
+// SAFETY: as above.
 unsafe impl Shared for crate::inflight::InflightRow {}
 // SAFETY: as above.
 unsafe impl Shared for crate::labels::LabelRow {}

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use evergate_board::{
-    Board, Claim, Error, InflightPhase, InflightStart, MasterPhase, Phase, SeriesKey, Shape, monotonic_ns,
+    Board, Claim, Error, HOSTS_MAX, HostState, InflightPhase, InflightStart, MasterPhase, Phase, SeriesKey, Shape,
+    monotonic_ns,
 };
 use evergate_core::exit::Kind;
 
@@ -186,6 +187,66 @@ fn readers_never_see_a_mix_of_two_requests() {
                         let expected = ["a".repeat(64), "b".repeat(64), String::new()];
                         assert_eq!(one.client_id, expected[usize::from(which)]);
                         seen.fetch_add(1, Ordering::AcqRel);
+                    }
+                }
+            });
+        }
+    });
+    assert!(seen.load(Ordering::Acquire) >= 200, "the readers met the writer");
+}
+
+#[test]
+fn a_hosts_row_is_found_by_its_section_and_forgets_the_one_before() {
+    let (board, other) = pair();
+    let row = board.host(3).unwrap();
+    row.claim(0xabc, "tiny");
+    let seen = other.host(3).unwrap();
+    assert_eq!((seen.look(0xabc), seen.name()), (Some(HostState::Cold), "tiny".into()));
+    assert_eq!((seen.look(0xabd), other.host(0).unwrap().look(0)), (None, None));
+    assert!(!row.take_wanted());
+    seen.set_is_wanted(true);
+    assert!(row.take_wanted() && !row.take_wanted());
+    row.bear(9, 2);
+    seen.set_ready_epoch(9);
+    seen.set_in_flight(3);
+    seen.set_pid(77);
+    row.set_cause(&"x".repeat(300));
+    assert_eq!((row.ready_epoch(), row.in_flight(), row.pid(), row.cause().len()), (9, 3, 77, 256));
+    row.bear(10, 2);
+    assert_eq!((row.ready_epoch(), row.in_flight(), row.pid(), row.epoch()), (0, 0, 0, 10));
+    row.clear();
+    assert_eq!((seen.look(0xabc), seen.name(), seen.cause()), (None, String::new(), String::new()));
+    assert!(board.host(HOSTS_MAX).is_none());
+    assert_eq!(board.hosts().count(), usize::try_from(HOSTS_MAX).unwrap());
+}
+
+/// A row goes from one section to another while workers look: nobody takes the one's state for the other's.
+#[test]
+fn a_section_never_has_the_state_of_another() {
+    let (board, other) = pair();
+    let done = AtomicBool::new(false);
+    let seen = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let row = board.host(0).unwrap();
+            let mut rounds = 0_u64;
+            while rounds < 20_000 || (seen.load(Ordering::Acquire) < 200 && rounds < 20_000_000) {
+                rounds += 1;
+                row.claim(1, "one");
+                row.set_state(HostState::Ready);
+                row.claim(2, "two");
+                row.set_state(HostState::Failed);
+            }
+            done.store(true, Ordering::Release);
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let row = other.host(0).unwrap();
+                while !done.load(Ordering::Acquire) {
+                    for (fingerprint, never) in [(1, HostState::Failed), (2, HostState::Ready)] {
+                        let state = row.look(fingerprint);
+                        assert!(state != Some(never) && state != Some(HostState::Empty), "{fingerprint} {state:?}");
+                        seen.fetch_add(u64::from(state.is_some()), Ordering::AcqRel);
                     }
                 }
             });

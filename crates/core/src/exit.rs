@@ -79,6 +79,10 @@ pub enum Initiator {
     Lifetime,
     /// Recycled for its memory.
     Rss,
+    /// A host that nobody has asked anything for long enough.
+    Idle,
+    /// A host that had to go for another one of its group.
+    Group,
     /// Killed because its beat had stopped.
     Hang,
     /// Killed because it was not ready in time, or ended before it was ready.
@@ -106,6 +110,8 @@ impl Initiator {
             Self::Requests => "requests",
             Self::Lifetime => "lifetime",
             Self::Rss => "rss",
+            Self::Idle => "idle",
+            Self::Group => "group",
             Self::Hang => "hang",
             Self::Boot => "boot",
             Self::Crash => "crash",
@@ -160,6 +166,8 @@ pub struct ExitRecord {
     pub pid: i32,
     /// Its slot among its kind.
     pub slot: u32,
+    /// Of a host, the upstream whose program it runs; else empty.
+    pub upstream: String,
     /// Number of the child within the run.
     pub epoch: u32,
     /// Configuration generation.
@@ -207,6 +215,7 @@ impl ExitRecord {
             kind,
             pid,
             slot: 0,
+            upstream: String::new(),
             epoch: 0,
             generation: 0,
             status,
@@ -260,6 +269,10 @@ impl ExitRecord {
             self.rss_max_kib, self.cpu_ms, self.connections_idle
         );
         write_string(&mut out, &self.note);
+        if !self.upstream.is_empty() {
+            out.push_str(",\"upstream\":");
+            write_string(&mut out, &self.upstream);
+        }
         self.write_circumstances(&mut out);
         self.write_lost(&mut out);
         out.push('}');
@@ -347,6 +360,10 @@ mod tests {
         assert!(!record.to_json().contains('\n'));
         let bare = ExitRecord::new(Kind::Clerk, 1, Status::Code(0), Initiator::Operator);
         let value: serde_json::Value = serde_json::from_str(&bare.to_json()).unwrap();
+        assert!(value["upstream"].is_null());
+        let host = ExitRecord { upstream: "tiny".into(), ..ExitRecord::new(Kind::Host, 1, status, Initiator::Idle) };
+        let host: serde_json::Value = serde_json::from_str(&host.to_json()).unwrap();
+        assert_eq!((&host["upstream"], &host["initiator"]), (&"tiny".into(), &"idle".into()));
         assert!(value["panic"].is_null() && value["running"].is_null() && value["oom_kills"].is_null());
     }
 

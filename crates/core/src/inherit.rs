@@ -1,7 +1,7 @@
 //! What a child finds at which descriptor and in which argument: the contract between the master and its children.
 //!
 //! A child is started as `evergate KIND --row R --epoch E --generation G --listeners N`, with the descriptors below.
-//! Nothing else is inherited: every descriptor of the master is close-on-exec.
+//! A host finds its socket there, and `--name UPSTREAM` in its arguments. Nothing else is inherited: every descriptor of the master is close-on-exec.
 
 /// The board's memfd.
 pub const BOARD: i32 = 3;
@@ -15,6 +15,23 @@ pub const KICK: i32 = 6;
 pub const ACCESS: i32 = 7;
 /// The first of `N` listening sockets, in the order of the configuration; the clerk gets the admin listeners.
 pub const LISTENERS: i32 = 8;
+
+/// Names the folder of the hosts' sockets to workers and hosts: `FOLDER/FINGERPRINT.sock`, the fingerprint in 16 digits.
+pub const HOSTS_DIR_VARIABLE: &str = "EVERGATE_HOSTS_DIR";
+/// The variable that marks a host's programs, and whatever they start, with [`host_mark`].
+pub const HOST_MARK: &str = "EVERGATE_HOST";
+
+/// By what the programs of one host are known: the master ends whoever carries it when the host is dead.
+#[must_use]
+pub fn host_mark(run_id: u64, epoch: u32) -> String {
+    format!("{run_id:016x}.{epoch}")
+}
+
+/// The name of a host's socket in the folder.
+#[must_use]
+pub fn host_socket(fingerprint: u64) -> String {
+    format!("{fingerprint:016x}.sock")
+}
 
 /// For `evergate compile` (validates a configuration in a child, so that the master parses no TOML): an empty memfd
 /// that receives `plan::Plan::to_text`.

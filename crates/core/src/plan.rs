@@ -39,6 +39,55 @@ impl std::str::FromStr for Address {
     }
 }
 
+/// A program that serves a model, as far as the master must know of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostPlan {
+    /// The upstream's name.
+    pub name: String,
+    /// Tells its section from every other (`config::process::Process::fingerprint`).
+    pub fingerprint: u64,
+    /// Hosts of one group exclude each other.
+    pub group: Option<String>,
+    /// Whether it is started with the gateway and kept.
+    pub is_preloaded: bool,
+    /// Whether it may be started beside the one of its name that a reload has replaced.
+    pub overlaps: bool,
+    /// From its start until it can take a request.
+    pub start: Duration,
+    /// What its programs have from TERM to KILL.
+    pub grace: Duration,
+}
+
+impl std::fmt::Display for HostPlan {
+    /// One line; names and groups are words of letters, digits, `_` and `-`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (start, grace) = (self.start.as_millis(), self.grace.as_millis());
+        let (preload, overlap) = (u8::from(self.is_preloaded), u8::from(self.overlaps));
+        let group = self.group.as_deref().unwrap_or_default();
+        write!(f, "{} {:016x} {preload} {overlap} {start} {grace} {group}", self.name, self.fingerprint)
+    }
+}
+
+impl std::str::FromStr for HostPlan {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("plan line with a bad host: {text}");
+        let mut words = text.split(' ');
+        let mut word = || words.next().ok_or_else(bad);
+        let name = word()?.to_owned();
+        let fingerprint = u64::from_str_radix(word()?, 16).map_err(|_| bad())?;
+        let (is_preloaded, overlaps) = (word()? == "1", word()? == "1");
+        let mut time = || word()?.parse().map(Duration::from_millis).map_err(|_| bad());
+        let (start, grace) = (time()?, time()?);
+        let group = Some(word()?.to_owned()).filter(|group| !group.is_empty());
+        if name.is_empty() || fingerprint == 0 || words.next().is_some() {
+            return Err(bad());
+        }
+        Ok(Self { name, fingerprint, group, is_preloaded, overlaps, start, grace })
+    }
+}
+
 /// The master's part of one generation's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -82,6 +131,8 @@ pub struct Plan {
     pub cancel: Duration,
     /// Resources may close.
     pub cleanup: Duration,
+    /// Programs that serve models, each name once.
+    pub hosts: Vec<HostPlan>,
     /// Lines printed for the operator once the first worker is ready; `{listen}` stands for the first address.
     pub banner: Vec<String>,
 }
@@ -124,6 +175,9 @@ impl Plan {
         ] {
             line(key, &value.as_millis());
         }
+        for host in &self.hosts {
+            line("host", host);
+        }
         for text in &self.banner {
             line("banner", &text.replace('\n', " "));
         }
@@ -156,6 +210,7 @@ impl Plan {
             drain: Duration::ZERO,
             cancel: Duration::ZERO,
             cleanup: Duration::ZERO,
+            hosts: Vec::new(),
             banner: Vec::new(),
         };
         let mut lines = text.lines();
@@ -191,6 +246,7 @@ impl Plan {
                 "drain_ms" => plan.drain = time()?,
                 "cancel_ms" => plan.cancel = time()?,
                 "cleanup_ms" => plan.cleanup = time()?,
+                "host" => plan.hosts.push(value.parse()?),
                 "banner" => plan.banner.push(value.into()),
                 _ => return Err(format!("unknown plan line: {line}")),
             }
@@ -205,6 +261,31 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn host(name: &str, group: Option<&str>) -> HostPlan {
+        HostPlan {
+            name: name.into(),
+            fingerprint: u64::MAX - 1,
+            group: group.map(str::to_owned),
+            is_preloaded: true,
+            overlaps: group.is_none(),
+            start: Duration::from_secs(60),
+            grace: Duration::from_millis(5),
+        }
+    }
+
+    #[test]
+    fn a_host_that_is_not_whole_is_refused() {
+        let text = host("tiny", None).to_string();
+        assert!(text.parse::<HostPlan>().is_ok());
+        let words: Vec<&str> = text.split(' ').collect();
+        for count in 0..words.len() {
+            assert!(words[..count].join(" ").parse::<HostPlan>().is_err(), "{count} words");
+        }
+        for odd in [format!("{text}g more"), text.replace("fffe", "ffxe"), text.replace("60000", "-1")] {
+            assert!(odd.parse::<HostPlan>().is_err(), "{odd}");
+        }
+    }
 
     #[test]
     fn text_form_round_trips() {
@@ -229,6 +310,7 @@ mod tests {
             drain: Duration::from_secs(20),
             cancel: Duration::from_secs(1),
             cleanup: Duration::from_secs(3),
+            hosts: vec![host("tiny", Some("gpu")), host("shout", None)],
             banner: vec!["try {listen} = fine".into()],
         };
         assert_eq!(Plan::parse(&plan.to_text()), Ok(plan));

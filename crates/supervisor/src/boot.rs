@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use evergate_board::{Board, MasterPhase, Shape, monotonic_ns};
-use evergate_core::inherit::code;
+use evergate_core::inherit::{self, code};
 use evergate_core::plan::{Address, Plan};
 use evergate_sys::{Pid, Signal, Signals, Status, unix_ms};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -22,11 +22,12 @@ use crate::children::Estate;
 use crate::compile::{Compile, Words};
 use crate::control::{self, Control};
 use crate::exits::Exits;
+use crate::hosts::Hosts;
 use crate::listen::Listener;
 use crate::master::Master;
 use crate::orphans::Orphans;
 use crate::runfile::Run;
-use crate::step::{Circumstances, Refusal, Rules, State};
+use crate::step::{Circumstances, Next, Refusal, Rules, State};
 use crate::{Failure, Options, talk};
 
 /// How long the configuration may take to be validated.
@@ -76,13 +77,18 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
     let what = format!("open the control socket {}", control.display());
     let control = attempt(&what, Control::open(control))?;
     let rules = Rules::of_plan(&plan);
+    let host_rows = Shape::host_rows(&plan);
     let given = Circumstances {
-        rows: board.shape().children,
+        rows: board.shape().children.saturating_sub(host_rows),
+        host_rows,
         has_orphans: !orphans.is_empty(),
         halts_on_boot_error: options.halt_on_boot_error,
         seed: board.run_id(),
     };
-    let state = State::new(rules, given, monotonic_ns());
+    let state = State::new(rules, given, monotonic_ns()).with_hosts(Next::of_plan(&plan).hosts);
+    let hosts = Hosts::new(&folder);
+    let mut env = options.child_env.clone();
+    env.push((inherit::HOSTS_DIR_VARIABLE.into(), hosts.folder().into()));
     let estate = Estate {
         exe,
         configs: BTreeMap::from([(1, config)]),
@@ -95,7 +101,8 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
         )?,
         listeners,
         admin,
-        env: options.child_env.clone(),
+        hosts,
+        env,
         board,
     };
     Ok(Master::new(options.clone(), folder, lock, signals, estate, exits, orphans, control, state, plan))

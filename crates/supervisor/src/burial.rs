@@ -5,7 +5,7 @@
 
 use evergate_board::{Board, ChildRow, Inflight, InflightPhase, Phase, monotonic_ns};
 use evergate_core::count;
-use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
+use evergate_core::exit::{ExitRecord, Initiator, Kind, Lost, Panicked, Status};
 use evergate_core::ids::RequestId;
 use evergate_core::record::Access;
 use evergate_sys::{Exit, unix_ms};
@@ -13,7 +13,6 @@ use evergate_sys::{Exit, unix_ms};
 use crate::Options;
 use crate::children::{Estate, Running};
 use crate::exits::Exits;
-use crate::step::name;
 use crate::talk;
 
 /// Buries one child.
@@ -21,7 +20,9 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
     let board = &estate.board;
     // What is over was answered: the client has it, only the record may be missing.
     let (over, lost): (Vec<_>, Vec<_>) = board.inflight(dead.birth.row).partition(Inflight::is_over);
-    let record = record(board, dead, initiator, &lost);
+    let upstream = estate.hosts.name(dead.birth.slot);
+    let upstream = if dead.birth.kind == Kind::Host { upstream } else { "" };
+    let record = record(board, dead, upstream, initiator, &lost);
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
@@ -38,7 +39,7 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
         }
     }
     board.bury(dead.birth.row);
-    announce(&record);
+    announce(&record, &estate.name(dead.birth));
 }
 
 /// How the rules and the records see what the kernel said.
@@ -50,7 +51,7 @@ pub(crate) fn status(exit: Option<Exit>) -> Status {
     }
 }
 
-fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]) -> ExitRecord {
+fn record(board: &Board, dead: &Running, upstream: &str, initiator: Initiator, lost: &[Inflight]) -> ExitRecord {
     let now = monotonic_ns();
     let row = board.child(dead.birth.row);
     let ms_since = |then: u64| now.saturating_sub(then) / 1_000_000;
@@ -63,6 +64,7 @@ fn record(board: &Board, dead: &Running, initiator: Initiator, lost: &[Inflight]
     ExitRecord {
         at_ms: unix_ms(),
         slot: dead.birth.slot,
+        upstream: upstream.to_owned(),
         epoch: dead.birth.epoch,
         generation: dead.birth.generation,
         age_ms: ms_since(dead.spawned_ns),
@@ -151,7 +153,7 @@ fn write_access(estate: &Estate, inflight: &Inflight, left: &Left<'_>) {
 }
 
 /// A line for the operator, unless everything went as it was ordered.
-fn announce(record: &ExitRecord) {
+fn announce(record: &ExitRecord, name: &str) {
     let how = match record.status {
         Status::Code(0) if !matches!(record.initiator, Initiator::Boot | Initiator::Crash | Initiator::Unknown) => {
             return;
@@ -160,12 +162,7 @@ fn announce(record: &ExitRecord) {
         Status::Signal { number, core } => format!("signal {number}{}", if core { " (core dumped)" } else { "" }),
         Status::Unknown => "cause unknown".to_owned(),
     };
-    let mut text = format!(
-        "{} (pid {}) ended: {how}, initiator {}",
-        name(record.kind, record.slot),
-        record.pid,
-        record.initiator.name()
-    );
+    let mut text = format!("{} (pid {}) ended: {how}, initiator {}", name, record.pid, record.initiator.name());
     if !record.lost.is_empty() {
         text.push_str(&format!(", {} lost", count(record.lost.len(), "request")));
     }

@@ -10,6 +10,7 @@ use evergate_core::exit::Kind;
 use evergate_core::inherit;
 use evergate_sys::{Exe, Exit, Pid, Signal, Spawn, Status, start_ticks};
 
+use crate::hosts::Hosts;
 use crate::listen::Listener;
 use crate::oom::Finding;
 use crate::step::{Birth, name};
@@ -30,6 +31,7 @@ pub(crate) struct Estate {
     pub(crate) nothing: OwnedFd,
     pub(crate) listeners: Vec<Listener>,
     pub(crate) admin: Option<Listener>,
+    pub(crate) hosts: Hosts,
     pub(crate) env: Vec<(OsString, OsString)>,
 }
 
@@ -73,6 +75,9 @@ impl Estate {
         let Birth { kind, slot, epoch, generation, .. } = birth;
         let spawned_ns = monotonic_ns();
         row.claim(&Claim { kind, slot, epoch, generation, spawned_ns });
+        if let Some(host) = self.board.host(slot).filter(|_| kind == Kind::Host) {
+            host.bear(epoch, birth.row);
+        }
         let outcome = self.exec(birth);
         if outcome.is_err() {
             self.board.bury(birth.row);
@@ -85,6 +90,14 @@ impl Estate {
         Ok(Running { birth, pid, ticks, spawned_ns, exit: None, sent: Vec::new(), finding: None, given_up: None })
     }
 
+    /// What a child is called: a host by its upstream.
+    pub(crate) fn name(&self, birth: Birth) -> String {
+        match birth.kind {
+            Kind::Host => format!("host {}", self.hosts.name(birth.slot)),
+            _ => name(birth.kind, birth.slot),
+        }
+    }
+
     fn exec(&self, birth: Birth) -> io::Result<Pid> {
         // A description of its own, because children read the file and must not share a position.
         let config = self.configs.get(&birth.generation);
@@ -92,7 +105,8 @@ impl Estate {
         let config = evergate_sys::reopen_read_only(config)?;
         let (access, listeners): (_, Vec<BorrowedFd<'_>>) = match birth.kind {
             Kind::Clerk => (&self.access.0, self.admin.iter().map(AsFd::as_fd).collect()),
-            Kind::Master | Kind::Worker | Kind::Runner | Kind::Host => {
+            Kind::Host => (&self.access.1, vec![self.hosts.listener(birth.slot)?]),
+            Kind::Master | Kind::Worker | Kind::Runner => {
                 (&self.access.1, self.listeners.iter().map(AsFd::as_fd).collect())
             }
         };
@@ -112,9 +126,12 @@ impl Estate {
         {
             args.extend([flag.into(), value.to_string().into()]);
         }
+        if birth.kind == Kind::Host {
+            args.extend(["--name".into(), self.hosts.name(birth.slot).into()]);
+        }
         evergate_sys::spawn(&Spawn {
             exe: Exe::Descriptor(self.exe.as_fd()),
-            argv0: OsStr::new(&format!("evergate: {}", name(birth.kind, birth.slot))),
+            argv0: OsStr::new(&format!("evergate: {}", self.name(birth))),
             args: &args,
             env: &self.env,
             fds: &fds,

@@ -15,6 +15,8 @@ use crate::step::Refusal;
 
 /// Most of its words that are kept, bytes: some two hundred mistakes.
 const WORDS_MAX: u64 = 16 << 10;
+/// Most of a plan that is read, bytes: programs have up to two hundred each.
+const PLAN_MAX: u64 = 256 << 10;
 
 /// A validation under way.
 #[derive(Debug)]
@@ -65,7 +67,7 @@ impl Compile {
 
     /// What it said, where that was kept.
     pub(crate) fn words(&self) -> String {
-        self.words.as_ref().and_then(|words| read(words).ok()).unwrap_or_default()
+        self.words.as_ref().and_then(|words| read(words, WORDS_MAX).ok()).unwrap_or_default()
     }
 
     /// After its end: the plan, and the sealed configuration. A refusal without words is one that the operator has heard.
@@ -78,7 +80,7 @@ impl Compile {
                 return Err(internal(format!("the validation of the configuration was ended by signal {number}")));
             }
         }
-        let text = evergate_sys::seal(&self.plan).and_then(|()| read(&self.plan));
+        let text = evergate_sys::seal(&self.plan).and_then(|()| read(&self.plan, PLAN_MAX));
         let text = text.map_err(|error| internal(format!("cannot read the plan: {error}")))?;
         let plan = Plan::parse(&text).map_err(internal)?;
         match evergate_sys::seal(&self.config) {
@@ -88,8 +90,8 @@ impl Compile {
     }
 }
 
-fn read(fd: &OwnedFd) -> io::Result<String> {
+fn read(fd: &OwnedFd, max: u64) -> io::Result<String> {
     let mut bytes = Vec::new();
-    File::from(evergate_sys::reopen_read_only(fd)?).take(WORDS_MAX).read_to_end(&mut bytes)?;
+    File::from(evergate_sys::reopen_read_only(fd)?).take(max).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -14,7 +14,7 @@ use rustix::net::{
     accept_with, bind, listen, sendmsg, socket_with, sockopt::socket_peercred,
 };
 
-use crate::step::{Caller, Ns, Order, Refusal, SECOND};
+use crate::step::{Caller, Ns, Order, Refusal, SECOND, name_hash};
 
 /// Longest request, bytes.
 const REQUEST_MAX: usize = 512;
@@ -159,6 +159,13 @@ impl Control {
             "stop" => ("ok\n", None, Some(Order::Stop)),
             "stop now" => ("ok\n", None, Some(Order::StopNow)),
             "reload" => return self.wait(client, |caller| Order::Reload(Some(caller))),
+            _ if line.starts_with("load ") || line.starts_with("unload ") => {
+                let (order, name) = line.split_once(' ').unwrap_or_default();
+                let (is_load, name) = (order == "load", name_hash(name));
+                let order =
+                    |caller| if is_load { Order::Load { name, caller } } else { Order::Unload { name, caller } };
+                return self.wait(client, order);
+            }
             _ => match workers {
                 Some(workers) => return self.wait(client, |caller| Order::Scale { workers, caller }),
                 None => ("error: no such command\n", None, None),
@@ -307,6 +314,13 @@ mod tests {
         assert_eq!(orders, [Order::Reload(Some(1))]);
         let (mut second, orders) = call(&mut control, "scale 3\n");
         assert_eq!(orders, [Order::Scale { workers: 3, caller: 2 }]);
+        let (_loads, orders) = call(&mut control, "load tiny\n");
+        assert_eq!(orders, [Order::Load { name: name_hash("tiny"), caller: 3 }]);
+        let (_unloads, orders) = call(&mut control, "unload tiny\n");
+        assert_eq!(orders, [Order::Unload { name: name_hash("tiny"), caller: 4 }]);
+        for caller in [3, 4] {
+            control.answer(caller, &Ok(1));
+        }
         // One that goes before the answer, and one that never reads it.
         let (gone, _) = call(&mut control, "reload\n");
         drop(gone);
@@ -322,8 +336,8 @@ mod tests {
         let refusal = Refusal { code: 78, why: "one\ntwo".into() };
         assert_eq!(said(&mut control, 1, Err(refusal.clone()), &mut first), "failed 78: one\ntwo\n");
         assert_eq!(said(&mut control, 2, Ok(3), &mut second), "ok 3\n");
-        control.answer(3, &Ok(1));
-        control.answer(4, &Err(Refusal { why: "x".repeat(100_000), ..refusal }));
+        control.answer(5, &Ok(1));
+        control.answer(6, &Err(Refusal { why: "x".repeat(100_000), ..refusal }));
         assert_eq!(control.callers.len(), 0);
         let mut many: Vec<_> = (0..64).map(|_| call(&mut control, "reload\n").0).collect();
         let (mut refused, orders) = call(&mut control, "reload\n");

@@ -3,14 +3,13 @@
 use evergate_board::{Board, monotonic_ns};
 
 use crate::children::Running;
-use crate::step::name;
 
 /// One line for the operator. Reads two small files of procfs, which wait for nobody.
-pub(crate) fn diagnose(board: &Board, running: &Running) -> String {
+pub(crate) fn diagnose(board: &Board, running: &Running, name: &str) -> String {
     let pid = running.pid.as_raw_nonzero().get();
     let now = monotonic_ns();
     let ms_since = |then: u64| now.saturating_sub(then) / 1_000_000;
-    let mut text = format!("{} (pid {pid}) does not beat", name(running.birth.kind, running.birth.slot));
+    let mut text = format!("{name} (pid {pid}) does not beat");
     if let Some(row) = board.child(running.birth.row) {
         text.push_str(&format!(": last beat {} ms ago", ms_since(row.beat_ns())));
         let inflight: Vec<_> = board.inflight(running.birth.row).collect();

@@ -14,6 +14,7 @@ mod compile;
 mod control;
 mod diagnosis;
 mod exits;
+mod hosts;
 mod listen;
 mod master;
 mod notify;

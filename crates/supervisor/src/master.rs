@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use evergate_board::{Board, ChildRow, MasterPhase, Phase, monotonic_ns};
+use evergate_board::{Board, ChildRow, MasterPhase, Phase, Shape, monotonic_ns};
 use evergate_core::count;
 use evergate_core::exit::Kind;
 use evergate_core::inherit::code;
@@ -24,7 +24,7 @@ use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
-use crate::step::{Action, Event, Ns, Order, Refusal, SECOND, Seen, Sig, State, Tally, step};
+use crate::step::{Action, Event, HostSeen, Ns, Order, Refusal, SECOND, Seen, Shown, Sig, State, Tally, step};
 use crate::succeed::{Bound, succeed};
 use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
@@ -116,7 +116,7 @@ impl Master {
     /// connection wakes us as well, so that a queue is noticed at once; says whether one did.
     fn wait(&self) -> bool {
         let now = monotonic_ns();
-        let others = [self.control.due(), self.notify.due(), self.turned_away.due()];
+        let others = [self.control.due(), self.notify.due(), self.turned_away.due(), self.estate.hosts.due()];
         let due = others.into_iter().flatten().fold(self.state.due(), Ns::min);
         let left = std::time::Duration::from_nanos(due.saturating_sub(now));
         let limit = Timespec::try_from(left).ok();
@@ -154,6 +154,10 @@ impl Master {
             if let Some(order) = order_of(taken.number) {
                 self.apply(Event::Order(order));
             }
+        }
+        let run_id = self.estate.board.run_id();
+        for epoch in self.estate.hosts.swept(run_id, now) {
+            self.apply(Event::Swept { epoch });
         }
         for order in self.control.turn(&self.estate.board, now) {
             self.apply(Event::Order(order));
@@ -194,6 +198,25 @@ impl Master {
         let waiting = children.iter().fold(0_u64, |sum, seen| sum.saturating_add(seen.waiting.into()));
         self.estate.board.master().set_backlog(waiting.saturating_add(queue.into()));
         self.apply(Event::Seen { children, queue });
+        self.look_at_hosts();
+    }
+
+    fn look_at_hosts(&mut self) {
+        let board = &self.estate.board;
+        let seen = |host: u32| {
+            let row = board.host(host)?;
+            Some(HostSeen {
+                host,
+                is_wanted: row.take_wanted(),
+                ready_epoch: row.ready_epoch(),
+                idle_epoch: row.idle_epoch(),
+                is_busy: row.in_flight() > 0 || row.waiting() > 0,
+            })
+        };
+        let hosts: Vec<HostSeen> = self.estate.hosts.rows().filter_map(seen).collect();
+        if !hosts.is_empty() {
+            self.apply(Event::Hosts(hosts));
+        }
     }
 
     /// Everybody who has ended: ours are an event, strangers (we are a subreaper, or process 1) have no effect.
@@ -277,6 +300,13 @@ impl Master {
                     bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
                 }
             }
+            Action::AddHost { host, name, fingerprint } => self.estate.hosts.add(&board, host, name, fingerprint),
+            Action::ShowHost { host, shown } => show_host(&board, host, &shown),
+            Action::DropHost { host } => self.estate.hosts.drop_host(&board, host),
+            Action::Sweep { epoch } => {
+                let is_clean = self.estate.hosts.sweep(board.run_id(), epoch, monotonic_ns());
+                return is_clean.then_some(Event::Swept { epoch });
+            }
             Action::ShowGhost { epoch } => self.show_ghost(epoch),
             Action::Compile => return self.start_compile(),
             Action::StopCompile => self.stop_compile(),
@@ -286,7 +316,11 @@ impl Master {
                 }
             }
             Action::Adopt { generation, rules } => {
-                self.estate.configs.retain(|kept, _| *kept >= generation);
+                // Workers of a generation before may ask for a host that only theirs has.
+                let of_worker =
+                    |running: &Running| (running.birth.kind == Kind::Worker).then_some(running.birth.generation);
+                let living: Vec<u32> = self.children.values().filter_map(of_worker).collect();
+                self.estate.configs.retain(|kept, _| *kept >= generation || living.contains(kept));
                 board.master().set_generation(generation);
                 board.master().set_workers_min(rules.workers_min);
                 board.master().set_workers_max(rules.workers_max);
@@ -297,7 +331,7 @@ impl Master {
             Action::Answer { caller, outcome } => self.control.answer(caller, &outcome),
             Action::Diagnose { epoch } => {
                 if let Some(running) = self.children.get(&epoch) {
-                    talk::say(&diagnose(&board, running));
+                    talk::say(&diagnose(&board, running, &self.estate.name(running.birth)));
                 }
             }
             Action::Count(Tally::Respawn { kind, cause }) => (self.options.on_respawn)(&board, kind, cause),
@@ -367,7 +401,8 @@ impl Master {
             listen: listeners.iter().map(|listener| listener.address.clone()).collect(),
             are_passed: listeners.iter().all(|listener| listener.is_passed),
             admin: self.estate.admin.as_ref().map(|admin| admin.address.clone()),
-            rows: self.estate.board.shape().children,
+            rows: self.estate.board.shape().children.saturating_sub(Shape::host_rows(&self.plan)),
+            host_rows: Shape::host_rows(&self.plan),
         }
     }
 
@@ -447,6 +482,17 @@ impl Master {
             talk::say(&format!("cannot write the run file: {error}"));
         }
     }
+}
+
+fn show_host(board: &Board, host: u32, shown: &Shown) {
+    let Some(row) = board.host(host) else { return };
+    row.set_cause(&shown.cause);
+    row.set_retry_ns(shown.retry_at);
+    row.set_is_retired(shown.is_retired);
+    row.set_since_ns(monotonic_ns());
+    // After what a waiting worker reads when it finds these changed.
+    row.set_failures(shown.failures);
+    row.set_state(shown.state);
 }
 
 fn tally_up(board: &Board, tally: Tally) {

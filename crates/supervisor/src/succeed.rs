@@ -3,7 +3,7 @@
 use evergate_core::inherit::code;
 use evergate_core::plan::{Address, Plan};
 
-use crate::step::{Refusal, Rules};
+use crate::step::{Next, Refusal};
 
 /// What was made at the start and lasts as long as the master.
 #[derive(Clone, Debug)]
@@ -14,15 +14,21 @@ pub(crate) struct Bound {
     pub(crate) are_passed: bool,
     /// Where the admin listener really is.
     pub(crate) admin: Option<Address>,
-    /// Rows on the board.
+    /// Rows on the board for the clerk and the workers.
     pub(crate) rows: u32,
+    /// Rows for hosts.
+    pub(crate) host_rows: u32,
+}
+
+fn to_usize(count: u32) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
 }
 
 /// The rules of a configuration that is to follow another without a restart.
 ///
 /// # Errors
 /// Names the keys that only a restart can change: `first` is what `bound` was made for.
-pub(crate) fn succeed(first: &Plan, bound: &Bound, next: &Plan) -> Result<Rules, Refusal> {
+pub(crate) fn succeed(first: &Plan, bound: &Bound, next: &Plan) -> Result<Next, Refusal> {
     let mut keys = Vec::new();
     let mut fixed = |key: &str, is_same: bool, what: &str| {
         if !is_same {
@@ -35,8 +41,13 @@ pub(crate) fn succeed(first: &Plan, bound: &Bound, next: &Plan) -> Result<Rules,
     fixed("[workers] slots", next.slots <= first.slots, &format!(" to more than the {} of the start", first.slots));
     let room = bound.rows.saturating_sub(2) / 2;
     fixed("[workers] max", next.workers_max <= room, &format!(" to more than {room}, for which the board was made"));
+    fixed(
+        "the number of [upstreams.NAME.process]",
+        next.hosts.len() <= to_usize(bound.host_rows),
+        &format!(" to more than {}, for which the board was made", bound.host_rows),
+    );
     keys.extend(guard(next, &bound.listen).err());
-    if keys.is_empty() { Ok(Rules::of_plan(next)) } else { Err(Refusal { code: code::CONFIG, why: keys.join("\n") }) }
+    if keys.is_empty() { Ok(Next::of_plan(next)) } else { Err(Refusal { code: code::CONFIG, why: keys.join("\n") }) }
 }
 
 impl Bound {
@@ -97,16 +108,16 @@ mod tests {
 
     fn bound(listen: &[&str], are_passed: bool) -> Bound {
         let listen = listen.iter().map(|address| address.parse().unwrap()).collect();
-        Bound { listen, are_passed, admin: Some("127.0.0.1:2".parse().unwrap()), rows: 64 }
+        Bound { listen, are_passed, admin: Some("127.0.0.1:2".parse().unwrap()), rows: 64, host_rows: 8 }
     }
 
     #[test]
     fn what_only_a_restart_can_change_is_named() {
         let first = plan("", "");
         let judge = |from: &str, to: &str| succeed(&first, &bound(&["127.0.0.1:81"], false), &plan(from, to));
-        assert_eq!(judge("", "").unwrap(), Rules::of_plan(&first));
-        assert_eq!(judge("slots=16", "slots=8").unwrap().slots, 8);
-        assert_eq!(judge("max=4", "max=31").unwrap().workers_max, 31);
+        assert_eq!(judge("", "").unwrap(), Next::of_plan(&first));
+        assert_eq!(judge("slots=16", "slots=8").unwrap().rules.slots, 8);
+        assert_eq!(judge("max=4", "max=31").unwrap().rules.workers_max, 31);
         assert!(judge("127.0.0.1:0", "127.0.0.1:81").is_ok(), "the port that the system chose");
         for (from, to, key) in [
             ("127.0.0.1:0", "127.0.0.1:3", "[server] listen"),

@@ -154,6 +154,7 @@ fn cors(report: &Report<'_>, origins: Vec<(String, Place)>, auth: Auth) -> Vec<S
 fn plan(config: &Config, listen: Vec<Address>, admin: Option<Address>) -> Plan {
     Plan {
         banner: Vec::new(),
+        hosts: Vec::new(),
         is_listen_default: false,
         is_unguarded: config.server.auth == Auth::None,
         is_tls: config.server.tls.is_some(),

@@ -99,13 +99,15 @@ pub const FIRST_TOKEN_BUCKETS_MS: [u64; 14] =
     [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000];
 
 /// Initiators by their label index.
-pub const INITIATORS: [Initiator; 13] = [
+pub const INITIATORS: [Initiator; 15] = [
     Initiator::Operator,
     Initiator::Reload,
     Initiator::ScaleDown,
     Initiator::Requests,
     Initiator::Lifetime,
     Initiator::Rss,
+    Initiator::Idle,
+    Initiator::Group,
     Initiator::Hang,
     Initiator::Boot,
     Initiator::Crash,

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use evergate_board::MasterPhase;
+use evergate_board::{HostState, MasterPhase};
 use evergate_core::exit::{Initiator, Kind, Status};
-use evergate_core::plan::Plan;
+use evergate_core::plan::{HostPlan, Plan};
 
 /// Monotonic nanoseconds.
 pub type Ns = u64;
@@ -53,7 +53,6 @@ impl Rules {
     /// The rules of a plan.
     #[must_use]
     pub fn of_plan(plan: &Plan) -> Self {
-        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4);
         Self {
             workers_min: plan.workers_min,
             workers_max: plan.workers_max,
@@ -92,6 +91,68 @@ impl Rules {
     }
 }
 
+fn ns(time: Duration) -> Ns {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4)
+}
+
+/// A program that serves a model, as its section of a configuration has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostRules {
+    /// The upstream's name.
+    pub name: String,
+    /// Tells the section from every other.
+    pub fingerprint: u64,
+    /// Hosts of one group exclude each other.
+    pub group: Option<String>,
+    /// Started with the gateway, and not ended for being idle.
+    pub is_preloaded: bool,
+    /// May be started beside the one that it replaces.
+    pub overlaps: bool,
+    /// From its start until it takes requests.
+    pub start: Ns,
+    /// What its programs have from TERM to KILL, beyond what every child has.
+    pub grace: Ns,
+}
+
+impl HostRules {
+    /// The rules of a plan's line.
+    #[must_use]
+    pub fn of_plan(plan: &HostPlan) -> Self {
+        Self {
+            name: plan.name.clone(),
+            fingerprint: plan.fingerprint,
+            group: plan.group.clone(),
+            is_preloaded: plan.is_preloaded,
+            overlaps: plan.overlaps,
+            start: ns(plan.start),
+            grace: ns(plan.grace),
+        }
+    }
+}
+
+/// A configuration that may come into force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Its numbers.
+    pub rules: Rules,
+    /// Its programs.
+    pub hosts: Vec<HostRules>,
+}
+
+impl Next {
+    /// What a plan says.
+    #[must_use]
+    pub fn of_plan(plan: &Plan) -> Self {
+        Self { rules: Rules::of_plan(plan), hosts: plan.hosts.iter().map(HostRules::of_plan).collect() }
+    }
+}
+
+impl From<Rules> for Next {
+    fn from(rules: Rules) -> Self {
+        Self { rules, hosts: Vec::new() }
+    }
+}
+
 /// Whoever waits for an answer at the control socket.
 pub type Caller = u64;
 
@@ -119,6 +180,20 @@ pub enum Order {
     },
     /// `HUP`, or somebody who waits for the outcome.
     Reload(Option<Caller>),
+    /// Start a model's program; whoever asked is answered when it takes requests.
+    Load {
+        /// Of the upstream ([`super::name_hash`]).
+        name: u64,
+        /// Who asked.
+        caller: Caller,
+    },
+    /// Stop a model's program; whoever asked is answered when it has gone.
+    Unload {
+        /// Of the upstream.
+        name: u64,
+        /// Who asked.
+        caller: Caller,
+    },
     /// `USR1`.
     ReopenLogs,
 }
@@ -144,6 +219,36 @@ pub struct Seen {
     pub requests: u64,
     /// Resident set, KiB.
     pub rss_kib: u64,
+}
+
+/// A host as the board shows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostSeen {
+    /// Its row.
+    pub host: u32,
+    /// Whether somebody has asked for it since the last look.
+    pub is_wanted: bool,
+    /// The child that takes requests; 0 for none.
+    pub ready_epoch: u32,
+    /// The child that says that it may go; 0 for none.
+    pub idle_epoch: u32,
+    /// Whether it has requests.
+    pub is_busy: bool,
+}
+
+/// What is shown of a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shown {
+    /// What workers are to take it for.
+    pub state: HostState,
+    /// How often it came to a bad end.
+    pub failures: u64,
+    /// When a failed one is tried again.
+    pub retry_at: Ns,
+    /// Whether the configuration in force has another section of its name, or none.
+    pub is_retired: bool,
+    /// Why the last one came to a bad end; empty if none did.
+    pub cause: String,
 }
 
 /// Why a reload did not come off.
@@ -174,6 +279,13 @@ pub enum Event {
         /// Connections in the TCP listeners' accept queues.
         queue: u32,
     },
+    /// The hosts' rows were looked at; comes behind [`Self::Seen`] where there are any.
+    Hosts(Vec<HostSeen>),
+    /// Nothing is left of what a buried host has started, see [`Action::Sweep`].
+    Swept {
+        /// Of which.
+        epoch: u32,
+    },
     /// Somebody connects to a gateway that was quiet, see [`super::State::is_quiet`].
     Knock,
     /// A child could not be started.
@@ -194,7 +306,7 @@ pub enum Event {
     },
     /// The validation that [`Action::Compile`] began has ended: the rules of the configuration, which the shell holds
     /// until it is told what to do with it, or why there are none.
-    Compiled(Result<Rules, Refusal>),
+    Compiled(Result<Next, Refusal>),
     /// An operator wants something.
     Order(Order),
 }
@@ -204,7 +316,7 @@ pub enum Event {
 pub struct Birth {
     /// What it is.
     pub kind: Kind,
-    /// Its slot among its kind.
+    /// Its slot among its kind; a host's row among the hosts'.
     pub slot: u32,
     /// Its row on the board.
     pub row: u32,
@@ -267,6 +379,32 @@ pub enum Action {
         epoch: u32,
         /// Whose doing it was.
         initiator: Initiator,
+    },
+    /// Make a host's row and its socket.
+    AddHost {
+        /// Its row.
+        host: u32,
+        /// The upstream's name.
+        name: String,
+        /// Tells its section from every other.
+        fingerprint: u64,
+    },
+    /// Show on the board what a host is.
+    ShowHost {
+        /// Its row.
+        host: u32,
+        /// What.
+        shown: Shown,
+    },
+    /// Empty a host's row and remove its socket.
+    DropHost {
+        /// Its row.
+        host: u32,
+    },
+    /// Kill whatever a buried host has left. [`Event::Swept`] follows when nothing is there any more.
+    Sweep {
+        /// Its epoch, which its programs carry as a mark.
+        epoch: u32,
     },
     /// Show on the board that a child was killed, hangs in the kernel and will do nothing more. It is buried like any other
     /// when it has ended.

@@ -3,7 +3,7 @@
 //! Such a ghost will never run an instruction of ours again, so that its work can be another's at once; but it is there,
 //! with its memory and its connections, and its row on the board is its own until it is buried.
 
-use evergate_core::exit::Status;
+use evergate_core::exit::{Kind, Status};
 
 use super::{Action, Child, Ns, SECOND, State, life::Place, planted};
 
@@ -46,7 +46,9 @@ impl State {
             return None;
         }
         let is_leaving = |child: &&Child| self.leaving.iter().any(|other| other.epoch == child.epoch);
-        self.children().filter(is_ghost).find(|child| !is_leaving(child)).map(|child| child.epoch)
+        // A host's program may have what its successor needs: nobody takes its place.
+        let is_host = |child: &&Child| child.kind == Kind::Host;
+        self.children().filter(is_ghost).find(|child| !is_leaving(child) && !is_host(child)).map(|child| child.epoch)
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) enum Place {
     Coming,
     /// It was to take another's place.
     Successor,
+    /// It was the host at this place.
+    Host(usize),
 }
 
 impl State {
@@ -124,6 +126,7 @@ impl State {
             Place::Leaving => {}
             Place::Coming => self.coming_ended(child, &ended(status, note), now, out),
             Place::Successor => self.succession_failed(child, now, out),
+            Place::Host(at) => self.host_ended(at, child, (status, note), now, out),
             Place::Slot(at) => {
                 let initiator = child.initiator(status);
                 if let Some(slot) = self.slots.get_mut(at) {
@@ -159,6 +162,7 @@ impl State {
             Place::Leaving => {}
             Place::Coming => self.coming_ended(&child, &format!("could not be started: {why}"), now, out),
             Place::Successor => self.succession_failed(&child, now, out),
+            Place::Host(at) => self.host_unborn(at, &child, why, now, out),
             Place::Slot(at) => {
                 if let Some(slot) = self.slots.get_mut(at) {
                     slot.cause = Some(Initiator::Boot);
@@ -188,6 +192,12 @@ impl State {
         }
         if let Some(succession) = self.succession.take_if(|succession| succession.child.epoch == epoch) {
             return Some((succession.child, Place::Successor));
+        }
+        if let Some(at) =
+            self.hosts.iter().position(|host| host.child.as_ref().is_some_and(|child| child.epoch == epoch))
+        {
+            let child = self.hosts.get_mut(at)?.child.take()?;
+            return Some((child, Place::Host(at)));
         }
         let is_here = |slot: &Slot| slot.child.as_ref().is_some_and(|child| child.epoch == epoch);
         let at = self.slots.iter().position(is_here)?;

@@ -7,6 +7,9 @@
 
 mod event;
 mod ghosts;
+mod hosts;
+#[cfg(test)]
+mod hosts_tests;
 mod life;
 mod load;
 #[cfg(test)]
@@ -28,7 +31,12 @@ mod watch;
 use evergate_board::MasterPhase;
 use evergate_core::exit::{Initiator, Kind};
 
-pub(crate) use event::{Action, Birth, Caller, Event, MS, Ns, Order, Refusal, Rules, SECOND, Seen, Sig, Tally};
+pub(crate) use event::{
+    Action, Birth, Caller, Event, HostRules, HostSeen, MS, Next, Ns, Order, Refusal, Rules, SECOND, Seen, Shown, Sig,
+    Tally,
+};
+use hosts::Host;
+pub(crate) use hosts::name_hash;
 use load::Load;
 use recycle::Succession;
 use reload::{HandOver, Reload, Stage};
@@ -59,8 +67,10 @@ pub(crate) use planted;
 /// What the rules are given at the start.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Circumstances {
-    /// Rows on the board.
+    /// Rows on the board for the clerk and the workers.
     pub(crate) rows: u32,
+    /// Rows behind those for hosts.
+    pub(crate) host_rows: u32,
     /// A predecessor's children are still there.
     pub(crate) has_orphans: bool,
     /// The first boot that fails ends the start, even if other workers are ready.
@@ -87,6 +97,9 @@ pub(crate) struct State {
     /// Who waits for a reload that begins when the present one is over; one is enough for all of them.
     queued: Option<Vec<Caller>>,
     hand_overs: Vec<HandOver>,
+    hosts: Vec<Host>,
+    /// The first generation's, until the start.
+    first_hosts: Vec<HostRules>,
     next_epoch: u32,
     generation: u32,
     /// The highest number that was ever given to a generation: one that failed is not used again.
@@ -177,6 +190,8 @@ impl State {
             reload: None,
             queued: None,
             hand_overs: Vec::new(),
+            hosts: Vec::new(),
+            first_hosts: Vec::new(),
             next_epoch: 1,
             generation: 1,
             last_generation: 1,
@@ -191,6 +206,11 @@ impl State {
             orphans_kill_at: given.has_orphans.then(|| now.saturating_add(orphans_last)),
             random: given.seed | 1,
         }
+    }
+
+    /// With the programs of the first generation.
+    pub(crate) fn with_hosts(self, hosts: Vec<HostRules>) -> Self {
+        Self { first_hosts: hosts, ..self }
     }
 
     /// When the next step must come if nothing happens, never further away than one tick.
@@ -208,8 +228,13 @@ impl State {
         };
         let reload = self.reload.as_ref().and_then(Reload::due);
         let hand_overs = self.hand_overs.iter().map(|hand_over| hand_over.until);
-        let others =
-            stop.into_iter().chain(reload).chain(hand_overs).chain(self.orphans_kill_at).chain(self.sample_due());
+        let others = stop
+            .into_iter()
+            .chain(reload)
+            .chain(hand_overs)
+            .chain(self.orphans_kill_at)
+            .chain(self.sample_due())
+            .chain(self.hosts_due());
         spawns.chain(kills).chain(aborts).chain(ghosts).chain(others).fold(tick, Ns::min).max(self.last)
     }
 
@@ -221,7 +246,9 @@ impl State {
     fn children(&self) -> impl Iterator<Item = &Child> {
         let slots = self.slots.iter().filter_map(|slot| slot.child.as_ref());
         let coming = self.reload.iter().flat_map(|reload| reload.children());
-        slots.chain(coming).chain(self.succession.iter().map(|succession| &succession.child)).chain(&self.leaving)
+        let hosts = self.hosts.iter().filter_map(|host| host.child.as_ref());
+        let successor = self.succession.iter().map(|succession| &succession.child);
+        slots.chain(coming).chain(successor).chain(&self.leaving).chain(hosts)
     }
 
     fn children_mut(&mut self) -> impl Iterator<Item = &mut Child> {
@@ -231,7 +258,8 @@ impl State {
             Stage::Compiling { .. } | Stage::Waiting { .. } => &mut [],
         });
         let successor = self.succession.iter_mut().map(|succession| &mut succession.child);
-        slots.chain(coming).chain(successor).chain(&mut self.leaving)
+        let hosts = self.hosts.iter_mut().filter_map(|host| host.child.as_mut());
+        slots.chain(coming).chain(successor).chain(&mut self.leaving).chain(hosts)
     }
 
     /// Whether an empty slot of this kind is filled again.
@@ -280,6 +308,8 @@ pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
             state.seen(&children, queue, now, &mut out);
             state.follow_load(now, &mut out);
         }
+        Event::Hosts(hosts) => state.hosts_seen(&hosts, now, &mut out),
+        Event::Swept { epoch } => state.swept(epoch),
         Event::Knock => state.knocked(now),
         Event::SpawnFailed { epoch, why } => state.spawn_failed(epoch, &why, now, &mut out),
         Event::Exited { epoch, status, note } => state.exited(epoch, status, &note, now, &mut out),
@@ -291,6 +321,7 @@ pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
     state.go_on_reloading(now, &mut out);
     state.keep_floor(now, &mut out);
     state.recycle(now, &mut out);
+    state.follow_hosts(now, &mut out);
     state.go_on_stopping(now, &mut out);
     state.fill(now, &mut out);
     save_once(&mut out);
@@ -318,6 +349,7 @@ impl State {
         for child in self.children_mut().filter(|child| child.killed_at.is_none()) {
             child.kill_at = child.kill_at.map(|at| at.saturating_add(gap));
         }
+        self.excuse_sweeps(gap);
     }
 
     fn start(&mut self, now: Ns, out: &mut Vec<Action>) {
@@ -327,6 +359,8 @@ impl State {
         for index in 0..self.target {
             self.slots.push(Slot::new(Kind::Worker, index, index.saturating_add(1), now));
         }
+        let hosts = std::mem::take(&mut self.first_hosts);
+        self.adopt_hosts(&hosts, now, out);
     }
 
     fn order(&mut self, order: Order, now: Ns, out: &mut Vec<Action>) {
@@ -335,6 +369,8 @@ impl State {
             Order::More => self.more(now, out),
             Order::Fewer => self.fewer(now, out),
             Order::Scale { workers, caller } => self.scale_to(workers, caller, now, out),
+            Order::Load { name, caller } => self.load(name, caller, now, out),
+            Order::Unload { name, caller } => self.unload(name, caller, now, out),
             Order::Reload(caller) => self.reload(caller, now, out),
             Order::ReopenLogs => {
                 for clerk in self.children().filter(|child| child.kind == Kind::Clerk) {

@@ -36,6 +36,14 @@ pub(crate) enum Mutant {
     AnnouncesTwice,
     WaitsForBurial,
     GhostsWithoutEnd,
+    IgnoresGroups,
+    SkipsSweep,
+    ReplacesAll,
+    DropsNeeded,
+    NoHostPause,
+    LosesWant,
+    EndsBusy,
+    HostsFirst,
 }
 
 /// Which invariant catches each.
@@ -62,6 +70,14 @@ const CAUGHT_BY: &[(Mutant, &str)] = &[
     (Mutant::LosesChild, sim::KNOWN),
     (Mutant::ClosesTwice, sim::LISTENERS),
     (Mutant::AnnouncesTwice, sim::START),
+    (Mutant::IgnoresGroups, sim::ONE_OF_A_GROUP),
+    (Mutant::SkipsSweep, sim::ONE_OF_A_GROUP),
+    (Mutant::ReplacesAll, sim::UNTOUCHED),
+    (Mutant::DropsNeeded, sim::NEEDED),
+    (Mutant::NoHostPause, sim::HOST_PAUSES),
+    (Mutant::LosesWant, sim::WANTS),
+    (Mutant::EndsBusy, sim::NEEDED),
+    (Mutant::HostsFirst, sim::NEEDED),
     (Mutant::WaitsForBurial, sim::GHOSTS_PLACE),
     (Mutant::GhostsWithoutEnd, sim::FEW_GHOSTS),
 ];

@@ -4,7 +4,9 @@
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::inherit::code;
 
-use super::{Action, Caller, Child, Ns, Phase, Refusal, Rules, SECOND, Sig, Slot, State, Tally, planted};
+use super::{
+    Action, Caller, Child, HostRules, Next, Ns, Phase, Refusal, Rules, SECOND, Sig, Slot, State, Tally, planted,
+};
 
 /// How long the configuration may take to be validated.
 const COMPILE_TIME: Ns = 30 * SECOND;
@@ -24,6 +26,8 @@ const STOPPING: &str = "the gateway is stopping: the configuration stays as it i
 pub(super) struct Reload {
     callers: Vec<Caller>,
     pub(super) stage: Stage,
+    /// The programs of the configuration, once that is known.
+    hosts: Vec<HostRules>,
 }
 
 #[derive(Debug)]
@@ -54,6 +58,11 @@ impl Reload {
         }
     }
 
+    /// The new generation's programs, as far as they are known.
+    pub(super) fn hosts(&self) -> &[HostRules] {
+        &self.hosts
+    }
+
     /// The new generation's workers.
     pub(super) fn children(&self) -> &[Child] {
         match &self.stage {
@@ -76,18 +85,19 @@ impl State {
 
     fn begin_reload(&mut self, callers: Vec<Caller>, now: Ns, out: &mut Vec<Action>) {
         let stage = Stage::Compiling { until: now.saturating_add(COMPILE_TIME) };
-        self.reload = Some(Reload { callers, stage });
+        self.reload = Some(Reload { callers, stage, hosts: Vec::new() });
         out.extend([Action::SetReloading(true), Action::Compile]);
     }
 
     /// The validation has ended.
-    pub(super) fn compiled(&mut self, outcome: Result<Rules, Refusal>, now: Ns, out: &mut Vec<Action>) {
+    pub(super) fn compiled(&mut self, outcome: Result<Next, Refusal>, now: Ns, out: &mut Vec<Action>) {
         let Some(reload) = self.reload.as_mut().filter(|reload| matches!(reload.stage, Stage::Compiling { .. })) else {
             return;
         };
         match outcome {
             Err(refusal) => self.abandon_reload(&refusal, now, out),
-            Ok(rules) => {
+            Ok(Next { rules, hosts }) => {
+                reload.hosts = hosts;
                 self.last_generation = self.last_generation.saturating_add(1);
                 let generation = self.last_generation;
                 reload.stage = Stage::Waiting { rules, generation, until: now.saturating_add(ROOM_TIME) };
@@ -188,7 +198,7 @@ impl State {
 
     /// The new generation comes into force; the old one finishes what it has.
     fn commit(&mut self, now: Ns, out: &mut Vec<Action>) {
-        let Some(Reload { callers, stage: Stage::Booting { rules, generation, mut children, .. } }) =
+        let Some(Reload { callers, stage: Stage::Booting { rules, generation, mut children, .. }, hosts }) =
             self.reload.take()
         else {
             return;
@@ -210,6 +220,7 @@ impl State {
         for child in old.into_iter().filter_map(|slot| slot.child).chain(surplus) {
             self.dismiss(child, Initiator::Reload, now, out);
         }
+        self.adopt_hosts(&hosts, now, out);
         self.renew_clerk(now, out);
         self.show_degraded(out);
         out.push(Action::Say(format!("generation {generation} of the configuration is in force")));
@@ -275,7 +286,7 @@ impl State {
 
     /// Leaves everything as it was.
     fn abandon_reload(&mut self, refusal: &Refusal, now: Ns, out: &mut Vec<Action>) {
-        let Some(Reload { callers, stage }) = self.reload.take() else { return };
+        let Some(Reload { callers, stage, .. }) = self.reload.take() else { return };
         let kept = match stage {
             Stage::Compiling { .. } => None,
             Stage::Waiting { generation, .. } => Some((generation, Vec::new())),

@@ -18,7 +18,7 @@ fn order(state: &mut State, caller: Option<u64>, now: Ns) -> Vec<Action> {
 }
 
 fn compiled(state: &mut State, rules: Rules, now: Ns) -> Vec<Action> {
-    step(state, Event::Compiled(Ok(rules)), now)
+    step(state, Event::Compiled(Ok(rules.into())), now)
 }
 
 /// Everybody is ready; those in `taken` have been told to go and have taken the queue.

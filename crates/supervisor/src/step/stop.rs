@@ -25,8 +25,10 @@ pub(super) struct Stop {
 enum Stage {
     /// Still serving; readiness says no.
     Settling { until: Ns },
-    /// Workers finish; the clerk goes on.
+    /// Workers finish; hosts and the clerk go on.
     Draining { close_at: Ns, is_open: bool },
+    /// Hosts end their programs.
+    Hosts,
     /// The clerk finishes.
     Clerk,
 }
@@ -52,16 +54,22 @@ impl Stop {
         match self.stage {
             _ if self.is_abandoned => false,
             Stage::Settling { .. } => true,
-            Stage::Draining { .. } => kind == Kind::Clerk,
+            Stage::Draining { .. } | Stage::Hosts => kind == Kind::Clerk,
             Stage::Clerk => false,
         }
+    }
+
+    /// Workers that finish may need a host.
+    pub(super) fn starts_hosts(&self) -> bool {
+        let has_workers = matches!(self.stage, Stage::Settling { .. } | Stage::Draining { .. });
+        has_workers && self.speed == Speed::Graceful && !self.is_abandoned
     }
 
     pub(super) fn due(&self, last: Ns) -> Option<Ns> {
         match self.stage {
             Stage::Settling { until } => Some(until),
             Stage::Draining { close_at, is_open: true } => Some(close_at.min(last.saturating_add(QUEUE_LOOK))),
-            Stage::Draining { is_open: false, .. } | Stage::Clerk => None,
+            Stage::Draining { is_open: false, .. } | Stage::Hosts | Stage::Clerk => None,
         }
     }
 }
@@ -111,6 +119,7 @@ impl State {
         }
         self.close_listeners(now, out);
         self.finish_workers(now, out);
+        self.finish_hosts(now, out);
         self.finish(out);
     }
 
@@ -122,6 +131,9 @@ impl State {
         let stage = Stage::Draining { close_at: now.saturating_add(QUEUE_TIME), is_open: true };
         self.phase = Phase::Stopping(Stop { stage, speed, code, is_abandoned: false });
         out.push(Action::SetPhase(MasterPhase::Draining));
+        if planted!(HostsFirst) {
+            self.stop_hosts(Sig::Term, now, out);
+        }
         let (clerk, workers): (Vec<_>, Vec<_>) = std::mem::take(&mut self.slots)
             .into_iter()
             .partition(|slot| slot.kind == Kind::Clerk && !planted!(ClerkFirst));
@@ -151,6 +163,12 @@ impl State {
             };
             child.tell(Initiator::Operator, Sig::Quit, now.saturating_add(patience), out);
         }
+        let Phase::Stopping(Stop { stage, .. }) = &self.phase else { return };
+        match (speed, stage) {
+            (Speed::Kill, _) => self.kill_hosts(now, out),
+            (Speed::Quick, Stage::Hosts) => self.stop_hosts(Sig::Quit, now, out),
+            (Speed::Graceful | Speed::Quick, _) => {}
+        }
     }
 
     /// Connects are refused once the workers have taken what was queued, or the time for that is over.
@@ -167,14 +185,28 @@ impl State {
         }
     }
 
-    /// When the last worker is gone it is the clerk's turn.
+    /// When the last worker is gone it is the hosts' turn.
     fn finish_workers(&mut self, now: Ns, out: &mut Vec<Action>) {
         if !self.leaving.is_empty() {
             return;
         }
-        let last = self.rules.last();
         let Phase::Stopping(stop) = &mut self.phase else { return };
         if !matches!(stop.stage, Stage::Draining { .. }) {
+            return;
+        }
+        stop.stage = Stage::Hosts;
+        let signal = if stop.speed == Speed::Graceful { Sig::Term } else { Sig::Quit };
+        self.stop_hosts(signal, now, out);
+    }
+
+    /// When the last host is gone, with all its programs, it is the clerk's.
+    fn finish_hosts(&mut self, now: Ns, out: &mut Vec<Action>) {
+        if self.has_hosts() || !self.leaving.is_empty() {
+            return;
+        }
+        let last = self.rules.last();
+        let Phase::Stopping(stop) = &mut self.phase else { return };
+        if !matches!(stop.stage, Stage::Hosts) {
             return;
         }
         stop.stage = Stage::Clerk;

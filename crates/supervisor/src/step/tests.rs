@@ -8,7 +8,7 @@ use super::{Action, Circumstances, Event, MS, Ns, Order, Rules, SECOND, Seen, Si
 pub(super) const T0: Ns = 100 * SECOND;
 
 pub(super) const GIVEN: Circumstances =
-    Circumstances { rows: 32, has_orphans: false, halts_on_boot_error: false, seed: 1 };
+    Circumstances { rows: 32, host_rows: 4, has_orphans: false, halts_on_boot_error: false, seed: 1 };
 
 pub(super) fn rules() -> Rules {
     Rules {

@@ -80,7 +80,7 @@ impl Child {
     }
 
     /// Ends it; never gives it more time than it had.
-    fn end(&mut self, initiator: Initiator, kill_at: Ns) {
+    pub(super) fn end(&mut self, initiator: Initiator, kill_at: Ns) {
         self.ending = Some(initiator);
         self.kill_at = Some(self.kill_at.map_or(kill_at, |before| before.min(kill_at)));
     }

@@ -4,6 +4,7 @@ use evergate_core::exit::{Kind, Status};
 
 use super::world::{Process, ROWS_COUNT, World};
 use crate::step::ghosts::{GHOST_TIME, GHOSTS_MAX};
+use crate::step::hosts::SWEEP_TIME;
 use crate::step::reload::ROOM_TIME;
 use crate::step::{Action, Event, MS, Ns, Phase, Rules, SECOND, Sig, TICK, Tally};
 
@@ -27,6 +28,11 @@ pub(crate) const CLERK_LAST: &str = "the clerk is stopped after the last worker"
 pub(crate) const LISTENERS: &str = "connects are refused at the end of a stop and not before";
 pub(crate) const GHOSTS_PLACE: &str = "no place stays empty because of a child that was killed and does not end";
 pub(crate) const FEW_GHOSTS: &str = "the work of four ghosts at most is taken over";
+pub(crate) const ONE_OF_A_GROUP: &str = "of hosts that exclude each other one is there, with its programs";
+pub(crate) const UNTOUCHED: &str = "a reload leaves a host alone whose section did not change";
+pub(crate) const NEEDED: &str = "a host goes when it is idle, another needs its place, or nobody can ask for it";
+pub(crate) const HOST_PAUSES: &str = "a host that failed is started after a pause";
+pub(crate) const WANTS: &str = "a host that is asked for is started";
 pub(crate) const START: &str = "the gateway serves or says why it does not, once";
 
 /// The longest time that a caller may wait: two validations, two times for the room, two boots and the rows of those that
@@ -48,11 +54,13 @@ impl World {
             let failed = Action::Count(Tally::ReloadFailed);
             let until = actions.iter().position(|action| *action == failed).unwrap_or(0);
             for epoch in told_in(&actions[..until], &[Sig::Term, Sig::Quit]) {
-                if self.living.get(&epoch).is_some_and(|process| process.birth.generation == self.generation) {
+                let is_own = |p: &Process| p.birth.generation == self.generation && p.birth.kind != Kind::Host;
+                if self.living.get(&epoch).is_some_and(is_own) {
                     self.fail(FAILED_RELOAD, "a worker of the generation in force is told to go");
                 }
             }
         }
+        self.check_hosts_told(event, actions);
         if let Event::Exited { epoch, status, .. } = event {
             self.check_replaced(*epoch, *status, actions);
         }
@@ -103,7 +111,9 @@ impl World {
             self.living.values().any(|other| other.birth.row == row) || self.state.slots.iter().any(|s| s.row == row)
         };
         let is_over = self.now > killed.max(self.stalled_at) + GHOST_TIME + 4 * TICK;
-        if is_over && !is_leaving && self.given_up() < GHOSTS_MAX && !(1..ROWS_COUNT).all(is_taken) {
+        // A host's place is nobody's while its program may have the memory that a successor needs.
+        let is_host = process.birth.kind == Kind::Host;
+        if is_over && !is_leaving && !is_host && self.given_up() < GHOSTS_MAX && !(1..ROWS_COUNT).all(is_taken) {
             self.fail(GHOSTS_PLACE, "one is waited for");
         }
     }
@@ -114,7 +124,7 @@ impl World {
 
     /// A well child that somebody killed has its successor in the same step.
     fn check_replaced(&self, epoch: u32, status: Status, actions: &[Action]) {
-        let Some(process) = self.living.get(&epoch) else { return };
+        let Some(process) = self.living.get(&epoch).filter(|process| process.birth.kind != Kind::Host) else { return };
         if !self.was_well_killed(process, status) || !self.is_serving() {
             return;
         }
@@ -184,6 +194,7 @@ impl World {
     pub(super) fn check(&mut self) {
         self.check_numbers();
         self.check_times();
+        self.check_wants();
         if self.exit.is_some() && !self.callers.is_empty() {
             self.fail(EVERY_CALLER, "the end came before the answer");
         }
@@ -236,7 +247,8 @@ impl World {
                 self.fail(ENDS_IN_TIME, "a child that was told to go gets more time");
             }
         }
-        let slack = self.stalled + 4 * TICK;
+        // Programs have a second at most to end.
+        let slack = self.stalled + 4 * TICK + SECOND;
         for process in self.living.values() {
             let rules = &self.rules_of[&process.birth.generation];
             if let Some(killed) = process.killed {
@@ -265,7 +277,8 @@ impl World {
         }
         // Each stage of the slowest generation, and a few turns to see that it is over.
         let slowest = |stage: fn(&Rules) -> Ns| self.rules_of.values().map(stage).max().unwrap_or(0);
-        let longest = slowest(|r| r.settle) + slowest(|r| r.graceful()) + slowest(|r| r.last()) + slack;
+        let hosts = slowest(|r| r.quick()) + SECOND + SWEEP_TIME;
+        let longest = slowest(|r| r.settle) + slowest(|r| r.graceful()) + hosts + slowest(|r| r.last()) + slack;
         if self.stop_began.is_some_and(|began| self.now > began.max(self.haunted_until) + longest)
             && self.exit.is_none()
         {

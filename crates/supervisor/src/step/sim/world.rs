@@ -1,6 +1,7 @@
 //! The simulated world: processes that boot, beat, work, hang and die; operators; a file that is edited.
 
 mod dice;
+mod programs;
 mod turns;
 
 use std::collections::BTreeMap;
@@ -10,11 +11,13 @@ use evergate_core::exit::{Initiator, Kind, Status};
 use super::Failure;
 use super::check::*;
 use crate::step::{
-    Action, Birth, Caller, Circumstances, Event, MS, Ns, Phase, Refusal, Rules, SECOND, Sig, State, Tally, step,
+    Action, Birth, Caller, Circumstances, Event, MS, Next, Ns, Phase, Refusal, Rules, SECOND, Sig, State, Tally, step,
 };
 use dice::Dice;
 
 pub(super) const ROWS_COUNT: u32 = 24;
+/// And behind them, for hosts.
+const HOST_ROWS: u32 = 6;
 
 /// A process of the simulated world.
 #[derive(Debug)]
@@ -40,9 +43,15 @@ pub(super) struct Process {
     took_queue: bool,
     requests: u64,
     rss_kib: u64,
+    pub(super) program: programs::Program,
 }
 
 impl Process {
+    /// Whether it has ended, and nobody has been told.
+    pub(super) fn is_over(&self, now: Ns) -> bool {
+        self.end.is_some_and(|(at, _)| at <= now)
+    }
+
     /// Drains in its own time.
     pub(super) fn is_unhurried(&self) -> bool {
         self.birth.kind == Kind::Worker && self.told.is_some() && !self.is_hurried && !self.is_condemned
@@ -69,6 +78,7 @@ pub(super) struct Sum {
     pub(super) downs: u32,
     pub(super) hangs: u32,
     pub(super) ghosts: u32,
+    pub(super) hosts: u32,
 }
 
 impl Sum {
@@ -84,6 +94,7 @@ impl Sum {
             (&mut self.downs, world.sum.downs),
             (&mut self.hangs, world.sum.hangs),
             (&mut self.ghosts, world.sum.ghosts),
+            (&mut self.hosts, world.sum.hosts),
         ] {
             *sum += of;
         }
@@ -104,8 +115,9 @@ pub(crate) struct World {
     /// When that was validated.
     pub(super) kept_at: Option<Ns>,
     /// When the validation under way ends, and how.
-    compile: Option<(Ns, Result<Rules, Refusal>)>,
-    compiled: Option<Rules>,
+    compile: Option<(Ns, Result<Next, Refusal>)>,
+    compiled: Option<Next>,
+    pub(super) programs: programs::Programs,
     pub(super) state: State,
     pub(super) living: BTreeMap<u32, Process>,
     buried: Vec<u32>,
@@ -150,13 +162,16 @@ impl World {
         let trouble = [0, 1, 5, 25][usize::try_from(dice.roll(4)).unwrap()];
         let given = Circumstances {
             rows: ROWS_COUNT,
+            host_rows: HOST_ROWS,
             has_orphans: dice.roll(4) == 0,
             halts_on_boot_error: dice.roll(8) == 0,
             seed,
         };
+        let hosts = dice.hosts();
         Self {
             seed,
-            state: State::new(rules, given, now),
+            state: State::new(rules, given, now).with_hosts(hosts.clone()),
+            programs: programs::Programs::new(hosts),
             dice,
             now,
             rules,
@@ -239,6 +254,7 @@ impl World {
         if !had_left {
             self.note_death(event);
         }
+        self.note_program(event);
         for action in &actions {
             self.carry_out(action);
         }
@@ -261,7 +277,7 @@ impl World {
     /// Deaths that make the next start of the slot wait; that of one whose place another has does not.
     fn note_death(&mut self, event: &Event) {
         let Event::Exited { epoch, status, .. } = event else { return };
-        let Some(process) = self.living.get(epoch) else { return };
+        let Some(process) = self.living.get(epoch).filter(|process| process.birth.kind != Kind::Host) else { return };
         // Those that come with a reload or to take another's place are not tried again.
         let has_place = |other: &Process| {
             other.birth.kind == process.birth.kind && other.birth.slot == process.birth.slot && other.told.is_none()
@@ -321,6 +337,9 @@ impl World {
             Action::Count(tally) => self.count(*tally),
             Action::Compile | Action::StopCompile | Action::Keep { .. } => self.carry_out_reload(action),
             Action::Adopt { .. } | Action::Forget { .. } => self.carry_out_reload(action),
+            Action::AddHost { .. } | Action::ShowHost { .. } | Action::DropHost { .. } | Action::Sweep { .. } => {
+                self.carry_out_host(action);
+            }
             Action::SetPhase(_)
             | Action::SetDegraded(_)
             | Action::SetReloading(_)
@@ -341,17 +360,18 @@ impl World {
                 let outcome = if self.dice.roll(4) == 0 {
                     Err(Refusal { code: 78, why: "a mistake".into() })
                 } else {
-                    Ok(self.dice.rules())
+                    Ok(Next { rules: self.dice.rules(), hosts: self.dice.hosts() })
                 };
                 self.compile = Some((self.now + time, outcome));
             }
-            Action::StopCompile => {
-                if self.compile.take().is_none() {
-                    self.fail(FAILED_RELOAD, "no validation to be stopped");
-                }
+            Action::StopCompile if self.compile.take().is_none() => {
+                self.fail(FAILED_RELOAD, "no validation to be stopped");
             }
             Action::Keep { generation } => {
-                let Some(rules) = self.compiled.take() else { self.fail(FAILED_RELOAD, "nothing to keep") };
+                let Some(Next { rules, hosts }) = self.compiled.take() else {
+                    self.fail(FAILED_RELOAD, "nothing to keep")
+                };
+                self.programs.keep(*generation, hosts);
                 if self.rules_of.insert(*generation, rules).is_some() {
                     self.fail(OWN_GENERATION, "a generation's number is used twice");
                 }
@@ -365,7 +385,11 @@ impl World {
                 // The slots are others.
                 self.deaths.clear();
             }
-            _ => self.kept = None,
+            Action::Forget { generation } => {
+                self.kept = None;
+                self.programs.forget(*generation);
+            }
+            _ => {}
         }
     }
 
@@ -400,11 +424,14 @@ impl World {
         if self.buried.contains(&birth.epoch) || self.living.contains_key(&birth.epoch) {
             self.fail(ROWS, "an epoch is used twice");
         }
-        if birth.row >= ROWS_COUNT || self.living.values().any(|process| process.birth.row == birth.row) {
+        let rows = if birth.kind == Kind::Host { ROWS_COUNT..ROWS_COUNT + HOST_ROWS } else { 0..ROWS_COUNT };
+        if !rows.contains(&birth.row) || self.living.values().any(|process| process.birth.row == birth.row) {
             self.fail(ROWS, "a row is given to two, or is not on the board");
         }
         let may = if birth.kind == Kind::Worker { self.kept } else { None };
-        if birth.generation != self.generation && Some(birth.generation) != may {
+        if birth.kind == Kind::Host {
+            self.check_host_birth(birth);
+        } else if birth.generation != self.generation && Some(birth.generation) != may {
             self.fail(OWN_GENERATION, "another one");
         }
         if self.listeners_closed && birth.kind == Kind::Worker {
@@ -421,9 +448,11 @@ impl World {
             self.fail(PAUSES, "after three deaths without a pause");
         }
         if self.is_trouble() {
+            self.note_unborn(birth);
             self.unborn.push(birth.epoch);
             return;
         }
+        let program = self.program(birth);
         let slow = if self.is_trouble() { 60 * SECOND } else { self.dice.roll(100) * MS };
         let end = if self.is_trouble() {
             let code = u8::try_from(self.dice.roll(256)).unwrap();
@@ -447,6 +476,7 @@ impl World {
             took_queue: false,
             requests: 0,
             rss_kib: 20_000,
+            program,
         };
         self.living.insert(birth.epoch, process);
     }

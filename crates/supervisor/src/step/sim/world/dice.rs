@@ -1,6 +1,6 @@
 //! Chance, and configurations made by it.
 
-use crate::step::{Rules, SECOND};
+use crate::step::{HostRules, MS, Rules, SECOND, name_hash};
 
 /// xorshift64*, enough for choosing troubles.
 pub(super) struct Dice(pub(super) u64);
@@ -15,6 +15,34 @@ impl Dice {
 
     pub(super) fn small(&mut self, sides: u64) -> u32 {
         u32::try_from(self.roll(sides)).unwrap()
+    }
+
+    /// The name of a program, mostly of one that some configurations have.
+    pub(super) fn name(&mut self) -> String {
+        ["a", "b", "c", "d", "e"][usize::try_from(self.roll(5)).unwrap()].to_owned()
+    }
+
+    /// The programs of a configuration: two that exclude each other, and two that do not.
+    pub(super) fn hosts(&mut self) -> Vec<HostRules> {
+        let mut all = Vec::new();
+        for (name, group) in [("a", Some("g")), ("b", Some("g")), ("c", None), ("d", None)] {
+            let choice = self.roll(8);
+            if choice < 3 {
+                continue;
+            }
+            let mut rules = HostRules {
+                name: name.into(),
+                fingerprint: 0,
+                group: group.map(str::to_owned),
+                is_preloaded: choice == 3,
+                overlaps: choice == 4 || choice == 5,
+                start: 3 * SECOND,
+                grace: self.roll(2) * 500 * MS,
+            };
+            rules.fingerprint = name_hash(&format!("{rules:?}"));
+            all.push(rules);
+        }
+        all
     }
 
     pub(super) fn rules(&mut self) -> Rules {

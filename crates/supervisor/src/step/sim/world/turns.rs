@@ -3,7 +3,7 @@
 use evergate_core::exit::Status;
 
 use super::{Process, World};
-use crate::step::{Caller, Event, MS, Order, SECOND, Seen, TICK};
+use crate::step::{Caller, Event, MS, Order, SECOND, Seen, TICK, name_hash};
 
 impl World {
     /// Lets time pass up to the next turn of the master's loop, and shows it what happened.
@@ -28,10 +28,11 @@ impl World {
             }
         }
         self.show_dead();
+        self.show_swept();
         if self.compile.as_ref().is_some_and(|(at, _)| *at <= now)
             && let Some((_, outcome)) = self.compile.take()
         {
-            self.compiled = outcome.as_ref().ok().copied();
+            self.compiled = outcome.as_ref().ok().cloned();
             self.tell(&Event::Compiled(outcome));
         }
         if self.state.is_quiet() && self.queue > 0 {
@@ -75,6 +76,7 @@ impl World {
             });
         }
         self.tell(&Event::Seen { children, queue: self.queue });
+        self.show_hosts();
     }
 
     /// Something goes wrong, or somebody wants something.
@@ -85,7 +87,7 @@ impl World {
         let now = self.now;
         let number = u8::try_from(1 + self.dice.roll(31)).unwrap();
         let is_gentle = self.trouble == 0;
-        match self.dice.roll(16) {
+        match self.dice.roll(22) {
             0 | 1 if !is_gentle => {
                 if let Some(process) = chosen.and_then(|epoch| self.living.get_mut(&epoch)) {
                     process.end = Some((now, Status::Signal { number, core: false }));
@@ -114,7 +116,20 @@ impl World {
             12 => self.tell(&Event::Seen { children: Vec::new(), queue: 0 }),
             // A stranger's end, or a child's that was buried: never any effect. As little has an old validation's.
             13 => self.tell(&Event::Exited { epoch: 1_000_000, status: Status::Code(3), note: String::new() }),
-            14 if self.compile.is_none() => self.tell(&Event::Compiled(Ok(self.rules))),
+            16 | 17 => self.want(),
+            18 => self.work(),
+            19 => {
+                let (caller, name) = (self.call(), self.dice.name());
+                let order = Order::Load { name: name_hash(&name), caller };
+                self.note_load(&name);
+                self.order(order);
+            }
+            20 => {
+                let (caller, name) = (self.call(), self.dice.name());
+                self.note_load(&name);
+                self.order(Order::Unload { name: name_hash(&name), caller });
+            }
+            14 if self.compile.is_none() => self.tell(&Event::Compiled(Ok(self.rules.into()))),
             _ => {}
         }
     }
