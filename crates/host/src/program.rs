@@ -70,6 +70,8 @@ pub(crate) struct State {
     started: Option<Result<(), Failed>>,
     /// How and when its first process ended.
     exited: Option<(Status, Instant)>,
+    /// When nothing of it was left that could write.
+    swept: Option<Instant>,
     ended: Option<Ended>,
 }
 

@@ -44,12 +44,23 @@ pub(crate) struct Life {
     pub(crate) state: watch::Sender<State>,
     pub(crate) order: watch::Receiver<Order>,
     pub(crate) all: watch::Receiver<Order>,
-    /// How many still read from it.
+    /// How many still read from it, and those of them that keep its log.
     pub(crate) open: watch::Sender<usize>,
+    pub(crate) logs: watch::Sender<usize>,
     pub(crate) tail: Arc<Mutex<Tail>>,
     pub(crate) report: Arc<dyn Report>,
     pub(crate) _live: Live,
     pub(crate) is_buried: bool,
+}
+
+/// How an exec came out.
+enum Begun {
+    /// The program runs.
+    Runs,
+    /// It does not, and the child is ending.
+    Failed(Failed),
+    /// Nobody wanted it any more.
+    Killed,
 }
 
 /// Counts a program as living.
@@ -71,17 +82,27 @@ impl Drop for Live {
 impl Life {
     /// All of it.
     pub(crate) async fn live(mut self, exec: AsyncFd<ExecReport>, process: AsyncFd<OwnedFd>) {
-        if let Some(failed) = self.executed(&exec).await {
-            // It is on its way out, and has made nothing.
-            gone(&process).await;
-            self.bury();
-            self.state.send_modify(|state| state.started = Some(Err(failed)));
-            return;
-        }
+        let begun = self.executed(&exec).await;
         // A descriptor less for as long as it lives.
         drop(exec);
-        self.state.send_modify(|state| state.started = Some(Ok(())));
-        let (ladder, grace_end) = self.until_exit(&process).await;
+        let (ladder, grace_end) = match begun {
+            Begun::Failed(failed) => {
+                // It is on its way out, and has made nothing.
+                gone(&process).await;
+                self.bury();
+                self.state.send_modify(|state| state.started = Some(Err(failed)));
+                return;
+            }
+            Begun::Killed => {
+                self.state.send_modify(|state| state.started = Some(Err(Failed::lost())));
+                gone(&process).await;
+                (Ladder::Kill, Some(Instant::now()))
+            }
+            Begun::Runs => {
+                self.state.send_modify(|state| state.started = Some(Ok(())));
+                self.until_exit(&process).await
+            }
+        };
         let age = self.born.elapsed();
         // None could only be if somebody had reaped it before us; then the guard tidies up, and waiters hear that it is lost.
         let Ok(Some(status)) = evergate_sys::peek_status(self.pid) else { return };
@@ -89,10 +110,13 @@ impl Life {
         match grace_end {
             // Nobody wants its answer any more; what it started may have something to put away all the same.
             Some(end) => self.group_grace(end).await,
-            None => self.linger().await,
+            None => all_closed(&self.open).await,
         }
         self.signal_group(Signal::KILL);
         let (strays, left) = self.sweep().await;
+        self.state.send_modify(|state| state.swept = Some(Instant::now()));
+        // Nobody is left to write, so its last words come to their end at once.
+        all_closed(&self.logs).await;
         let exit = self.bury().unwrap_or(Exit { status, rss_max_kib: 0, cpu_ms: 0 });
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner).bytes();
         let ended = Ended { pid: self.pid, request: self.request.take(), exit, ladder, age, strays, left, tail };
@@ -100,8 +124,8 @@ impl Life {
         self.state.send_modify(|state| state.ended = Some(ended));
     }
 
-    /// Waits for the exec, which an order cuts short. None when the program runs, or was killed on the way.
-    async fn executed(&mut self, exec: &AsyncFd<ExecReport>) -> Option<Failed> {
+    /// Waits for the exec, which an order cuts short.
+    async fn executed(&mut self, exec: &AsyncFd<ExecReport>) -> Begun {
         loop {
             let ready = tokio::select! {
                 // Both are cancel-safe: readiness is kept, and orders are values.
@@ -109,7 +133,7 @@ impl Life {
                 _ = ordered(&mut self.order, &mut self.all, Order::Live) => {
                     // Its group may not be made yet, and it has no children.
                     let _ = kill_process(self.pid, Signal::KILL);
-                    return None;
+                    return Begun::Killed;
                 }
             };
             let outcome = match ready {
@@ -119,16 +143,16 @@ impl Life {
                 },
                 Err(error) => Err(error),
             };
-            return match outcome {
-                Ok(Ok(())) => None,
-                Ok(Err(failed)) => Some((failed.step, failed.errno)),
+            let (step, errno) = match outcome {
+                Ok(Ok(())) => return Begun::Runs,
+                Ok(Err(failed)) => (failed.step, failed.errno),
                 // A pipe of our own cannot be read: whatever the child is about, it is not to be.
                 Err(error) => {
                     let _ = kill_process(self.pid, Signal::KILL);
-                    Some((Step::Exec, error.raw_os_error().unwrap_or(0)))
+                    (Step::Exec, error.raw_os_error().unwrap_or(0))
                 }
-            }
-            .map(|(step, errno)| Failed { program: self.program.clone(), step, errno });
+            };
+            return Begun::Failed(Failed { program: self.program.clone(), step, errno });
         }
     }
 
@@ -136,6 +160,7 @@ impl Life {
     /// the others of its group have, if it was.
     async fn until_exit(&mut self, process: &AsyncFd<OwnedFd>) -> (Ladder, Option<Instant>) {
         let order = tokio::select! {
+            biased;
             // Both are cancel-safe: readiness is kept, and orders are values.
             () = gone(process) => return (Ladder::Untouched, None),
             order = ordered(&mut self.order, &mut self.all, Order::Live) => order,
@@ -165,12 +190,6 @@ impl Life {
                 _ = ordered(&mut self.order, &mut self.all, Order::End) => return,
             }
         }
-    }
-
-    /// Waits until its output is read to the end, or it is clear that somebody else holds it open (G9).
-    async fn linger(&self) {
-        let mut open = self.open.subscribe();
-        let _ = timeout(LINGER, open.wait_for(|open| *open == 0)).await;
     }
 
     /// Kills what has left its group, and what that leaves, until nothing is found (G10). How many there were, and how many
@@ -219,6 +238,11 @@ impl Drop for Life {
 async fn gone(process: &AsyncFd<OwnedFd>) {
     // It fails only while the runtime ends, which ends this too.
     let _ = process.readable().await;
+}
+
+/// Waits until output is read to the end, or it is clear that somebody else holds it open (G9). Cancel-safe.
+async fn all_closed(open: &watch::Sender<usize>) {
+    let _ = timeout(LINGER, open.subscribe().wait_for(|open| *open == 0)).await;
 }
 
 /// Waits for an order beyond the one that is being carried out. Cancel-safe.

@@ -138,6 +138,7 @@ impl Programs {
                 self.0.report.started(program.pid());
                 Ok(program)
             }
+            Ok(Err(_)) if *self.0.all.borrow() != Order::Live => Err(StartError::Stopping),
             Ok(Err(failed)) => {
                 self.0.report.failed(&failed);
                 Err(StartError::Failed(failed))
@@ -227,7 +228,8 @@ impl Programs {
             Ok((starting.pid, starting.report))
         })?;
         let (state, order) = (watch::Sender::new(State::default()), watch::Sender::new(Order::Live));
-        let (open, tail) = (watch::Sender::new(0), Arc::<Mutex<Tail>>::default());
+        let (open, logs) = (watch::Sender::new(0), watch::Sender::new(0));
+        let tail = Arc::<Mutex<Tail>>::default();
         // From here on its guard kills the child if we do not come to the end of this.
         let life = Life {
             number,
@@ -240,6 +242,7 @@ impl Programs {
             order: order.subscribe(),
             all: shared.all.subscribe(),
             open: open.clone(),
+            logs: logs.clone(),
             tail: Arc::clone(&tail),
             report: Arc::clone(&shared.report),
             _live: Live::new(&shared.live),
@@ -249,7 +252,7 @@ impl Programs {
         let exec = watch_for_reading(exec)?;
         let process = watch_for_reading(pidfd_open(pid, PidfdFlags::empty())?)?;
         let log = |stream: Stream, pipe: pipe::Receiver, tail: Option<Arc<Mutex<Tail>>>| {
-            let (open, report) = (Open::new(&open), Arc::clone(&shared.report));
+            let (open, report) = ([&open, &logs].map(Open::new), Arc::clone(&shared.report));
             tasks::finish(Log { program: pid, stream, pipe, state: state.subscribe(), open, tail, report }.drain());
         };
         log(Stream::Error, errors_read, Some(Arc::clone(&tail)));

@@ -89,7 +89,7 @@ impl Output {
             tokio::select! {
                 // Both are cancel-safe: readiness is kept, and a state is looked at anew.
                 ready = self.pipe.readable() => ready?,
-                () = lingered(&mut self.state) => break,
+                () = lingered(&mut self.state, |state| state.exited.map(|(_, at)| at)) => break,
             }
         }
         self.is_over = true;
@@ -97,14 +97,14 @@ impl Output {
     }
 }
 
-/// Waits until the program has been gone for [`LINGER`].
-async fn lingered(state: &mut watch::Receiver<State>) {
-    let exited = match state.wait_for(|state| state.exited.is_some()).await {
-        Ok(state) => state.exited.map(|(_, at)| at),
+/// Waits until something has been over for [`LINGER`]: the program's first process, or all of them.
+async fn lingered(state: &mut watch::Receiver<State>, over: impl Fn(&State) -> Option<Instant>) {
+    let since = match state.wait_for(|state| over(state).is_some()).await {
+        Ok(state) => over(&state),
         // Its life is over.
         Err(_) => None,
     };
-    sleep_until((exited.unwrap_or_else(Instant::now) + LINGER).into()).await;
+    sleep_until((since.unwrap_or_else(Instant::now) + LINGER).into()).await;
 }
 
 /// Whoever still reads from a program, counted for its life.
@@ -153,7 +153,7 @@ pub(crate) struct Log {
     pub(crate) stream: Stream,
     pub(crate) pipe: pipe::Receiver,
     pub(crate) state: watch::Receiver<State>,
-    pub(crate) open: Open,
+    pub(crate) open: [Open; 2],
     /// Where the last of it is kept.
     pub(crate) tail: Option<Arc<Mutex<Tail>>>,
     pub(crate) report: Arc<dyn Report>,
@@ -185,7 +185,8 @@ impl Log {
             tokio::select! {
                 // Both are cancel-safe: readiness is kept, and a state is looked at anew.
                 ready = pipe.readable() => if ready.is_err() { break },
-                () = lingered(&mut state) => break,
+                // What the rest of its group says within its grace is told too.
+                () = lingered(&mut state, |state| state.swept) => break,
             }
         }
         lines.finish(&*report);

@@ -123,9 +123,7 @@ fn is_exact(kind: Kind, at: usize, ended: &Ended) -> bool {
         Kind::LeavesDaemon => own(Status::Code(0)) && ended.strays > 0,
         Kind::ExitCode => own(Status::Code(code(at))) && ended.tail == b"oops",
         Kind::OwnSignal | Kind::KilledFromOutside => own(killed(9)),
-        Kind::ClientLeaves => by_us.contains(&(ended.exit.status, ended.ladder)),
-        // It may have been killed before its exec.
-        Kind::TooSlow => by_us.contains(&(ended.exit.status, ended.ladder)) || own(killed(9)),
+        Kind::ClientLeaves | Kind::TooSlow => by_us.contains(&(ended.exit.status, ended.ladder)),
     }
 }
 

@@ -94,14 +94,15 @@ fn g8_the_rest_of_its_group_has_the_grace_too() {
         let mut plan = plan(&[
             "sh",
             "-c",
-            "(trap 'sleep 0.2; echo away >&2; exit' TERM; echo pid $$ >&2; while :; do sleep 0.01; done) & wait",
+            "(trap 'sleep 0.7; echo away >&2; exit' TERM; echo pid $$ >&2; while :; do sleep 0.01; done) & wait",
         ]);
         plan.grace = LONG;
         let mut program = house.start(&plan, OUTPUT).await;
         house.heard("pid ", 1).await;
         program.end();
-        program.ended().await.unwrap();
-        assert!(house.ear.lines.lock().unwrap().iter().any(|line| line == "away"));
+        let ended = program.ended().await.unwrap();
+        let lines = house.ear.lines.lock().unwrap().clone();
+        assert!(lines.iter().any(|line| line == "away"), "{ended:?} {lines:?}");
     });
 }
 
@@ -253,6 +254,11 @@ fn a_start_that_nobody_waits_for_leaves_nothing() {
         let end = Instant::now() + LONG;
         while house.programs.live() > 0 && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        for ended in house.ear.ended.lock().unwrap().iter() {
+            let killed = |number| Status::Signal { number, core: false };
+            let truths = [(killed(9), Ladder::Kill), (killed(15), Ladder::Term), (killed(15), Ladder::Kill)];
+            assert!(truths.contains(&(ended.exit.status, ended.ladder)), "{ended:?}");
         }
         assert_eq!(house.programs.live(), 0);
     });
