@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use evergate_core::{Error, json};
+use evergate_core::{Error, Fault, json};
+use evergate_sys::Status;
+use http::{HeaderMap, StatusCode};
 use tokio::sync::mpsc;
 
 /// A way of serving requests with programs.
@@ -45,6 +47,15 @@ pub struct Ask {
 pub enum Answer {
     /// One JSON object.
     Whole(Bytes),
+    /// What a program's own server answered, its errors too.
+    Passed {
+        /// As it came.
+        status: StatusCode,
+        /// Those of its fields that mean something to a client.
+        headers: HeaderMap,
+        /// As it came.
+        body: Bytes,
+    },
     /// A stream of events, each whole, with its blank line. Whoever sends them ends them with `[DONE]` or an error.
     Events {
         /// It has decided that there is an answer.
@@ -78,4 +89,15 @@ impl Refusal {
     pub fn after(error: Error) -> Self {
         Self { error, is_dispatched: true }
     }
+}
+
+/// What a client is told of a program's end: its exact code or signal.
+pub(crate) fn exited(status: Status) -> Error {
+    let ended = match status {
+        Status::Code(code) => format!("ended with exit code {code}"),
+        Status::Signal { number, core } => {
+            format!("was ended by signal {number}{}", if core { ", with a core dump" } else { "" })
+        }
+    };
+    Error::new(Fault::AdapterExited, format!("the program of this model {ended}"))
 }

@@ -246,7 +246,7 @@ fn no_embeddings() -> Error {
 }
 
 /// What a client is told of a start that failed. The program's name is for the records only.
-fn not_started(error: &StartError) -> Error {
+pub(crate) fn not_started(error: &StartError) -> Error {
     match error {
         StartError::Failed(failed) => {
             Error::new(Fault::AdapterSpawnFailed, "the program of this model cannot be started").detail(failed)

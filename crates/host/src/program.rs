@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use evergate_sys::{Exit, Landlock, Limit, Pid, Status};
 use tokio::sync::watch;
 
+pub(crate) use house::members;
 pub use start::{Failed, Programs, StartError};
 pub use streams::{Fed, Input, Output};
 pub use tail::TAIL_BYTES;
@@ -119,6 +120,7 @@ pub(crate) enum Order {
 /// of the ladder without anybody waiting.
 #[derive(Debug)]
 pub struct Program {
+    number: u64,
     pid: Pid,
     input: Option<Input>,
     output: Option<Output>,
@@ -132,6 +134,11 @@ impl Program {
     #[must_use]
     pub fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// Its number among the programs of this process, which its marks name.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// Waits until the program is executed. Cancel-safe. How long that may take is the caller's business: a start from a

@@ -183,6 +183,11 @@ async fn ask(limits: Limits, request: Request<Incoming>) -> Result<Ask, Error> {
 fn given(answer: Answer) -> Response<Content> {
     let (kind, content) = match answer {
         Answer::Whole(bytes) => ("application/json", Content::Whole(bytes)),
+        Answer::Passed { status, headers, body } => {
+            let mut response = Response::new(Content::Whole(body));
+            (*response.status_mut(), *response.headers_mut()) = (status, headers);
+            return response;
+        }
         Answer::Events { first, rest } => {
             ("text/event-stream", Content::Events { first: Some(first), rest: Some(rest) })
         }

@@ -6,6 +6,7 @@ use plain::plain_length;
 mod answer;
 mod chunk;
 mod escape;
+mod fields;
 mod plain;
 mod request;
 mod scan;
@@ -14,6 +15,7 @@ mod usage;
 
 pub use answer::{Answer, scan_answer};
 pub use chunk::{Chunk, scan_chunk};
+pub use fields::filter_fields;
 pub use request::{Limits, Request, scan_request, splice};
 pub use scan::Broken;
 pub use text::messages_text;

@@ -50,6 +50,13 @@ pub(super) struct Key {
     is_plain: bool,
 }
 
+impl Key {
+    /// Where it begins, with its quote.
+    pub(super) fn start(&self) -> usize {
+        self.span.start
+    }
+}
+
 /// A place in the bytes.
 #[derive(Debug)]
 pub(super) struct Scanner<'a> {
@@ -354,6 +361,11 @@ impl<'a> Scanner<'a> {
             return Cow::Borrowed(inner);
         }
         Cow::Owned(unescape(inner).into_bytes())
+    }
+
+    /// The whole name that a key stands for, whatever its length.
+    pub(super) fn full_name(&self, key: &Key) -> String {
+        unescape(inner(self.slice(key.span.clone())))
     }
 
     #[inline(always)]

@@ -10,6 +10,7 @@ use evergate_core::{Error, Fault};
 use evergate_sys::Status;
 use tokio::time::sleep_until;
 
+use crate::ask::exited;
 use crate::program::{Fed, Output, Program};
 
 /// How long a run may take.
@@ -94,15 +95,11 @@ impl Run {
                 () = sleep_until(until.into()) => return Err(self.overdue()),
             }
         };
-        let ended = match status {
-            Some(Status::Code(0)) => return Ok(()),
-            Some(Status::Code(code)) => format!("ended with exit code {code}"),
-            Some(Status::Signal { number, core }) => {
-                format!("was ended by signal {number}{}", if core { ", with a core dump" } else { "" })
-            }
-            None => return Err(Error::new(Fault::Internal, "the program of this model was lost")),
-        };
-        Err(Error::new(Fault::AdapterExited, format!("the program of this model {ended}")))
+        match status {
+            Some(Status::Code(0)) => Ok(()),
+            Some(status) => Err(exited(status)),
+            None => Err(Error::new(Fault::Internal, "the program of this model was lost")),
+        }
     }
 
     /// Until when something has to happen.

@@ -4,7 +4,7 @@
 //! reaped by its own life and by nobody else; whoever is not is an orphan, and belongs to the program that its mark, its
 //! group or its session names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -181,6 +181,35 @@ fn children_of_all(parent: i32) -> Vec<i32> {
     let is_ours =
         |pid: &i32| stat(*pid).is_some_and(|(_, fields)| fields.first() == Some(&u64::from(parent.unsigned_abs())));
     pids.filter(is_ours).collect()
+}
+
+/// The living processes of a program: its first, those of its group and session, orphans of ours with its mark, and the
+/// descendants of all of them.
+pub(crate) fn members(number: u64, first: Pid) -> BTreeSet<i32> {
+    let first = first.as_raw_nonzero().get();
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    let Ok(folder) = std::fs::read_dir("/proc") else { return BTreeSet::from([first]) };
+    let pids = folder.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    let mut members = BTreeSet::from([first]);
+    let mut parents = Vec::new();
+    for pid in pids {
+        let Some((_, fields)) = stat(pid) else { continue };
+        let id = |at: usize| fields.get(at).and_then(|id| i32::try_from(*id).ok()).unwrap_or(0);
+        let (parent, is_near) = (id(0), [id(1), id(2)].contains(&first));
+        if is_near || (parent == own && Pid::from_raw(pid).and_then(mark) == Some(number)) {
+            members.insert(pid);
+        }
+        parents.push((pid, parent));
+    }
+    // Each round finds one generation more.
+    loop {
+        let children = parents.iter().filter(|(_, parent)| members.contains(parent)).map(|(pid, _)| *pid);
+        let grown: BTreeSet<i32> = children.chain(members.iter().copied()).collect();
+        if grown.len() == members.len() {
+            return members;
+        }
+        members = grown;
+    }
 }
 
 #[cfg(test)]

@@ -263,7 +263,7 @@ impl Programs {
             None
         };
         tasks::finish(life.live(exec, process));
-        Ok(Program { pid, input: input_write, output, tail, state: state.subscribe(), order })
+        Ok(Program { number, pid, input: input_write, output, tail, state: state.subscribe(), order })
     }
 
     fn environment(&self, plan: &Plan, number: u64) -> Vec<(OsString, OsString)> {

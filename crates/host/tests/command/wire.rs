@@ -6,6 +6,7 @@ use std::time::Duration;
 use evergate_core::config::process::{Command as Config, Input, Output};
 use evergate_core::json;
 use evergate_host::Plan;
+use evergate_host::ask::Mode;
 use evergate_host::command::{Bounds, Command};
 use evergate_host::gate::Gate;
 use evergate_host::service::{self, Limits, Stage};
@@ -55,14 +56,18 @@ pub(crate) struct Host {
 }
 
 pub(crate) fn serve(house: &House, setup: Setup) -> Host {
+    let gate = Gate::new(setup.places, setup.queue, house.ear.clone());
+    let bounds = Bounds { start_timeout: LONG, output_bytes_max: setup.output_bytes_max };
+    let mode = Command::new(house.programs.clone(), setup.plan, setup.config, bounds, gate);
+    serve_mode(Arc::new(mode), setup.body_bytes_max)
+}
+
+pub(crate) fn serve_mode<M: Mode>(mode: Arc<M>, body_bytes_max: usize) -> Host {
     let folder = folder();
     let path = folder.path().join("sock");
     let listener = UnixListener::bind(&path).unwrap();
-    let gate = Gate::new(setup.places, setup.queue, house.ear.clone());
-    let bounds = Bounds { start_timeout: LONG, output_bytes_max: setup.output_bytes_max };
-    let mode = Arc::new(Command::new(house.programs.clone(), setup.plan, setup.config, bounds, gate));
     let (stage, heard) = watch::channel(Stage::Serving);
-    let limits = Limits { body_bytes_max: setup.body_bytes_max, json: json::Limits { depth: 64, choices: 8 } };
+    let limits = Limits { body_bytes_max, json: json::Limits { depth: 64, choices: 8 } };
     #[allow(clippy::disallowed_methods, reason = "a test's own task, joined by it")]
     let served = tokio::spawn(service::serve(listener, mode, limits, heard));
     Host { path, stage, served, _folder: folder }

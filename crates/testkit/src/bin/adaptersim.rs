@@ -9,6 +9,8 @@
 //! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON
 //! - `flood:BYTES` lines to standard output, `flood-err:BYTES`, `line:BYTES` without an end, `drip:COUNT:MS` lines
 //! - `alloc:BYTES` and touch them
+//! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows
+//! - `serve-one:HOST:PORT` one request after another: GET is well, anything else a stream of 30 events in three seconds
 //! - `obey` the steps on its input, one a line
 //! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
 //!   same, and its parent has ended), `naked` (the same, with nothing in its environment)
@@ -22,6 +24,7 @@ use std::io::{Read, Write};
 use std::process::{Command, exit};
 use std::time::Duration;
 
+use evergate_testkit::FakeUpstream;
 use rustix::process::{Signal, getpid, kill_process, setsid};
 use serde_json::{Map, Value, json};
 
@@ -100,6 +103,10 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
                 do_step(step);
             }
         }
+        // For as long as the program lives.
+        "serve" if value.starts_with('/') => std::mem::forget(FakeUpstream::start_unix(std::path::Path::new(value))),
+        "serve" => std::mem::forget(FakeUpstream::start_at(value)),
+        "serve-one" => serve_one(value)?,
         "fork" => fork(value)?,
         "setsid" => {
             setsid()?;
@@ -152,6 +159,37 @@ fn drip(value: &str) -> std::io::Result<()> {
         std::thread::sleep(Duration::from_millis(ms.parse().expect("a number")));
     }
     Ok(())
+}
+
+/// As simple servers do that have one thread.
+fn serve_one(address: &str) -> std::io::Result<()> {
+    for stream in std::net::TcpListener::bind(address)?.incoming() {
+        // Whoever leaves is no reason to end.
+        let _ = answer_one(stream?);
+    }
+    Ok(())
+}
+
+fn answer_one(mut stream: std::net::TcpStream) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    // A test's GET ends with its head, and anything else with an object.
+    while !(bytes.ends_with(b"}") || bytes.starts_with(b"GET ") && bytes.ends_with(b"\r\n\r\n")) {
+        let mut piece = [0; 4096];
+        let length = stream.read(&mut piece)?;
+        if length == 0 {
+            return Ok(());
+        }
+        bytes.extend_from_slice(&piece[..length]);
+    }
+    if bytes.starts_with(b"GET ") {
+        return stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    }
+    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")?;
+    for _ in 0..30 {
+        stream.write_all(b"data: {}\n\n")?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    stream.write_all(b"data: [DONE]\n\n")
 }
 
 fn fork(value: &str) -> std::io::Result<()> {
