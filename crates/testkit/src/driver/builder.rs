@@ -260,8 +260,10 @@ impl Builder {
 }
 
 impl Evergate {
-    /// Its words once all who could speak have ended; without waiting long for a child that holds the pipe.
-    fn last_words(&self) -> String {
+    /// Its words once all who could speak have ended; without waiting long for a child that holds the pipe. What was said
+    /// just before an end is in the pipe then, and perhaps not yet in [`Evergate::stderr`].
+    #[must_use]
+    pub fn last_words(&self) -> String {
         // The collecting thread holds the second handle until the pipe's end.
         let _ = try_wait_for(Duration::from_secs(2), || (Arc::strong_count(&self.stderr) == 1).then_some(()));
         self.stderr()
