@@ -8,7 +8,7 @@ use evergate_core::config::{Overrides, parse_workers};
 use evergate_core::inherit::code;
 use evergate_core::plan::Address;
 
-use crate::commands::{check, exits, reload, scale, state_dir, status, stop};
+use crate::commands::{access, check, exits, reload, scale, state_dir, status, stop};
 use crate::lives::{ChildArgs, clerk, compile, serve, worker};
 
 #[derive(Debug, Parser)]
@@ -29,6 +29,8 @@ enum Command {
     Status(AskArgs),
     /// Show how its processes ended, and which requests died with them
     Exits(AskArgs),
+    /// Show the last requests, a line each, also without a running gateway
+    Access(AccessArgs),
     /// Have the running gateway read its configuration again, and wait until the new one serves; exit code 78 if it has
     /// mistakes, 1 if it cannot be brought into force: then everything stays as it was
     Reload(AskArgs),
@@ -117,6 +119,21 @@ struct AskArgs {
 }
 
 #[derive(Args, Debug)]
+struct AccessArgs {
+    /// How many of those that are on record
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    last: usize,
+    /// Go on with those to come, until interrupted
+    #[arg(short, long)]
+    follow: bool,
+    #[command(flatten)]
+    state: StateArgs,
+    /// Print the records as they are, a JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
 struct StopArgs {
     /// Do not wait for requests in flight: cancel them
     #[arg(long)]
@@ -150,6 +167,10 @@ fn run(command: Command) -> u8 {
         }
         Command::Status(args) => with_state(&args.state, |state| status::run(state, form(args.json))),
         Command::Exits(args) => with_state(&args.state, |state| exits::run(state, form(args.json))),
+        Command::Access(args) => {
+            let wanted = access::Wanted { last: args.last, is_followed: args.follow, form: form(args.json) };
+            with_state(&args.state, |state| access::run(state, wanted))
+        }
         Command::Reload(args) => with_state(&args.state, |state| reload::run(state, form(args.json))),
         Command::Scale(args) => {
             with_state(&args.ask.state, |state| scale::run(state, args.workers, form(args.ask.json)))

@@ -145,7 +145,7 @@ fn signal_name(number: u64) -> &'static str {
 
 /// Unix milliseconds as `2026-11-21T06:05:45.123Z`. The calendar is Howard Hinnant's `civil_from_days`
 /// (howardhinnant.github.io/date_algorithms.html), for days from 1970 on.
-fn utc(at_ms: u64) -> String {
+pub(super) fn utc(at_ms: u64) -> String {
     let (days, rest) = (at_ms / 86_400_000, at_ms % 86_400_000);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);

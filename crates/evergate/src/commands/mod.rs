@@ -5,6 +5,7 @@ use std::io::Write;
 use evergate_core::inherit::code;
 use evergate_supervisor::client::ClientError;
 
+pub mod access;
 pub mod check;
 pub mod exits;
 pub mod reload;

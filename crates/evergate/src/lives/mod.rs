@@ -25,6 +25,11 @@ pub mod worker;
 /// Names the state folder to a child, absolute.
 pub const STATE_DIR_VARIABLE: &str = "EVERGATE_STATE_DIR";
 
+/// The access log, in the state folder.
+pub(crate) const ACCESS_FILE: &str = "access.jsonl";
+/// The part before it.
+pub(crate) const ACCESS_OLD_FILE: &str = "access.jsonl.1";
+
 /// Most listeners a child inherits; descriptors can be adopted up to 63.
 const LISTENERS_MAX: u32 = 48;
 

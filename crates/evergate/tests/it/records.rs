@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -88,6 +89,88 @@ fn a_log_that_was_renamed_is_opened_again_on_usr1_and_nothing_is_lost() {
     });
     wait_until("every record", LIMIT, || count("access.kept") + count("access.jsonl") == asked);
     assert_eq!(dropped(&gateway), 0);
+}
+
+/// A person's view of the log, with or without a gateway, and across a change of the file.
+#[test]
+fn access_records_are_shown_as_lines_for_people() {
+    let state = tempfile::tempdir().unwrap();
+    let show = |gateway: &Evergate, args: &[&str]| {
+        let output = gateway.cli(&[&["access"], args].concat());
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mut gateway = echo_in(state.path(), ONE_WORKER);
+    assert_eq!(show(&gateway, &[]), "");
+    let mut follower = Follower::start(&gateway);
+    ask_all(&gateway, "early", 3);
+    wait_until("three lines", LIMIT, || show(&gateway, &[]).lines().count() == 3);
+    let last = show(&gateway, &["--last", "2"]);
+    let lines: Vec<&str> = last.lines().collect();
+    assert_eq!(lines.len(), 2, "{last}");
+    for (line, id) in lines.iter().zip(["client_id=early-1", "client_id=early-2"]) {
+        assert!(line.contains("Z 200 ok POST /v1/chat/completions model=echo backend=echo duration_ms="), "{line}");
+        assert!(line.contains(id) && line.contains(" request_id=req_"), "{line}");
+    }
+    // As JSON they are what the file has.
+    let file = std::fs::read_to_string(state.path().join("access.jsonl")).unwrap();
+    assert_eq!(show(&gateway, &["--json", "-n", "9"]), file);
+    follower.wait(3);
+
+    std::fs::rename(state.path().join("access.jsonl"), state.path().join("access.jsonl.1")).unwrap();
+    gateway.signal(Signal::USR1);
+    let mut asked = 3;
+    wait_until("a new file", LIMIT, || {
+        ask_all(&gateway, "late", 1);
+        asked += 1;
+        state.path().join("access.jsonl").exists()
+    });
+    follower.wait(asked);
+    assert!(follower.text().lines().last().unwrap().contains("client_id=late-0"));
+    follower.stop();
+    let mut unread = Follower::spawn(&gateway, "0", Stdio::piped());
+    drop(unread.stdout.take());
+    wait_until("the end of a follower that nobody reads", LIMIT, || unread.try_wait().unwrap().is_some());
+    assert!(unread.wait().unwrap().success());
+    gateway.signal(Signal::TERM);
+    assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0));
+    assert_eq!(show(&gateway, &["-n", "1000"]).lines().count(), asked);
+}
+
+/// `evergate access --follow`, whose output goes to a file.
+struct Follower {
+    child: Child,
+    out: tempfile::NamedTempFile,
+}
+
+impl Follower {
+    fn start(gateway: &Evergate) -> Self {
+        let out = tempfile::NamedTempFile::new().unwrap();
+        let child = Self::spawn(gateway, "20", out.reopen().unwrap().into());
+        Self { child, out }
+    }
+
+    fn spawn(gateway: &Evergate, last: &str, stdout: Stdio) -> Child {
+        let mut command = Command::new(EXE);
+        command.args(["access", "--follow", "-n", last, "--state-dir"]).arg(gateway.state_dir());
+        command.stdin(Stdio::null()).stdout(stdout).spawn().unwrap()
+    }
+
+    fn text(&self) -> String {
+        std::fs::read_to_string(self.out.path()).unwrap()
+    }
+
+    /// Waits until it has shown that many lines, and no more.
+    fn wait(&mut self, count: usize) {
+        wait_until("the followed lines", LIMIT, || self.text().lines().count() >= count);
+        assert_eq!(self.text().lines().count(), count, "{}", self.text());
+        assert!(self.child.try_wait().unwrap().is_none());
+    }
+
+    fn stop(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
 }
 
 #[test]

@@ -12,13 +12,10 @@ use evergate_board::Board;
 use tokio::sync::oneshot;
 
 use super::repeats::Repeats;
+use crate::lives::{ACCESS_FILE as FILE, ACCESS_OLD_FILE as OLD_FILE};
 use crate::tasks::caught;
 use crate::telemetry::names;
 
-/// The log, in the state folder.
-const FILE: &str = "access.jsonl";
-/// The part before it.
-const OLD_FILE: &str = "access.jsonl.1";
 /// Where one file ends and the next begins: some hundred thousand requests.
 const BYTES_MAX: u64 = 64 << 20;
 /// Orders that wait: one batch at a time, and words about the file.
