@@ -47,10 +47,13 @@ pub(crate) fn leave(number: u64) {
 #[derive(Debug, Default)]
 pub(crate) struct Swept {
     /// Orphans of programs that are over, alive until now: killed, and to be looked for again.
-    pub(crate) killed: Vec<i32>,
+    pub(crate) killed: Vec<Killed>,
     /// Those found dead. What they had made has come to us since, perhaps behind our look.
     pub(crate) dead: usize,
 }
+
+/// A process that was killed: its number and its start.
+pub(crate) type Killed = (i32, u64);
 
 impl Swept {
     /// Whether nothing can be left.
@@ -59,18 +62,20 @@ impl Swept {
     }
 }
 
-/// Reaps dead orphans, and kills those whose program is over; `over` is one more such program.
-pub(crate) fn sweep(over: Option<u64>) -> Swept {
+/// Reaps dead orphans, and kills those whose program is over; `over` is one more such program. One that is dying has no
+/// environment any more, so those of the looks before are known as `seen`.
+pub(crate) fn sweep(over: Option<u64>, seen: &BTreeSet<Killed>) -> Swept {
     let mut leaders = leaders();
     if let Some(leader) = over.and_then(|number| leaders.get_mut(&number)) {
         leader.is_over = true;
     }
     let mut swept = Swept::default();
     for orphan in orphans(&leaders, &mut swept.dead) {
-        if is_doomed(&orphan, &leaders) {
+        let itself = (orphan.pid.as_raw_nonzero().get(), orphan.start);
+        if seen.contains(&itself) || is_doomed(&orphan, &leaders) {
             // It is our child and not reaped, so its number is its own.
             let _ = rustix::process::kill_process(orphan.pid, Signal::KILL);
-            swept.killed.push(orphan.pid.as_raw_nonzero().get());
+            swept.killed.push(itself);
         }
     }
     swept

@@ -195,10 +195,10 @@ impl Life {
     /// Kills what has left its group, and what that leaves, until nothing is found (G10). How many there were, and how many
     /// are still there.
     async fn sweep(&self) -> (u32, u32) {
-        let (mut seen, mut pause, end) = (BTreeSet::<i32>::new(), Duration::from_millis(1), Instant::now() + SWEEP_MAX);
+        let (mut seen, mut pause, end) = (BTreeSet::new(), Duration::from_millis(1), Instant::now() + SWEEP_MAX);
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         loop {
-            let swept = house::sweep(Some(self.number));
+            let swept = house::sweep(Some(self.number), &seen);
             seen.extend(&swept.killed);
             if swept.is_clean() || Instant::now() >= end {
                 return (count(seen.len()), count(swept.killed.len()));
@@ -267,6 +267,6 @@ pub(crate) async fn tidy(mut deaths: tokio::signal::unix::Signal, is_wanted: imp
         // Cancel-safe; without a word of it (the signal is blocked, say) there is a look all the same.
         let _ = timeout(TIDY_INTERVAL, deaths.recv()).await;
         sleep(TIDY_PAUSE).await;
-        house::sweep(None);
+        house::sweep(None, &BTreeSet::new());
     }
 }
