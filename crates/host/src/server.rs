@@ -103,12 +103,12 @@ impl Server {
     }
 
     /// Begins to end a program that has been idle for `after`; says whether it did. A request that comes from then on waits
-    /// for the next start; one that came before keeps the program (G24).
+    /// for the next start; one that came before keeps the program (G24). One that is preloaded is never idle.
     #[must_use]
     pub fn unload_if_idle(&self, after: Duration) -> bool {
         self.state.send_if_modified(|state| {
             let is_idle = state.idle_since().is_some_and(|since| since.elapsed() >= after);
-            let is_over = is_idle && matches!(state.phase, Phase::Ready(_));
+            let is_over = is_idle && !self.setup.preload && matches!(state.phase, Phase::Ready(_));
             if is_over {
                 state.phase = Phase::Ending;
             }

@@ -58,6 +58,19 @@ fn g24_a_request_keeps_the_program_and_its_end_lets_it_go() {
 }
 
 #[test]
+fn one_that_is_preloaded_is_there_before_it_is_asked_for_and_stays() {
+    run(|house| async move {
+        let mut given = given(&SERVES);
+        given.preload = true;
+        let host = serve(&house, given);
+        let pid = host.is_ready().await;
+        assert!(!host.server.unload_if_idle(Duration::ZERO));
+        assert_eq!(host.play("ok").await.status, 200);
+        assert_eq!(host.is_ready().await, pid);
+    });
+}
+
+#[test]
 fn its_stop_command_comes_before_term() {
     run(|house| async move {
         let folder = super::support::folder();

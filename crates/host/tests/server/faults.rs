@@ -142,6 +142,51 @@ fn g21_a_program_that_is_killed_under_load_answers_or_is_truthful_and_comes_back
 }
 
 #[test]
+fn g21_kill_after_kill_every_request_has_an_answer_or_a_truthful_error() {
+    run(|house| async move {
+        let host = serve(&house, given(&SERVES));
+        let is_over = std::cell::Cell::new(false);
+        let outcomes = std::cell::RefCell::new(std::collections::BTreeMap::<String, u32>::new());
+        let client = async |script: &str, is_stream: bool| {
+            while !is_over.get() {
+                let response = host.ask(&body(script, is_stream)).await;
+                assert!(response.is_whole, "{response:?}");
+                let text = String::from_utf8_lossy(&response.body).into_owned();
+                let outcome = match response.status {
+                    200 if !is_stream || text.ends_with("data: [DONE]\n\n") => "answered".to_owned(),
+                    200 => assert_ends_with(&response, "adapter_exited"),
+                    _ => response.assert_error(502, "adapter_exited", "1"),
+                };
+                *outcomes.borrow_mut().entry(outcome).or_default() += 1;
+            }
+        };
+        let killer = async {
+            for at in [50, 120, 300] {
+                let pid = host.is_ready().await;
+                tokio::time::sleep(Duration::from_millis(at)).await;
+                signal(pid, Signal::KILL);
+                until("it is gone", || !super::support::exists(pid)).await;
+            }
+            host.is_ready().await;
+            is_over.set(true);
+        };
+        tokio::join!(
+            client("delay-20", false),
+            client("ok", false),
+            client("stream-20-5", true),
+            client("ok", true),
+            killer
+        );
+        println!("{:?}", outcomes.borrow());
+        let killed = "the program of this model was ended by signal 9";
+        assert!(outcomes.borrow().keys().all(|outcome| outcome == "answered" || outcome == killed));
+        assert!(outcomes.borrow()["answered"] > 10 && outcomes.borrow().contains_key(killed));
+        until("nobody is left", || *house.ear.load.lock().unwrap() == (0, 0)).await;
+        assert_eq!((house.programs.live(), house.ear.ended.lock().unwrap().len()), (1, 3));
+    });
+}
+
+#[test]
 fn g21_an_exit_by_itself_tells_its_code() {
     run(|house| async move {
         let host = serve(&house, given(&["serve:127.0.0.1:{port}", "sleep:1000", "exit:3"]));

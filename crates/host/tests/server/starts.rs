@@ -36,6 +36,28 @@ fn g20_two_hundred_requests_at_once_are_one_start() {
 }
 
 #[test]
+fn g20_who_waits_in_line_for_a_program_that_is_not_there_yet_hears_that() {
+    run(|house| async move {
+        let mut given = given(&["hang"]);
+        (given.places, given.queue) = (1, 1);
+        let host = serve(&house, given);
+        let first = host.send("/v1/chat/completions", "", body("ok", false).to_string().as_bytes()).await;
+        until("it has the place", || *house.ear.load.lock().unwrap() == (1, 0)).await;
+        let second =
+            async { host.ask_at("/v1/chat/completions", "x-request-timeout: 300ms\r\n", &body("ok", false)).await };
+        let third = async {
+            until("the line is full", || *house.ear.load.lock().unwrap() == (1, 1)).await;
+            host.play("ok").await
+        };
+        let (second, third) = tokio::join!(second, third);
+        second.assert_error(503, "model_loading", "0");
+        third.assert_error(503, "overloaded", "0");
+        assert!(host.server.stop(Instant::now() + LONG).await);
+        read(first).await.assert_error(503, "server_shutting_down", "0");
+    });
+}
+
+#[test]
 fn g20_a_program_that_is_never_ready_is_ended_and_its_requests_are_told_at_their_own_time() {
     run(|house| async move {
         // It answers, but its path of health does not.
