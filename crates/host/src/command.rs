@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use evergate_core::chat::{self, Reply};
 use evergate_core::config::process::{Command as Config, Input, Output};
-use evergate_core::{Error, Fault, json};
+use evergate_core::{Error, Fault};
 use tokio::sync::mpsc;
 
 use crate::ask::{Answer, Ask, Endpoint, Mode, Refusal};
 use crate::gate::Gate;
 use crate::program::{Plan, Programs, StartError, Wiring};
-use crate::tasks;
+use crate::{tasks, tell};
 use output::{Collector, Piece};
 use run::{Limits, Run};
 
@@ -123,8 +123,8 @@ impl Command {
         }
         self.not_empty(&text)?;
         Ok(match ask.endpoint {
-            Endpoint::Chat => chat::completion(&reply(ask, text)),
-            Endpoint::Completions => chat::text_completion(&reply(ask, text)),
+            Endpoint::Chat => chat::completion(&Reply { text, ..tell::reply(ask) }),
+            Endpoint::Completions => chat::text_completion(&Reply { text, ..tell::reply(ask) }),
             Endpoint::Embeddings => return Err(no_embeddings()),
         }
         .into())
@@ -139,7 +139,7 @@ impl Command {
 
     /// Reads piece by piece, and sends each on as it comes. Returns when the stream is over, however.
     async fn stream(&self, ask: &Ask, mut run: Run, to: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
-        let reply = reply(ask, String::new());
+        let reply = tell::reply(ask);
         let events =
             if ask.endpoint == Endpoint::Chat { chat::Events::chat(&reply) } else { chat::Events::text(&reply) };
         let mut told = Told { to, events, tokens: 0, has_begun: false };
@@ -225,19 +225,6 @@ impl Told<'_> {
 
     async fn send(&self, event: String) {
         let _ = self.to.send(Ok(event.into())).await;
-    }
-}
-
-fn reply(ask: &Ask, text: String) -> Reply {
-    let prefix = if ask.endpoint == Endpoint::Chat { "chatcmpl-" } else { "cmpl-" };
-    let tokens_in = json::messages_text(&ask.body).map(|text| chat::count_tokens(&text)).unwrap_or(0);
-    Reply {
-        id: format!("{prefix}{}", ask.id),
-        created: evergate_sys::unix_ms() / 1000,
-        model: ask.request.model.clone(),
-        text,
-        tokens_in: Some(tokens_in),
-        wants_usage: ask.request.wants_usage,
     }
 }
 

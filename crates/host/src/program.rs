@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 pub(crate) use house::members;
 pub use start::{Failed, Programs, StartError};
+pub(crate) use streams::LINGER;
 pub use streams::{Fed, Input, Output};
 pub use tail::TAIL_BYTES;
 

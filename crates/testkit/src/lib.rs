@@ -12,6 +12,7 @@ pub mod corpus;
 pub mod driver;
 pub mod fake;
 pub mod link;
+pub mod model;
 pub mod raw;
 mod sim;
 pub mod sse;

@@ -68,13 +68,31 @@ impl Events {
         }
     }
 
+    /// A piece in an upstream's own words: for chat a `delta`'s object, else a text's JSON string. It must be on one line.
+    #[must_use]
+    pub fn raw(&self, json: &str) -> String {
+        let key = if self.shape == Shape::Chat { "delta" } else { "text" };
+        self.choice(key, |out| out.push_str(json), "null")
+    }
+
     /// The end of the text.
     #[must_use]
     pub fn finish(&self) -> String {
-        match self.shape {
-            Shape::Text => self.choice("text", |out| out.push_str("\"\""), "\"stop\""),
-            Shape::Chat => self.choice("delta", |out| out.push_str("{}"), "\"stop\""),
-        }
+        self.finish_for("stop")
+    }
+
+    /// The end of the text, for a reason of the answer's own, such as `length`.
+    #[must_use]
+    pub fn finish_for(&self, reason: &str) -> String {
+        let (mut quoted, (key, nothing)) = (
+            String::new(),
+            match self.shape {
+                Shape::Text => ("text", "\"\""),
+                Shape::Chat => ("delta", "{}"),
+            },
+        );
+        write_string(&mut quoted, reason);
+        self.choice(key, |out| out.push_str(nothing), &quoted)
     }
 
     /// The usage, for who wants it (`stream_options.include_usage`).

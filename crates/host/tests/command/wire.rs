@@ -1,4 +1,4 @@
-//! A host that serves a command, and a client that says and hears every byte itself.
+//! A host at a socket, and a client that says and hears every byte itself.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -11,6 +11,7 @@
 //! - `alloc:BYTES` and touch them
 //! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows
 //! - `serve-one:HOST:PORT` one request after another: GET is well, anything else a stream of 30 events in three seconds
+//! - `model:OPTIONS` speaks the stdio protocol (`model.rs`), until it is drained
 //! - `obey` the steps on its input, one a line
 //! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
 //!   same, and its parent has ended), `naked` (the same, with nothing in its environment)
@@ -107,6 +108,7 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
         "serve" if value.starts_with('/') => std::mem::forget(FakeUpstream::start_unix(std::path::Path::new(value))),
         "serve" => std::mem::forget(FakeUpstream::start_at(value)),
         "serve-one" => serve_one(value)?,
+        "model" => evergate_testkit::model::serve(value),
         "fork" => fork(value)?,
         "setsid" => {
             setsid()?;
