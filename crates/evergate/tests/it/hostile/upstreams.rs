@@ -18,9 +18,17 @@ const OUR_END: &[u8] = b"data: [DONE]\n\n";
 #[test]
 fn no_answer_of_an_upstream_harms_a_client() {
     let fake = FakeUpstream::start();
-    let gateway = before(&fake, SMALL);
     let cases = corpus::parse(include_str!("../../hostile/upstream.txt"));
-    run(&gateway, &cases, 100, |case| {
+    let (wire, framed): (Vec<_>, Vec<_>) = cases.into_iter().partition(|case| flag(&case.expect, "wire ").1);
+    play(&fake, &framed, SMALL);
+    // These close behind answers that promise more. A connection that was kept meanwhile ends under another input's request,
+    // which may have been worked for and is not sent again: right, but not what that input is to show.
+    play(&fake, &wire, &SMALL.replace("[limits]\n", "[limits]\nupstream_idle = 0\n"));
+}
+
+fn play(fake: &FakeUpstream, cases: &[Case], limits: &str) {
+    let gateway = before(fake, limits);
+    run(&gateway, cases, 20, |case| {
         let name = format!("line-{}", case.line);
         let (expect, is_wire) = flag(&case.expect, "wire ");
         let (expect, is_unary) = flag(expect, "unary ");
