@@ -13,11 +13,17 @@ use hyper::body::Incoming;
 
 use crate::client::{Connection, Pool, drive};
 
+/// Bytes that one turn of a task takes of an answer that comes faster than it is handled. The runtime looks at its timers
+/// and sockets only every so many turns, and what is taken here is also split, scanned and copied in the same turn.
+const TURN_BYTES_MAX: usize = 64 * 1024;
+
 /// An answer's body. Read to its end, the connection goes back to the pool; dropped earlier, it is closed.
 pub struct AnswerBody {
     body: Incoming,
     connection: Option<Connection>,
     pool: Arc<Pool>,
+    /// Taken since it last had nothing, or let others have their turn.
+    turn_bytes: usize,
     /// Behind the connection, so that it goes after it.
     held: Option<Box<dyn Any + Send>>,
 }
@@ -30,7 +36,7 @@ impl std::fmt::Debug for AnswerBody {
 
 impl AnswerBody {
     pub(crate) fn new(body: Incoming, connection: Connection, pool: Arc<Pool>) -> Self {
-        Self { body, connection: Some(connection), pool, held: None }
+        Self { body, connection: Some(connection), pool, turn_bytes: 0, held: None }
     }
 
     /// Keeps something until the call is over: until the answer has been read to its end, or this is dropped.
@@ -38,11 +44,17 @@ impl AnswerBody {
         self.held = Some(held);
     }
 
-    /// The next bytes; `None` at the end that the framing promised.
+    /// The next bytes; `None` at the end that the framing promised. Also pending, with the task woken again, when the turn
+    /// has had enough.
     ///
     /// # Errors
     /// `upstream_disconnected` when the connection ends or breaks its framing before that.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        if self.turn_bytes >= TURN_BYTES_MAX {
+            self.turn_bytes = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         loop {
             let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
             let Connection { driver, filter, .. } = connection;
@@ -55,12 +67,17 @@ impl AnswerBody {
                 drive(driver, cx);
                 Pin::new(&mut *body).poll_frame(cx)
             });
-            match std::task::ready!(frame) {
+            let Poll::Ready(frame) = frame else {
+                self.turn_bytes = 0;
+                return Poll::Pending;
+            };
+            match frame {
                 Some(Ok(frame)) => {
                     // Trailers carry nothing that a client was promised.
                     if let Ok(data) = frame.into_data()
                         && !data.is_empty()
                     {
+                        self.turn_bytes += data.len();
                         return Poll::Ready(Some(Ok(data)));
                     }
                 }

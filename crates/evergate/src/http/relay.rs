@@ -27,6 +27,9 @@ const AFTER_DONE_PIECES_MAX: u8 = 4;
 /// How long the end of the framing may follow `[DONE]`; the client has everything and waits for our end meanwhile.
 const AFTER_DONE: Duration = Duration::from_millis(5);
 
+/// Bytes of events made here that one turn gives, as `AnswerBody` does for those of an upstream.
+const MADE_BYTES_MAX: usize = 64 * 1024;
+
 /// A call on its way to a stream's head.
 pub type Calling = Pin<Box<dyn Future<Output = Result<Called, Failure>> + Send>>;
 
@@ -91,6 +94,8 @@ pub struct Relay {
     ready: VecDeque<Result<Bytes, Error>>,
     timer: Option<Sleep>,
     piece_at: Instant,
+    /// Made since others last had their turn.
+    made_bytes: usize,
 }
 
 /// What the events so far have said.
@@ -139,6 +144,7 @@ impl Relay {
             ready: VecDeque::new(),
             timer: None,
             piece_at: Instant::now(),
+            made_bytes: 0,
         }
     }
 
@@ -172,6 +178,11 @@ impl Relay {
             }
             let polled = match &mut self.source {
                 Source::Ended => return Poll::Ready(None),
+                Source::Made(_) if self.made_bytes >= MADE_BYTES_MAX => {
+                    self.made_bytes = 0;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Source::Made(chunks) => {
                     let chunk = chunks.next();
                     self.take_made(chunk);
@@ -223,6 +234,7 @@ impl Relay {
             Some(chunk) => {
                 let data = chunk.strip_prefix("data: ").unwrap_or_default();
                 self.seen.any = true;
+                self.made_bytes += chunk.len();
                 self.seen.usage = scan_chunk(data.trim_end().as_bytes()).usage.or(self.seen.usage);
                 self.ready.push_back(Ok(Bytes::from(chunk)));
             }
@@ -375,5 +387,39 @@ impl Relay {
             _ => "did not finish within",
         };
         limit.overrun(&self.upstream, what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    #[test]
+    fn events_made_here_take_their_turns() {
+        let now = Instant::now();
+        let never = Deadline::new(now, Duration::from_secs(3600), Limit::Total);
+        let (idle, clock) = (Duration::from_secs(3600), Clock::new().unwrap());
+        let limits =
+            Limits { total: never, first_token: never, stream_total: never, idle, clock, event_bytes: 1 << 20 };
+        let chunk = || format!("data: {{\"choices\":[],\"x\":\"{}\"}}\n\n", "y".repeat(1_000));
+        let made = Source::Made(Box::new((0..1_000).map(move |_| chunk())));
+        let on_error_event = Box::new(|_: Option<&str>| Error::new(Fault::Internal, "none comes"));
+        let mut relay = Relay::from_source(made, "echo".into(), on_error_event, limits);
+        let (mut bytes, mut turns, mut in_turn) = (0, 1, 0);
+        loop {
+            match relay.poll_next(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(None) => break,
+                Poll::Ready(Some(piece)) => in_turn += piece.unwrap().len(),
+                Poll::Pending => {
+                    assert!((1..=MADE_BYTES_MAX + 2_000).contains(&in_turn), "{in_turn}");
+                    turns += 1;
+                    bytes += std::mem::take(&mut in_turn);
+                }
+            }
+        }
+        assert!(bytes + in_turn > 1_000_000);
+        assert!(turns > 10, "{turns}");
     }
 }

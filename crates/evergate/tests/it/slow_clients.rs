@@ -9,7 +9,7 @@ use evergate_testkit::raw::chat_request;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use serde_json::Value;
 
-use crate::support::{LIMIT, before, is_full};
+use crate::support::{LIMIT, ONE_WORKER, before, is_full, via};
 
 /// Between two bytes of one slow head.
 const PACE: Duration = Duration::from_secs(2);
@@ -136,5 +136,90 @@ fn a8_slow_heads_cost_good_requests_little() {
     assert_eq!(gateway.workers(), workers);
     assert!(gateway.exits().is_empty());
     // Far from what it costs, so that a busy machine does not matter: a loop over idle connections would be tens of times.
+    assert!(median < 2.0, "{ratios:?}");
+}
+
+/// Clients that ask and read nothing.
+fn unread(gateway: &Evergate, fake: &FakeUpstream, count: usize, scripts: &[&str], is_small: bool) -> Vec<Raw> {
+    let before = fake.request_count();
+    let ask = |n: usize| {
+        let script = scripts[n % scripts.len()];
+        let mut raw = Raw::connect(&gateway.addr());
+        if is_small {
+            raw.link().shrink_receive_buffer();
+        }
+        raw.send(&chat_request(&via(script), script == "flood", &Value::Null));
+        raw
+    };
+    let all = (0..count).map(ask).collect();
+    wait_until("all that read nothing", 3 * LIMIT, || fake.request_count() >= before + count);
+    all
+}
+
+/// A6: floods that come faster than they are handled take their turns with everybody else.
+#[test]
+fn a6_floods_leave_others_their_turns() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    let workers = gateway.workers();
+    let mut raw = Raw::connect(&gateway.addr());
+    // Connections on both sides are there before.
+    raw.send(&chat_request("fake/ok", false, &Value::Null));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    // Large buffers: in an unoptimized build they take more than ten seconds to fill.
+    let floods = unread(&gateway, &fake, 40, &["flood"], false);
+    let mut slowest = Duration::ZERO;
+    for _ in 0..10 {
+        let began = Instant::now();
+        raw.send(&chat_request("fake/ok", false, &Value::Null));
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        slowest = slowest.max(began.elapsed());
+    }
+    println!("the slowest of ten answers beside {} floods: {slowest:?}", floods.len());
+    assert_eq!(gateway.workers(), workers, "{:?}", gateway.exits());
+    // A second on a machine with other work; without turns it is until the worker is ended for hanging.
+    assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+}
+
+/// Waits until the workers do next to nothing: every buffer on the way is full.
+fn wait_idle(gateway: &Evergate) {
+    let (mut then, mut since) = (cpu(gateway), Instant::now());
+    wait_until("workers at rest", 6 * LIMIT, || {
+        let now = cpu(gateway);
+        if now - then > Duration::from_millis(10) {
+            (then, since) = (now, Instant::now());
+        }
+        since.elapsed() > Duration::from_millis(400)
+    });
+}
+
+/// A6: answers that nobody reads cost good requests next to nothing of the processor, and no good one fails.
+#[test]
+fn a6_unread_answers_cost_good_requests_little() {
+    let (readers, requests, rounds) = if is_full() { (200, 4_000, 3) } else { (40, 1_200, 3) };
+    let fake = FakeUpstream::start();
+    // Nobody is cut for the stall while it is measured.
+    let gateway = before(&fake, "[timeouts]\nclient_stall = \"1h\"\n[workers]\nmin = 2\nmax = 2\n");
+    let workers = gateway.workers();
+    good(&gateway, requests / 4);
+    let mut ratios = Vec::new();
+    for _ in 0..rounds {
+        let quiet = good(&gateway, requests);
+        let mut stalled = unread(&gateway, &fake, readers, &["flood", "huge-3000000"], true);
+        // A whole answer that has begun was read and looked through before: that work is no good request's.
+        stalled.iter_mut().for_each(|raw| assert_eq!(raw.read_head(3 * LIMIT).status, 200));
+        wait_idle(&gateway);
+        let troubled = good(&gateway, requests);
+        drop(stalled);
+        let idle = ["unary", "stream"].map(|kind| format!("evergate_inflight_requests{{kind=\"{kind}\"}} 0\n"));
+        wait_until("all gone", LIMIT, || idle.iter().all(|line| gateway.metrics().contains(line)));
+        wait_idle(&gateway);
+        ratios.push(troubled.as_secs_f64() / quiet.as_secs_f64());
+        println!("a good request: {quiet:?} alone, {troubled:?} beside {readers} unread answers");
+    }
+    ratios.sort_by(f64::total_cmp);
+    let median = ratios[rounds / 2];
+    println!("processor time of a good request: {median:.3} times");
+    assert_eq!(gateway.workers(), workers, "{:?}", gateway.exits());
     assert!(median < 2.0, "{ratios:?}");
 }
