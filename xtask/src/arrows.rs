@@ -75,7 +75,7 @@ const ROOMS: &[Room] = &[
         why: "runs programs and serves them; no routing, auth, SQL or TOML, and every child is started and buried in one place",
     },
     Room {
-        name: "evergate", knows: &[CORE, SYS, BOARD, SUPERVISOR, UPSTREAM], is_unsafe: false,
+        name: "evergate", knows: &[CORE, SYS, BOARD, SUPERVISOR, UPSTREAM, HOST], is_unsafe: false,
         prints: &["crates/evergate/src/commands/", "crates/evergate/src/main.rs"],
         never: &["rusqlite", "libc", "toml"],
         words: &[],

@@ -184,6 +184,7 @@ mod tests {
             in_flight_max: 0,
             queue: 0,
             is_preset: false,
+            process: None,
         }
     }
 

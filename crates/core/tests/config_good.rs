@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use evergate_core::config::process::{EnvValue, Frames, Ids, Input, Mode, Output, Replace};
 use evergate_core::config::{
     Auth, Config, Facts, Loaded, OnDisconnect, Overrides, Roots, SHAPES, SecretRef, Source, Transport, duration_text,
     effective, load, parse_workers, presets, size_text,
@@ -240,6 +241,65 @@ fn a_full_file_is_read_to_the_last_key() {
     assert!(!format!("{loaded:?}").contains("0123456789"));
 }
 
+const PROGRAMS: &str = r#"
+[upstreams.shout]
+process = { mode = "command", argv = ["tr", "a-z", "A-Z"], template = "{{{last}}}", output = "lines", timeout = "10s", limits = { memory = "1GiB", cpu = "5s" } }
+[upstreams.embed]
+any_model = false
+[upstreams.embed.process]
+mode = "stdio"
+argv = ["python3", "embed.py"]
+dir = "models"
+env = { THREADS = "2", TOKEN = { env = "KEY_A" } }
+pass_env = ["CUDA_VISIBLE_DEVICES"]
+max = 3
+frames = "length"
+requests_max = 1000
+user = { uid = 1000 }
+[upstreams.tiny.process]
+mode = "server"
+argv = ["llama-server", "--port", "{port}"]
+idle_stop = "10m"
+group = "gpu"
+replace = "overlap"
+stop = ["kill", "{pid}"]
+strip = ["top_k"]
+set = { temperature = 0.5, stop = ["a:b", "\"c\""], options = { n = 1, deep = true } }
+sandbox = { read = ["/models"], write = [] }
+[models.tiny]
+targets = [ { upstream = "tiny" } ]
+"#;
+
+#[test]
+fn programs_are_read_to_the_last_key() {
+    let config = file(PROGRAMS, &secrets).sealed.config;
+    let program = |name: &str| config.upstreams.get(name).unwrap().process.clone().unwrap();
+    let (shout, embed, tiny) = (program("shout"), program("embed"), program("tiny"));
+    let Mode::Command(command) = &shout.mode else { panic!("{shout:?}") };
+    assert_eq!(command.input, Input::Text(Some("{{{last}}}".into())));
+    assert_eq!((command.output, command.idle), (Output::Lines, Duration::from_secs(10)));
+    assert_eq!((shout.in_flight_max, shout.limits.memory, shout.limits.cpu_s), (4, Some(1 << 30), Some(5)));
+    let Mode::Stdio(stdio) = &embed.mode else { panic!("{embed:?}") };
+    assert_eq!((stdio.min, stdio.max, stdio.frames, stdio.requests_max), (1, 3, Frames::Length, 1000));
+    assert_eq!((embed.dir.as_deref(), embed.in_flight_max), (Some("conf/models"), 3));
+    assert_eq!(embed.env.get("TOKEN"), Some(&EnvValue::Secret(SecretRef::Env("KEY_A".into()))));
+    assert_eq!(embed.user, Some(Ids { uid: 1000, gid: 1000 }));
+    let Mode::Server(server) = &tiny.mode else { panic!("{tiny:?}") };
+    assert_eq!(server.set.get("stop").map(String::as_str), Some(r#"["a:b","\"c\""]"#));
+    assert_eq!(server.set.get("options").map(String::as_str), Some(r#"{"deep":true,"n":1}"#));
+    assert_eq!((tiny.idle_stop, tiny.replace), (Duration::from_secs(600), Replace::Overlap));
+    // One letter makes it another program.
+    let other = file(&PROGRAMS.replace("top_k", "top_p"), &secrets).sealed.config;
+    let fingerprint = |config: &Config, name: &str| {
+        config.upstreams.get(name).and_then(|upstream| Some(upstream.process.as_ref()?.fingerprint(name)))
+    };
+    assert_ne!(fingerprint(&config, "tiny"), fingerprint(&other, "tiny"));
+    assert_eq!(fingerprint(&config, "embed"), fingerprint(&other, "embed"));
+    // And the effective form loads again to the same.
+    let again = try_with(Some(&effective(&config)), &Overrides::default(), &secrets, "").sealed.config;
+    assert_eq!(again.upstreams, config.upstreams);
+}
+
 #[test]
 fn presets_are_in_force_when_their_key_is() {
     let loaded = nothing(&secrets);
@@ -395,7 +455,7 @@ proptest! {
         config.shutdown.drain = Duration::from_millis(drain_ms);
         let upstream = evergate_core::config::Upstream {
             base_url: format!("https://{host}:{port}/v1").parse().unwrap(),
-            api_key: None, roots: Roots::System, any_model: false, is_preset: false,
+            api_key: None, roots: Roots::System, any_model: false, is_preset: false, process: None,
             in_flight_max, queue: if in_flight_max > 0 { queue } else { 0 },
         };
         config.upstreams.insert("u".into(), upstream);

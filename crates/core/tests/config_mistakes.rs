@@ -60,7 +60,80 @@ const TABLE: &[(&str, &str)] = &[
     ("[workers]\nrss_max = \"1MiB\"", "2:11: \"rss_max\" must be 0B (off) or at least 64MiB"),
     ("[workers]\nlifetime_max = \"9s\"", "2:16: \"lifetime_max\" must be 0s (off) or at least 10s"),
     ("[workers]\nbacklog_high = 0", "2:16: \"backlog_high\" must be from 1 to 65536, not 0"),
-    ("[upstreams.x]\nprocess = { mode = \"stdio\" }", "2:1: \"process\" is not in this version"),
+    ("[upstreams.x]\nprocess = \"cat\"", "2:11: \"process\" must be a table such as { mode"),
+    (
+        "[upstreams.x]\nprocess = { argv = [\"cat\"] }",
+        "2:11: the program lacks \"mode\"; \"mode\" must be \"command\",",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"exec\" }",
+        "2:20: \"mode\" must be \"command\", \"stdio\" or \"server\", not",
+    ),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\" }", "2:11: the program lacks \"argv\", such as"),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [] }", "2:36: \"argv\" must begin with a program"),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\", 1] }", "2:42: \"argv\" must be a string, not an"),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\\u0000\"] }", "2:37: \"argv\" must not contain a NUL"),
+    (
+        "[upstreams.x]\nprocess = { mode = \"server\", argv = [\"vllm\", \"serve\"] }",
+        "2:37: a server's \"argv\" must say where it listens: {port} (on 127.0.0.1) or {socket} (a path)",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"command\", argv = [\"tr\"], health = \"/h\" }",
+        "2:55: \"health\" is for mode \"server\" only",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"command\", argv = [\"tr\"], idle_stop = \"1m\" }",
+        "2:58: \"idle_stop\" is for mode \"stdio\" and \"server\" only",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"command\", argv = [\"tr\"], template = \"{name}\" }",
+        "2:57: \"template\" knows {last}, {system} and {messages}, and {{ for a bracket, not \"{name}\"",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"command\", argv = [\"tr\"], input = \"json\", template = \"x\" }",
+        "2:73: \"template\" is for input = \"text\" only",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"command\", argv = [\"tr\"], input = \"json\", prompt_arg = true }",
+        "2:75: \"prompt_arg\" needs input = \"text\"",
+    ),
+    (
+        "[upstreams.x]\nbase_url = \"https://x/v1\"\nprocess = { mode = \"command\", argv = [\"tr\"] }",
+        "2:12: \"base_url\" has no use beside \"process\"; remove one of them",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], min = 3, max = 2 }",
+        "2:58: \"max\" is 2 but \"min\" is 3; max must be at least min",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], env = { \"a b\" = \"c\" } }",
+        "2:59: \"a b\" is not the name of an environment variable",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], env = { EVERGATE_X = \"c\" } }",
+        "2:64: names that begin with EVERGATE_ are the gateway's own",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], env = { A = { env = \"UNSET\" } } }",
+        "2:55: the environment variable UNSET is not set",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"server\", argv = [\"a\", \"{port}\"], set = { model = \"y\" } }",
+        "2:70: \"model\" is the client's to set; a target's \"model\" names the model",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"server\", argv = [\"a\", \"{port}\"], health = \"up\" }",
+        "2:63: \"health\" must be a path such as \"/health\"",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], sandbox = { read = [\"models\"] } }",
+        "2:62: \"models\" must be a whole path, from /",
+    ),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], user = { uid = 0 } }",
+        "2:58: \"uid\" must be from 1 to",
+    ),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], cgroup = 1 }", "2:43: \"cgroup\" is not in this"),
     (
         "[upstreams.x]\nbase_url = \"https://x/v1\"\ndialect = \"anthropic\"",
         "3:11: dialect \"anthropic\" is not in this version; use the provider's OpenAI-compatible address",

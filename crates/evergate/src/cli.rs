@@ -9,7 +9,8 @@ use evergate_core::inherit::code;
 use evergate_core::plan::Address;
 
 use crate::commands::{access, check, exits, reload, scale, state_dir, status, stop};
-use crate::lives::{ChildArgs, clerk, compile, serve, worker};
+use crate::lives::host::HostArgs;
+use crate::lives::{ChildArgs, clerk, compile, host, serve, worker};
 
 #[derive(Debug, Parser)]
 #[command(name = "evergate", version, about = "An AI gateway that cannot be knocked over")]
@@ -47,6 +48,9 @@ enum Command {
     /// Keep the records
     #[command(hide = true)]
     Clerk(ChildArgs),
+    /// Run a model's program
+    #[command(hide = true)]
+    Host(HostArgs),
 }
 
 /// Which configuration, and what the command line says over it.
@@ -182,6 +186,7 @@ fn run(command: Command) -> u8 {
         Command::Compile(args) => compile::run(&args),
         Command::Worker(args) => worker::run(&args),
         Command::Clerk(args) => clerk::run(&args),
+        Command::Host(args) => host::run(&args),
     }
 }
 

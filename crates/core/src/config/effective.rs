@@ -8,6 +8,8 @@ use super::upstreams::ECHO;
 use super::{Auth, Config, OnDisconnect, Roots, SecretRef};
 use crate::json::write_string;
 
+mod programs;
+
 /// The configuration as TOML, every default written out, secrets as references only. Loaded in the same environment it
 /// gives an equal `Config`; paths are as resolved, so that relative ones need the same working folder.
 #[must_use]
@@ -95,6 +97,11 @@ fn upstreams(out: &mut String, config: &Config) -> fmt::Result {
     }
     for (name, upstream) in config.upstreams.iter().filter(|(_, upstream)| !upstream.is_preset) {
         writeln!(out, "\n[upstreams.{name}]\ndialect = \"openai\"")?;
+        if let Some(process) = &upstream.process {
+            writeln!(out, "any_model = {}", upstream.any_model)?;
+            programs::write(out, name, process)?;
+            continue;
+        }
         writeln!(out, "base_url = {}", text(&upstream.base_url.to_string()))?;
         if let Some(key) = &upstream.api_key {
             writeln!(out, "api_key = {}", reference(key))?;

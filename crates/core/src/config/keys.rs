@@ -87,9 +87,61 @@ pub(super) static SHUTDOWN: Shape =
 pub(super) static PRESETS: Shape = Shape { section: "presets", keys: &["enabled"], later: &[] };
 pub(super) static UPSTREAM: Shape = Shape {
     section: "upstreams.NAME",
-    keys: &["dialect", "base_url", "api_key", "roots", "any_model", "in_flight_max", "queue"],
-    later: &["process", "replace", "headers", "health", "timeouts", "limits"],
+    keys: &["dialect", "base_url", "api_key", "roots", "any_model", "in_flight_max", "queue", "process"],
+    later: &["replace", "headers", "health", "timeouts", "limits"],
 };
+/// `{ mode = ..., argv = [...] }`.
+pub(super) static PROCESS: Shape = Shape {
+    section: "upstreams.NAME.process",
+    keys: &[
+        "mode",
+        "argv",
+        "dir",
+        "env",
+        "pass_env",
+        "grace",
+        "start_timeout",
+        "in_flight_max",
+        "queue",
+        "output_max",
+        "limits",
+        "sandbox",
+        "user",
+        "input",
+        "output",
+        "template",
+        "prompt_arg",
+        "timeout",
+        "first_output",
+        "idle",
+        "min",
+        "max",
+        "frames",
+        "requests_max",
+        "lifetime_max",
+        "rss_max",
+        "preload",
+        "idle_stop",
+        "group",
+        "replace",
+        "health",
+        "health_interval",
+        "health_timeout",
+        "base_path",
+        "stop",
+        "strip",
+        "set",
+    ],
+    later: &["seccomp", "cgroup"],
+};
+pub(super) static PROCESS_LIMITS: Shape = Shape {
+    section: "upstreams.NAME.process.limits",
+    keys: &["memory", "open_files", "processes", "cpu", "file_size"],
+    later: &[],
+};
+pub(super) static SANDBOX: Shape =
+    Shape { section: "upstreams.NAME.process.sandbox", keys: &["read", "write"], later: &[] };
+pub(super) static USER: Shape = Shape { section: "upstreams.NAME.process.user", keys: &["uid", "gid"], later: &[] };
 pub(super) static MODEL: Shape = Shape {
     section: "models.NAME",
     keys: &["targets", "retry_unknown", "attempt", "on_disconnect"],
@@ -105,7 +157,7 @@ pub(super) static SECRET: Shape = Shape { section: "keys.NAME.secret", keys: &["
 pub(super) static ROOTS: Shape = Shape { section: "upstreams.NAME.roots", keys: &["file"], later: &[] };
 
 /// Every kind of section, in the order of the reference.
-pub static SHAPES: [&Shape; 16] = [
+pub static SHAPES: [&Shape; 20] = [
     &ROOT,
     &SERVER,
     &TLS,
@@ -119,6 +171,10 @@ pub static SHAPES: [&Shape; 16] = [
     &PRESETS,
     &UPSTREAM,
     &ROOTS,
+    &PROCESS,
+    &PROCESS_LIMITS,
+    &SANDBOX,
+    &USER,
     &MODEL,
     &TARGET,
     &ON_DISCONNECT,

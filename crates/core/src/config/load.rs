@@ -6,11 +6,12 @@ use toml::de::DeTable;
 
 use super::keys::{KEY, ROOT};
 use super::mistake::{Mistake, Place, Report};
+use super::process::{Mode, PASSED, Process, Replace};
 use super::read::{Section, shown};
 use super::secrets::Vault;
 use super::sections::{self, is_local};
 use super::{Auth, Config, Sealed, SecretRef, banner, models, upstreams};
-use crate::plan::{Address, Plan};
+use crate::plan::{Address, HostPlan, Plan};
 
 /// The variable whose value, if it is set and not empty, is required of clients as the key named `default`.
 pub const KEY_VARIABLE: &str = "EVERGATE_API_KEY";
@@ -83,7 +84,29 @@ pub fn load(source: Option<&Source<'_>>, overrides: &Overrides, facts: &Facts<'_
     let (secrets, files) = vault.into_parts();
     let warnings = report.finish()?;
     plan.banner = banner::lines(&config, &plan.listen);
-    Ok(Loaded { sealed: Sealed { config, secrets, files }, plan, warnings })
+    let variables = variables(&config, facts);
+    Ok(Loaded { sealed: Sealed { config, secrets, files, variables }, plan, warnings })
+}
+
+/// What programs get of the gateway's environment: hosts, which start them, have none of it themselves.
+fn variables(config: &Config, facts: &Facts<'_>) -> BTreeMap<String, String> {
+    let processes = config.upstreams.values().filter_map(|upstream| upstream.process.as_ref());
+    let names = processes.flat_map(|process| PASSED.into_iter().chain(process.pass_env.iter().map(String::as_str)));
+    names.filter_map(|name| Some((name.to_owned(), (facts.env)(name)?))).collect()
+}
+
+/// The master's part of a program.
+fn host(name: &str, process: &Process) -> HostPlan {
+    HostPlan {
+        name: name.to_owned(),
+        fingerprint: process.fingerprint(name),
+        group: process.group.clone(),
+        is_preloaded: process.preload,
+        // Nothing is loaded in between two runs of a command.
+        overlaps: process.replace == Replace::Overlap || matches!(process.mode, Mode::Command(_)),
+        start: process.start_timeout,
+        grace: process.grace,
+    }
 }
 
 /// Reads `--workers MIN[:MAX]`.
@@ -154,7 +177,11 @@ fn cors(report: &Report<'_>, origins: Vec<(String, Place)>, auth: Auth) -> Vec<S
 fn plan(config: &Config, listen: Vec<Address>, admin: Option<Address>) -> Plan {
     Plan {
         banner: Vec::new(),
-        hosts: Vec::new(),
+        hosts: config
+            .upstreams
+            .iter()
+            .filter_map(|(name, upstream)| Some(host(name, upstream.process.as_ref()?)))
+            .collect(),
         is_listen_default: false,
         is_unguarded: config.server.auth == Auth::None,
         is_tls: config.server.tls.is_some(),

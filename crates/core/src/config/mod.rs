@@ -17,6 +17,7 @@ mod models;
 mod nearest;
 mod presets;
 pub mod process;
+mod programs;
 mod read;
 mod secrets;
 mod sections;
@@ -231,6 +232,9 @@ pub struct Upstream {
     pub queue: u32,
     /// Whether it comes from the presets file.
     pub is_preset: bool,
+    /// The program of this machine that it is; then `base_url` is a Unix socket without a path, which is the processes' to
+    /// know.
+    pub process: Option<process::Process>,
 }
 
 /// Which certificate authorities an https upstream is checked against.
@@ -327,6 +331,8 @@ pub struct Sealed {
     pub secrets: BTreeMap<String, String>,
     /// Contents of the files that `Tls` and `Roots::File` name, by path.
     pub files: BTreeMap<String, String>,
+    /// The gateway's variables that programs get ([`process::PASSED`] and `pass_env`), where they are set.
+    pub variables: BTreeMap<String, String>,
 }
 
 impl std::fmt::Debug for Sealed {

@@ -56,6 +56,7 @@ impl Preset {
             in_flight_max: 0,
             queue: 0,
             is_preset: true,
+            process: None,
         })
     }
 }

@@ -52,6 +52,11 @@ impl<'a> Value<'a> {
         Some(items.iter().map(item).collect())
     }
 
+    /// The value as JSON; none for what JSON cannot say: a date, an infinity.
+    pub(super) fn to_json(self) -> Option<String> {
+        json(self.raw)
+    }
+
     pub(super) fn section(&self, report: &'a Report<'a>, shape: &'static Shape, wanted: &str) -> Option<Section<'a>> {
         let Some(table) = self.raw.as_table() else {
             self.wrong_type(report, wanted);
@@ -99,11 +104,6 @@ impl<'a> Section<'a> {
             |name| format!("; did you mean \"{name}\"?"),
         );
         self.report.mistake(place, format!("unknown {what} \"{}\"{hint}", shown(key)));
-    }
-
-    /// Whether a key of a later version was written here: what it replaces is then not missing.
-    pub(super) fn has_later(&self, key: &str) -> bool {
-        self.table.is_some_and(|table| table.contains_key(key))
     }
 
     pub(super) fn get(&self, key: &'static str) -> Option<Value<'a>> {
@@ -201,6 +201,20 @@ impl<'a> Section<'a> {
         Section::new(self.report, shape, place, value.get_ref().as_table())
     }
 
+    /// The values of a table whose keys are the operator's choice, such as `env = { NAME = "value" }`.
+    pub(super) fn entries(&self, key: &'static str) -> Vec<(&'a str, Value<'a>)> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        let Some(table) = value.raw.as_table() else {
+            value.wrong_type(self.report, "a table such as { NAME = \"value\" }");
+            return Vec::new();
+        };
+        let entry = |(name, value): (&'a toml::Spanned<std::borrow::Cow<'a, str>>, &'a toml::Spanned<DeValue<'a>>)| {
+            let key: &'a str = name.get_ref().as_ref();
+            (key, Value { key, place: Place::Byte(value.span().start), raw: value.get_ref() })
+        };
+        table.iter().map(entry).collect()
+    }
+
     /// The subsections with names of the operator's choice, such as `[upstreams.NAME]`.
     pub(super) fn named(&self, key: &'static str, shape: &'static Shape) -> Vec<(&'a str, Section<'a>)> {
         let Some(value) = self.get(key) else { return Vec::new() };
@@ -222,6 +236,36 @@ impl<'a> Section<'a> {
         }
         found
     }
+}
+
+fn json(value: &DeValue<'_>) -> Option<String> {
+    Some(match value {
+        DeValue::String(text) => {
+            let mut out = String::new();
+            crate::json::write_string(&mut out, text);
+            out
+        }
+        DeValue::Boolean(value) => value.to_string(),
+        DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix()).ok()?.to_string(),
+        DeValue::Float(float) => {
+            let number: f64 = float.as_str().parse().ok().filter(|number: &f64| number.is_finite())?;
+            number.to_string()
+        }
+        DeValue::Datetime(_) => return None,
+        DeValue::Array(items) => {
+            let items: Option<Vec<_>> = items.iter().map(|item| json(item.get_ref())).collect();
+            format!("[{}]", items?.join(","))
+        }
+        DeValue::Table(table) => {
+            let mut members = Vec::new();
+            for (name, value) in table {
+                let mut out = String::new();
+                crate::json::write_string(&mut out, name.get_ref());
+                members.push(format!("{out}:{}", json(value.get_ref())?));
+            }
+            format!("{{{}}}", members.join(","))
+        }
+    })
 }
 
 /// A name from the file, fit to be printed on a terminal in one line.

@@ -23,6 +23,11 @@ impl<'a> Vault<'a> {
         Self { report, facts, dir, secrets: RefCell::default(), files: RefCell::default() }
     }
 
+    /// The configuration file's folder.
+    pub(super) fn dir(&self) -> &'a str {
+        self.dir
+    }
+
     /// The secrets by reference and the files by path.
     pub(super) fn into_parts(self) -> (BTreeMap<String, String>, BTreeMap<String, String>) {
         (self.secrets.into_inner(), self.files.into_inner())

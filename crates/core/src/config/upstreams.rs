@@ -7,9 +7,10 @@ use super::load::Facts;
 use super::mistake::{Place, Report};
 use super::nearest::nearest;
 use super::presets::{Preset, presets};
+use super::programs::process;
 use super::read::{Section, shown};
 use super::secrets::Vault;
-use super::{BaseUrl, Roots, Upstream};
+use super::{BaseUrl, Roots, Transport, Upstream};
 
 /// The built-in model's name, as an upstream and as a model.
 pub(super) const ECHO: &str = "echo";
@@ -77,6 +78,9 @@ fn check_name(report: &Report<'_>, name: &str, place: Place) {
 
 fn upstream<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Option<Upstream> {
     check_dialect(section);
+    if section.get("process").is_some() {
+        return local(section, vault);
+    }
     let base_url = base_url(section);
     let api_key = section.get("api_key").and_then(|value| vault.reference(&value));
     let (in_flight_max, queue) = in_flight(section);
@@ -88,6 +92,7 @@ fn upstream<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Option<Upstream> {
         in_flight_max,
         queue,
         is_preset: false,
+        process: None,
     };
     if upstream.api_key.is_some() && upstream.base_url.is_exposed() {
         section.report.warn(section.place, "its api_key and every prompt go over the network unencrypted: use https");
@@ -107,6 +112,27 @@ fn in_flight(section: &Section<'_>) -> (u32, u32) {
     (max, section.u32("queue", max.max(QUEUE_LEAST), 0..=65_536))
 }
 
+/// An upstream that is a program of this machine: reached by a socket of ours, whose path the processes know.
+fn local<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Option<Upstream> {
+    for key in ["base_url", "api_key", "roots", "in_flight_max", "queue"] {
+        if let Some(value) = section.get(key) {
+            section.report.mistake(value.place, format!("\"{key}\" has no use beside \"process\"; remove one of them"));
+        }
+    }
+    let transport = Transport::Unix { path: String::new() };
+    Some(Upstream {
+        base_url: BaseUrl { transport, authority: "localhost".into(), path: "/v1".into() },
+        api_key: None,
+        roots: Roots::Bundled,
+        any_model: section.bool("any_model", true),
+        // Its own section has them.
+        in_flight_max: 0,
+        queue: 0,
+        is_preset: false,
+        process: Some(process(section, vault)?),
+    })
+}
+
 fn check_dialect(section: &Section<'_>) {
     let Some((text, place)) = section.text("dialect") else { return };
     if text == "openai" {
@@ -122,8 +148,10 @@ fn check_dialect(section: &Section<'_>) {
 }
 
 fn base_url(section: &Section<'_>) -> Option<BaseUrl> {
-    if section.get("base_url").is_none() && !section.has_later("process") {
-        section.report.mistake(section.place, "\"base_url\" is missing, such as \"https://api.example.com/v1\"");
+    if section.get("base_url").is_none() {
+        section
+            .report
+            .mistake(section.place, "\"base_url\" is missing, such as \"https://api.example.com/v1\", or \"process\"");
     }
     let (text, place) = section.text("base_url")?;
     text.parse().map_err(|why: String| section.report.mistake(place, why)).ok()

@@ -1,7 +1,7 @@
 //! `evergate exits`: how the processes of this state folder ended, oldest first. Works without a running gateway.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use evergate_core::inherit::code;
 use evergate_supervisor::{EXITS_FILE, EXITS_OLD_FILE};
@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{print, print_json};
 use crate::cli::Form;
+use crate::lives::host::{EXITS_SUFFIX, FOLDER};
 use crate::telemetry::status::{age_text, printable, table};
 
 /// Ids of lost requests shown in a row of the table; `--json` has them all.
@@ -38,8 +39,11 @@ pub fn run(state_dir: &Path, form: Form) -> u8 {
 /// leaves half of one.
 fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
     let mut records = Vec::new();
-    for name in [EXITS_OLD_FILE, EXITS_FILE] {
-        let bytes = match std::fs::read(state_dir.join(name)) {
+    let mut paths = vec![state_dir.join(EXITS_OLD_FILE), state_dir.join(EXITS_FILE)];
+    paths.extend(of_programs(&state_dir.join(FOLDER))?);
+    for path in paths {
+        let name = path.display();
+        let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
@@ -51,7 +55,29 @@ fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
             }
         }
     }
+    // Each file is in order; the sort keeps that where two ends have the same time.
+    records.sort_by_key(|record| record.get("at_ms").and_then(Value::as_u64).unwrap_or(0));
     Ok(records)
+}
+
+/// Files with the ends of models' programs, the older one of each first.
+fn of_programs(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.to_string_lossy();
+        if name.ends_with(EXITS_SUFFIX) || name.strip_suffix(".1").is_some_and(|name| name.ends_with(EXITS_SUFFIX)) {
+            paths.push(path.clone());
+        }
+    }
+    // With `.1` first: what is older.
+    paths.sort_unstable_by(|one, other| other.cmp(one));
+    Ok(paths)
 }
 
 const HEAD: [&str; 14] =
@@ -64,7 +90,10 @@ fn cells(record: &Value) -> Vec<String> {
     let lost = record.get("lost").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let cells = vec![
         number("at_ms").map_or_else(|| "-".to_owned(), utc),
-        format!("{} {}", text("kind"), shown("slot")),
+        match record.get("upstream").and_then(Value::as_str) {
+            Some(upstream) => format!("{} {}", text("kind"), printable(upstream)),
+            None => format!("{} {}", text("kind"), shown("slot")),
+        },
         shown("pid"),
         shown("generation"),
         how(record),

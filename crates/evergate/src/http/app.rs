@@ -2,10 +2,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use evergate_core::Error;
-use evergate_core::config::{Roots, Sealed, Upstream};
+use evergate_core::config::{BaseUrl, Roots, Sealed, Transport, Upstream};
+use evergate_core::inherit::{HOSTS_DIR_VARIABLE, host_socket};
 use evergate_core::redact::Redactor;
 use evergate_core::router::Router;
 use evergate_upstream::clock::Clock;
@@ -15,6 +17,7 @@ use tokio::sync::Semaphore;
 
 use super::auth::Door;
 use super::cors::Cors;
+use super::local::{Local, Wake};
 use super::model_call::Endpoint;
 use crate::gate::Gate;
 use crate::gate::permits::Limit;
@@ -32,6 +35,8 @@ pub struct App {
     pub clients: BTreeMap<String, Arc<Client>>,
     /// Limits of calls under way, of those upstreams that have one.
     pub limits: BTreeMap<String, Arc<Limit>>,
+    /// Upstreams that are programs of this machine, by name.
+    pub locals: BTreeMap<String, Local>,
     /// Who may come in.
     pub door: Door,
     /// Web pages that may call.
@@ -56,11 +61,29 @@ impl App {
     ///
     /// # Errors
     /// Says which part of it cannot be used.
-    pub fn new(sealed: Sealed, gate: Arc<Gate>, tasks: Tasks, redactor: Arc<Redactor>) -> Result<Self, String> {
+    pub fn new(
+        sealed: Sealed,
+        gate: Arc<Gate>,
+        tasks: Tasks,
+        redactor: Arc<Redactor>,
+        wake: &Wake,
+    ) -> Result<Self, String> {
         let clock = Clock::new().map_err(|error| format!("no timer could be made: {error}"))?;
         let resolver = dns_fault::resolver(&clock);
         let mut clients = BTreeMap::new();
+        let mut locals = BTreeMap::new();
         for (name, upstream) in &sealed.config.upstreams {
+            let own;
+            let upstream = match &upstream.process {
+                None => upstream,
+                Some(process) => {
+                    let place = (name.as_str(), process.fingerprint(name));
+                    let local = Local::new(gate.board().clone(), Arc::clone(wake), place, process.queue);
+                    locals.insert(name.clone(), local);
+                    own = at_socket(upstream, place.1)?;
+                    &own
+                }
+            };
             clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, (&clock, &resolver))?));
         }
         let limits = limits(&sealed, &gate, &clock)?;
@@ -69,6 +92,7 @@ impl App {
             door: Door::new(&sealed)?,
             cors: Cors::new(&sealed.config),
             clients,
+            locals,
             limits,
             gate,
             started_s: evergate_sys::unix_ms() / 1000,
@@ -113,6 +137,15 @@ fn limits(sealed: &Sealed, gate: &Gate, clock: &Clock) -> Result<BTreeMap<String
         limit.map(|limit| (name.clone(), limit)).ok_or_else(no_room)
     };
     limited.map(limit).collect()
+}
+
+/// The upstream, reached by the socket that the master keeps for its section.
+fn at_socket(upstream: &Upstream, fingerprint: u64) -> Result<Upstream, String> {
+    let folder = std::env::var_os(HOSTS_DIR_VARIABLE).ok_or("no folder of hosts in the environment")?;
+    let path = Path::new(&folder).join(host_socket(fingerprint));
+    let path = path.to_str().ok_or("the folder of hosts is not UTF-8")?.to_owned();
+    let base_url = BaseUrl { transport: Transport::Unix { path }, ..upstream.base_url.clone() };
+    Ok(Upstream { base_url, ..upstream.clone() })
 }
 
 fn client(

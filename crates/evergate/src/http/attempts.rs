@@ -17,6 +17,7 @@ use http::Response;
 
 use super::body::Body;
 use super::left::Left;
+use super::local::Local;
 use super::model_call::ModelCall;
 use crate::context::cancelled;
 use crate::gate::pass::{IsCall, Pass};
@@ -40,6 +41,13 @@ impl Failure {
     #[must_use]
     pub fn new(reached: Reached, error: Error) -> Self {
         Self { how: How::of(reached, error.fault), error }
+    }
+}
+
+/// What a program's host says of itself: nothing has reached it.
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::new(Reached::Nothing, error)
     }
 }
 
@@ -166,7 +174,28 @@ impl ModelCall {
         if let Some(limit) = turn.attempt.filter(|_| !turn.is_last) {
             attempt.first_by = asked.deadline.min(Deadline::new(Instant::now(), limit, Limit::Attempt));
         }
+        if let Some(local) = self.app.locals.get(turn.target.0) {
+            return Box::pin(self.attempt_local(local, attempt, head_by, pass)).await;
+        }
         if pass.record.is_stream { self.stream(attempt, *head_by, pass).await } else { self.whole(attempt, pass).await }
+    }
+
+    /// An attempt at a program of this machine, which may have to be started for it.
+    async fn attempt_local(
+        &self,
+        local: &Local,
+        attempt: Attempt<'_>,
+        head_by: &mut Instant,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Failure> {
+        let (began, clock) = (Instant::now(), &self.app.clock);
+        local.ready(clock, attempt.first_by).await?;
+        *head_by += began.elapsed();
+        if pass.record.is_stream {
+            local.watch(clock, self.stream(attempt, *head_by, pass)).await
+        } else {
+            local.watch(clock, self.whole(attempt, pass)).await
+        }
     }
 
     /// Calls the targets in order. Dropping it between two of them, or within one, leaves no call behind.

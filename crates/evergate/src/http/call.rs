@@ -136,6 +136,13 @@ impl ModelCall {
         let Answer { status, headers, body } = answer;
         let until = deadline.min(Deadline::new(Instant::now(), REFUSAL_TIME, Limit::Idle));
         let read = self.read_whole(body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
+        if self.app.locals.contains_key(name)
+            && let Some((error, is_dispatched)) = refusal::of_host(&self.app, &headers, &read)
+        {
+            // Nothing has reached the program, whatever its host has seen; a mistake of the client's stays one.
+            let is_undone = !is_dispatched && !status.is_client_error();
+            return Failure { error, how: if is_undone { How::NotReached } else { How::Status(status.as_u16()) } };
+        }
         let error = refusal::of(&self.app, name, status, &headers, &read);
         Failure { error, how: How::Status(status.as_u16()) }
     }

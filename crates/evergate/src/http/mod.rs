@@ -9,6 +9,7 @@ pub mod cors;
 pub mod fault;
 pub mod intake;
 pub mod left;
+pub mod local;
 pub mod model_call;
 pub mod refusal;
 pub mod relay;

@@ -221,7 +221,8 @@ impl ModelCall {
             Place::Upstream { name, model, .. } => {
                 let asked = Asked { body, request: &asked, deadline };
                 let is_plain = route.fallback.targets.is_empty() && !pass.record.is_stream;
-                if is_plain && !self.app.limits.contains_key(&**name) {
+                let has_line = self.app.limits.contains_key(&**name) || self.app.locals.contains_key(&**name);
+                if is_plain && !has_line {
                     let attempt = self.begin((name, model), &asked, pass)?;
                     return self.whole(attempt, pass).await.map_err(|failure| failure.error.into());
                 }

@@ -3,6 +3,7 @@
 //! Holds INV-AUTH-1 (ARCHITECTURE.md).
 
 use evergate_core::{Error, Fault};
+use evergate_host::service::{DISPATCHED, FAULT};
 use http::StatusCode;
 use http::header::{HeaderMap, RETRY_AFTER};
 use serde_json::Value;
@@ -47,6 +48,19 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
         ),
     };
     error.detail(detail)
+}
+
+/// The error that a program's host answers with, as it stands in its own table, and whether a program may have seen the
+/// request; none if it is no host's.
+#[must_use]
+pub fn of_host(app: &App, headers: &HeaderMap, body: &[u8]) -> Option<(Error, bool)> {
+    let code = headers.get(FAULT)?.to_str().ok()?;
+    let fault = *Fault::ALL.iter().find(|fault| fault.row().code == code)?;
+    let said = serde_json::from_slice::<Value>(body).unwrap_or_default();
+    let text = |key: &str| said.pointer(key).and_then(Value::as_str).map(|text| clean(app, text));
+    let mut error = Error::new(fault, text("/error/message").unwrap_or_else(|| "the model's program failed".into()));
+    error.param = text("/error/param").map(Into::into);
+    Some((error, headers.get(DISPATCHED).is_none_or(|value| value != "0")))
 }
 
 /// A 4xx that is the client's to mend: its status, and its words if they are in OpenAI's shape.

@@ -31,6 +31,21 @@ pub(crate) async fn meet() -> Result<(), String> {
     }
 }
 
+/// Meets the fault of a host's boot: `EVERGATE_FAULT_HOST` names a file, whose text is why it fails if there is any.
+///
+/// # Errors
+/// What was planted.
+pub(crate) fn meet_host() -> Result<(), String> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    let Some(path) = std::env::var_os("EVERGATE_FAULT_HOST") else { return Ok(()) };
+    match std::fs::read_to_string(path).unwrap_or_default().trim() {
+        "" => Ok(()),
+        why => Err(why.to_owned()),
+    }
+}
+
 /// Ends the clerk, if that is planted for this moment.
 pub(crate) fn carry(moment: &str) {
     if !cfg!(debug_assertions) {

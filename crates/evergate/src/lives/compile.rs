@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use evergate_core::config::process::Mode;
 use evergate_core::config::{self, Facts, Loaded, Mistake, Roots, Sealed, Source};
 use evergate_core::inherit::{self, code};
 use evergate_upstream::Trust;
@@ -16,6 +17,8 @@ use crate::server::tls;
 /// Taken when no other is named, if it exists.
 const FILE_DEFAULT: &str = "evergate.toml";
 /// Longest configuration, secret or certificate file; a larger one is another file by mistake.
+/// Most programs: the board has rows for so many and for those of a generation before.
+const HOSTS_MAX: usize = 64;
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Validates, and fills the two inherited memfds; returns the exit code.
@@ -67,7 +70,8 @@ pub fn load(args: &ConfigArgs) -> Result<Loaded, Vec<Mistake>> {
         read_file: &|path| read_file(Path::new(path)),
     };
     let mut loaded = config::load(source.as_ref(), &args.overrides(), &facts)?;
-    check_tls(&loaded.sealed).and_then(|()| check_roots(&loaded.sealed)).map_err(|why| vec![whole_file(&name, why)])?;
+    let checks = [check_tls, check_roots, check_programs];
+    checks.into_iter().try_for_each(|check| check(&loaded.sealed)).map_err(|why| vec![whole_file(&name, why)])?;
     loaded.warnings.extend(exposed(&loaded.sealed));
     loaded.warnings.extend(descriptors::warning(&loaded.sealed.config));
     Ok(loaded)
@@ -111,6 +115,25 @@ fn check_roots(sealed: &Sealed) -> Result<(), String> {
             let trust = Trust::new(upstream.roots.clone(), sealed.files.get(path).cloned());
             trust.check().map_err(|why| format!("[upstreams.{name}] roots: {why}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Whether this version can run the programs.
+fn check_programs(sealed: &Sealed) -> Result<(), String> {
+    let programs =
+        sealed.config.upstreams.iter().filter_map(|(name, upstream)| Some((name, upstream.process.as_ref()?)));
+    let count = programs.clone().count();
+    if count > HOSTS_MAX {
+        return Err(format!("{count} upstreams have a program; {HOSTS_MAX} at most can"));
+    }
+    for (name, process) in programs {
+        let mode = match process.mode {
+            Mode::Command(_) => continue,
+            Mode::Stdio(_) => "stdio",
+            Mode::Server(_) => "server",
+        };
+        return Err(format!("[upstreams.{name}.process] mode = \"{mode}\" is not in this version"));
     }
     Ok(())
 }

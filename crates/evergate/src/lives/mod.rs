@@ -19,6 +19,7 @@ pub mod clerk;
 pub mod compile;
 mod descriptors;
 pub(crate) mod dns_fault;
+pub mod host;
 pub mod serve;
 pub mod worker;
 

@@ -15,6 +15,7 @@ use super::{ChildArgs, Inherited, descriptors, kick, master_gone, rss_kib};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
 use crate::http::fault::{Place, pass_by};
+use crate::http::local::Wake;
 use crate::lifespan::{Lifespan, nothing};
 use crate::panics;
 use crate::server::accept::{Acceptor, Listener};
@@ -102,8 +103,10 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let redactor = Arc::new(Redactor::new(sealed.secrets.values().map(String::as_str)));
     let log = AccessLog::new(access, Arc::clone(&redactor));
     let gate = Gate::new(board.clone(), (args.row, args.epoch), places, log, tell);
+    let waker = Arc::clone(&kicker);
+    let wake: Wake = Arc::new(move || kick(&*waker));
     let app = async {
-        let app = Arc::new(App::new(sealed, Arc::clone(&gate), tasks.clone(), redactor)?);
+        let app = Arc::new(App::new(sealed, Arc::clone(&gate), tasks.clone(), redactor, &wake)?);
         let clients = Arc::clone(&app);
         let stop = async move {
             // What has ended in order has given everything back; the rest is the master's to free.

@@ -69,7 +69,9 @@ impl Worker {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let app = {
             let _context = runtime.enter();
-            Arc::new(App::new(sealed, gate, Tasks::new("worker"), redactor).unwrap())
+            // No program is asked for.
+            let wake: evergate::http::local::Wake = Arc::new(|| {});
+            Arc::new(App::new(sealed, gate, Tasks::new("worker"), redactor, &wake).unwrap())
         };
         let clock = app.clock.clone();
         {

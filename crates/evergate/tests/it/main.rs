@@ -29,6 +29,7 @@ mod h2_wire;
 mod headers;
 mod healing;
 mod hostile;
+mod hosts;
 mod http2;
 mod limits;
 mod limits_named;

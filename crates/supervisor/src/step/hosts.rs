@@ -7,7 +7,9 @@
 //! - **Reload**: a host whose section did not change is not touched. One that was replaced or removed stays for as long as
 //!   workers of its generations are there; a replaced one goes first where its successor is wanted and must not overlap.
 //! - **No lost want** (G24): the row says `stopping` before the host is told. A worker that connects before it sees that is
-//!   in the queue that a host empties before it goes; whoever sees it asks again, and is answered when the host is buried.
+//!   in the socket, for which the host asks again before it goes; whoever sees it asks too, and is answered by the next one.
+//!
+//! Holds INV-HOST-1 (ARCHITECTURE.md).
 
 use evergate_board::HostState;
 use evergate_core::exit::{Initiator, Kind, Status};
@@ -316,10 +318,12 @@ impl State {
     }
 
     /// One that the configuration in force does not have is started for the workers of before, unless another one of its
-    /// name has taken its place.
+    /// name has taken its place, beside which there may be none.
     fn may_start(&self, host: &Host) -> bool {
-        let has_successor =
-            |other: &Host| other.rules.name == host.rules.name && other.is_of(self.generation) && other.row != host.row;
+        let has_successor = |other: &Host| {
+            let is_named = other.rules.name == host.rules.name && other.row != host.row;
+            is_named && other.is_of(self.generation) && !other.rules.overlaps
+        };
         host.is_of(self.generation) || (!host.generations.is_empty() && !self.hosts.iter().any(has_successor))
     }
 

@@ -225,7 +225,7 @@ impl World {
 
     /// Whether the kernel holds on to one that is killed: often, in a life where that happens at all.
     fn is_haunted(&mut self) -> bool {
-        self.trouble > 0 && self.seed.is_multiple_of(4) && self.dice.roll(3) > 0
+        self.trouble > 0 && self.seed.is_multiple_of(4) && self.dice.roll(8) > 0
     }
 
     pub(super) fn begin(&mut self) {
@@ -493,7 +493,7 @@ impl World {
         let rules = self.rules_of[&generation];
         let work = self.dice.roll(rules.drain / MS + 1) * MS;
         // It hangs in the kernel: its death takes long.
-        let hangs = if signal == Sig::Kill && self.is_haunted() { self.dice.roll(90) * SECOND } else { 0 };
+        let hangs = if signal == Sig::Kill && self.is_haunted() { self.dice.roll(120) * SECOND } else { 0 };
         let is_clerk = |process: &Process| process.birth.kind == Kind::Clerk;
         let has_workers = self.living.values().any(|process| !is_clerk(process));
         let is_too_soon = self.stop_began.is_some() && has_workers && is_clerk(&self.living[&epoch]);

@@ -1,0 +1,155 @@
+//! An upstream that is a program of this machine: its host's row is looked at before a connection is made, since a connect
+//! to its socket succeeds whether anybody accepts or not.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use evergate_board::{Board, HostRow, HostState, monotonic_ns};
+use evergate_core::{Deadline, Error, Fault};
+use evergate_upstream::clock::Clock;
+
+/// Between two looks of a request that waits for its host.
+const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks of one that waits for an answer.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// Wakes the master.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// A program's place on the board.
+pub struct Local {
+    board: Board,
+    wake: Wake,
+    name: String,
+    fingerprint: u64,
+    /// Most requests of this worker that wait for it to start.
+    queue: u32,
+    parked: AtomicU32,
+}
+
+impl fmt::Debug for Local {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Local").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// One more request that waits, until it is dropped.
+struct Parked<'a>(&'a AtomicU32);
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Local {
+    /// The program of one section.
+    #[must_use]
+    pub fn new(board: Board, wake: Wake, (name, fingerprint): (&str, u64), queue: u32) -> Self {
+        Self { board, wake, name: name.to_owned(), fingerprint, queue, parked: AtomicU32::new(0) }
+    }
+
+    /// The row and what the host is to be taken for; none before the master has made one for this generation.
+    fn look(&self) -> Option<(&HostRow, HostState)> {
+        self.board.hosts().find_map(|(_, row)| Some((row, row.look(self.fingerprint)?)))
+    }
+
+    fn ask(&self, row: &HostRow) {
+        if !row.is_wanted() {
+            row.set_is_wanted(true);
+            (self.wake)();
+        }
+    }
+
+    /// Waits until the host takes requests. Cancel-safe.
+    ///
+    /// # Errors
+    /// Why it does not: as soon as a start has failed that this request has waited for, at once when the next try comes too
+    /// late for it, else when its time is over; or that too many wait already.
+    pub async fn ready(&self, clock: &Clock, until: Deadline) -> Result<(), Error> {
+        if matches!(self.look(), Some((_, HostState::Ready))) {
+            return Ok(());
+        }
+        let before = self.parked.fetch_add(1, Ordering::Relaxed);
+        let _parked = Parked(&self.parked);
+        if before >= self.queue {
+            let message = format!("too many requests wait for the program of \"{}\" to start", self.name);
+            return Err(Error::new(Fault::Overloaded, message));
+        }
+        let mut failures = None;
+        loop {
+            let now = Instant::now();
+            match self.look() {
+                Some((_, HostState::Ready)) => return Ok(()),
+                Some((row, HostState::Failed)) => {
+                    let known = *failures.get_or_insert(row.failures());
+                    let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
+                    if row.failures() > known || now + pause >= until.at() {
+                        return Err(self.failed(row));
+                    }
+                    self.ask(row);
+                }
+                Some((row, state)) => {
+                    failures.get_or_insert(row.failures());
+                    if state != HostState::Starting {
+                        self.ask(row);
+                    }
+                }
+                None => {}
+            }
+            if until.is_past(now) {
+                return Err(self.late());
+            }
+            clock.sleep(LOOK).await;
+        }
+    }
+
+    /// Waits for what a call comes to, and sees to it that somebody serves it: a connection that was made just before the
+    /// last host went lies in its socket until there is another.
+    ///
+    /// # Errors
+    /// The call's own, or why there is no host; then the request has reached nobody.
+    pub async fn watch<T, E: From<Error>>(
+        &self,
+        clock: &Clock,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let mut call = pin!(call);
+        let mut looks = 0_u32;
+        loop {
+            tokio::select! {
+                biased;
+                // The call is kept outside the loop; the sleep may be dropped.
+                outcome = &mut call => return outcome,
+                () = clock.sleep(WATCH) => {}
+            }
+            match self.look() {
+                Some((row, HostState::Failed)) => {
+                    looks += 1;
+                    // At the first look its end may be on the way to us.
+                    if looks > 1 {
+                        return Err(self.failed(row).into());
+                    }
+                    self.ask(row);
+                }
+                Some((row, HostState::Cold | HostState::Wanted)) => self.ask(row),
+                _ => looks = 0,
+            }
+        }
+    }
+
+    fn failed(&self, row: &HostRow) -> Error {
+        let message = format!("the program of \"{}\" could not be started", self.name);
+        Error::new(Fault::AdapterSpawnFailed, message).detail(row.cause())
+    }
+
+    fn late(&self) -> Error {
+        let state = self.look().map_or("cold", |(_, state)| state.name());
+        let message = format!("the program of \"{}\" was not ready in time", self.name);
+        Error::new(Fault::ModelLoading, message).detail(format!("its host is {state}"))
+    }
+}

@@ -1,0 +1,228 @@
+//! What a host hears of its programs: shown on the board, and written to files by a thread of their own, which a disk may
+//! hold up.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use evergate_board::Board;
+use evergate_core::redact::Redactor;
+use evergate_host::Report;
+use evergate_host::program::{Ended, Failed, Ladder};
+use evergate_host::report::{Line, Stream};
+use evergate_sys::{Pid, Status, unix_ms};
+use serde_json::json;
+
+use super::super::ChildArgs;
+
+/// In the state folder: the programs' logs, ends and working folders.
+pub(crate) const FOLDER: &str = "models";
+/// Of a file with what programs have written.
+const LOG_SUFFIX: &str = ".log";
+/// Of a file with programs' ends.
+pub(crate) const EXITS_SUFFIX: &str = ".exits.jsonl";
+
+/// A file larger than this is renamed to `.1`, in place of the one before.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+/// Lines that wait for the disk; more are counted and left out.
+const LINES: usize = 1024;
+/// Bytes of a program's last words in a record of its end.
+const TAIL_SHOWN: usize = 4096;
+
+/// Hears it.
+pub(crate) struct Ear {
+    board: Board,
+    host: u32,
+    child: ChildArgs,
+    name: String,
+    redactor: Redactor,
+    lines: Mutex<Option<SyncSender<Entry>>>,
+    dropped: AtomicU64,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+enum Entry {
+    Log(String),
+    Exit(String),
+}
+
+impl Ear {
+    /// Opens the files, and begins to write.
+    pub(crate) fn start(
+        folder: &Path,
+        name: &str,
+        (board, host, child): (Board, u32, ChildArgs),
+        redactor: Redactor,
+    ) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        let open = |suffix| Output::open(folder.join(format!("{name}{suffix}")));
+        let (log, exits) = (open(LOG_SUFFIX)?, open(EXITS_SUFFIX)?);
+        let (lines, from) = sync_channel(LINES);
+        let writer = std::thread::Builder::new().name("models".into()).spawn(move || write(&from, log, exits))?;
+        let (lines, writer) = (Mutex::new(Some(lines)), Mutex::new(Some(writer)));
+        Ok(Self { board, host, child, name: name.to_owned(), redactor, lines, dropped: AtomicU64::new(0), writer })
+    }
+
+    /// Waits until everything is written, so long at most.
+    pub(crate) async fn close(&self, time: Duration) {
+        drop(lock(&self.lines).take());
+        let writer = lock(&self.writer).take();
+        let end = tokio::time::Instant::now() + time;
+        while writer.as_ref().is_some_and(|writer| !writer.is_finished()) && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn send(&self, entry: Entry) {
+        let is_sent = lock(&self.lines).as_ref().is_some_and(|lines| lines.try_send(entry).is_ok());
+        self.dropped.fetch_add(u64::from(!is_sent), Ordering::Relaxed);
+    }
+
+    fn log(&self, pid: Pid, what: &str, text: &str) {
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        let lost = if dropped > 0 { format!(" [{dropped} lines before this one were lost]") } else { String::new() };
+        let text = self.redactor.redact(text);
+        self.send(Entry::Log(format!("{} {} {what}:{lost} {text}\n", unix_ms(), pid.as_raw_nonzero())));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Report for Ear {
+    fn started(&self, program: Pid) {
+        if let Some(row) = self.board.host(self.host) {
+            row.set_pid(program.as_raw_nonzero().get());
+        }
+    }
+
+    fn failed(&self, failed: &Failed) {
+        let record = json!({
+            "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": null, "slot": 0,
+            "epoch": self.child.epoch, "generation": self.child.generation, "code": null, "signal": null,
+            "core": false, "initiator": "boot", "note": self.redactor.redact(&failed.to_string()),
+        });
+        self.send(Entry::Exit(format!("{record}\n")));
+    }
+
+    fn ended(&self, ended: &Ended) {
+        // That one which ended as it should is no news.
+        if ended.exit.status == Status::Code(0) && ended.strays == 0 && ended.left == 0 {
+            return;
+        }
+        let (code, signal, core) = match ended.exit.status {
+            Status::Code(code) => (Some(code), None, false),
+            Status::Signal { number, core } => (None, Some(number), core),
+        };
+        let (initiator, sent) = match (ended.ladder, ended.exit.status) {
+            (Ladder::Term, _) => ("host", vec!["TERM"]),
+            (Ladder::Kill, _) => ("host", vec!["TERM", "KILL"]),
+            (Ladder::Untouched, Status::Code(_)) => ("crash", vec![]),
+            // Those that a process raises by its own mistake.
+            (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ("crash", vec![]),
+            (Ladder::Untouched, Status::Signal { .. }) => ("unknown", vec![]),
+        };
+        let tail = String::from_utf8_lossy(&ended.tail);
+        let tail = self.redactor.redact(&tail);
+        let start = (tail.len().saturating_sub(TAIL_SHOWN)..tail.len()).find(|at| tail.is_char_boundary(*at));
+        let tail = start.and_then(|start| tail.get(start..)).unwrap_or_default();
+        let last = tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        let record = json!({
+            "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": ended.pid.as_raw_nonzero().get(),
+            "slot": 0, "epoch": self.child.epoch, "generation": self.child.generation, "code": code, "signal": signal,
+            "core": core, "initiator": initiator, "sent": sent,
+            "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
+            "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "request_id": ended.request,
+            "note": last, "stderr": tail,
+        });
+        self.send(Entry::Exit(format!("{record}\n")));
+    }
+
+    fn load(&self, in_flight: u32, waiting: u32) {
+        if let Some(row) = self.board.host(self.host) {
+            row.set_in_flight(in_flight);
+            row.set_waiting(waiting);
+        }
+    }
+
+    fn line(&self, line: Line<'_>) {
+        let what = match line.stream {
+            Stream::Output => "out",
+            Stream::Error => "err",
+        };
+        let text = String::from_utf8_lossy(line.text);
+        let cut = if line.is_cut { " [cut]" } else { "" };
+        let before = if line.dropped > 0 { format!("[{} lines left out] ", line.dropped) } else { String::new() };
+        self.log(line.program, what, &format!("{before}{text}{cut}"));
+    }
+}
+
+/// A file that is bounded.
+struct Output {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl Output {
+    fn open(path: PathBuf) -> io::Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path)?;
+        let bytes = file.metadata()?.len();
+        Ok(Self { path, file, bytes })
+    }
+
+    fn write(&mut self, text: &str) -> io::Result<()> {
+        let length = u64::try_from(text.len()).unwrap_or(u64::MAX);
+        if self.bytes > 0 && self.bytes.saturating_add(length) > FILE_BYTES_MAX {
+            let mut old = self.path.clone().into_os_string();
+            old.push(".1");
+            std::fs::rename(&self.path, old)?;
+            *self = Self::open(self.path.clone())?;
+        }
+        self.file.write_all(text.as_bytes())?;
+        self.bytes = self.bytes.saturating_add(length);
+        Ok(())
+    }
+}
+
+fn write(from: &Receiver<Entry>, mut log: Output, mut exits: Output) {
+    let mut has_failed = false;
+    for entry in from {
+        let written = match &entry {
+            Entry::Log(text) => log.write(text),
+            Entry::Exit(text) => exits.write(text),
+        };
+        if let Err(error) = &written
+            && !has_failed
+        {
+            let _ = writeln!(io::stderr(), "evergate host: what programs say cannot be written: {error}");
+        }
+        has_failed = written.is_err();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.log");
+        let mut output = Output::open(path.clone()).unwrap();
+        let line = "x".repeat(1 << 20);
+        for _ in 0..11 {
+            output.write(&line).unwrap();
+        }
+        let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+        assert!(size(&path) <= FILE_BYTES_MAX && size(&folder.path().join("m.log.1")) <= FILE_BYTES_MAX);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+}
