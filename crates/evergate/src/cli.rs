@@ -8,7 +8,7 @@ use evergate_core::config::{Overrides, parse_workers};
 use evergate_core::inherit::code;
 use evergate_core::plan::Address;
 
-use crate::commands::{access, check, exits, reload, scale, state_dir, status, stop};
+use crate::commands::{access, check, exits, logs, models, reload, scale, state_dir, status, stop};
 use crate::lives::host::HostArgs;
 use crate::lives::{ChildArgs, clerk, compile, host, serve, worker};
 
@@ -37,6 +37,10 @@ enum Command {
     Reload(AskArgs),
     /// Set the number of workers, within workers.min and max; the load may add to it and take away what it added
     Scale(ScaleArgs),
+    /// Show what the programs that serve models are doing; "load NAME" and "unload NAME" start and stop one by hand
+    Models(ModelsArgs),
+    /// Show what a model's programs have written to standard error
+    Logs(LogsArgs),
     /// Stop the running gateway and wait until it is gone
     Stop(StopArgs),
     /// Validate a configuration for the master
@@ -90,6 +94,30 @@ struct ServeArgs {
     /// End the start at the first worker that fails to boot, even if others serve; without it only when every worker has
     #[arg(long)]
     halt_on_boot_error: bool,
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+#[derive(Args, Debug)]
+struct ModelsArgs {
+    /// What to do with one of them
+    #[arg(value_name = "load|unload", value_parser = ["load", "unload"], requires = "name")]
+    order: Option<String>,
+    /// Its upstream's name
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    #[command(flatten)]
+    ask: AskArgs,
+}
+
+#[derive(Args, Debug)]
+struct LogsArgs {
+    /// Its upstream's name
+    #[arg(value_name = "NAME")]
+    name: String,
+    /// Go on as it grows
+    #[arg(short, long)]
+    follow: bool,
     #[command(flatten)]
     state: StateArgs,
 }
@@ -179,6 +207,11 @@ fn run(command: Command) -> u8 {
         Command::Scale(args) => {
             with_state(&args.ask.state, |state| scale::run(state, args.workers, form(args.ask.json)))
         }
+        Command::Models(args) => with_state(&args.ask.state, |state| match (&args.order, &args.name) {
+            (Some(order), Some(name)) => models::order(state, order, name, form(args.ask.json)),
+            _ => models::run(state, form(args.ask.json)),
+        }),
+        Command::Logs(args) => with_state(&args.state, |state| logs::run(state, &args.name, args.follow)),
         Command::Stop(args) => {
             let how = if args.now { stop::How::Now } else { stop::How::Graceful };
             with_state(&args.ask.state, |state| stop::run(state, how, form(args.ask.json)))

@@ -108,6 +108,16 @@ pub fn reload(state_dir: &Path, patience: Duration) -> Result<Reply, ClientError
     ask(state_dir, "reload", patience)
 }
 
+/// Gives an order whose outcome may take long (`load NAME`, `unload NAME`), and waits for it.
+///
+/// # Errors
+/// See [`ClientError`]; [`ClientError::Failed`] if it does not come about.
+pub fn order(state_dir: &Path, order: &str, patience: Duration) -> Result<Reply, ClientError> {
+    // One that stands still would be waited for as long.
+    ask(state_dir, "ping", PATIENCE)?;
+    ask(state_dir, order, patience)
+}
+
 fn ask(state_dir: &Path, command: &str, patience: Duration) -> Result<Reply, ClientError> {
     let run = Run::read(state_dir).ok().flatten();
     let exchange = || {

@@ -8,6 +8,8 @@ use evergate_supervisor::client::ClientError;
 pub mod access;
 pub mod check;
 pub mod exits;
+pub mod logs;
+pub mod models;
 pub mod reload;
 pub mod scale;
 pub mod state_dir;

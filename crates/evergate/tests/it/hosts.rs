@@ -241,3 +241,31 @@ fn a_stop_leaves_nothing_behind_and_ends_hosts_after_workers() {
     let first = |kind: &str| exits.iter().position(|record| record["kind"] == kind).unwrap();
     assert!(last("worker") < first("host") && last("host") < first("clerk"), "{exits:?}");
 }
+
+#[test]
+fn operators_see_load_unload_and_read_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    std::fs::write(&go, "").unwrap();
+    let gateway = gateway(&[("shout", TR), ("wait", &waiter(go.to_str().unwrap()))]);
+    let cli = |args: &[&str]| {
+        let out = gateway.cli(args);
+        (out.status.code().unwrap(), String::from_utf8(out.stdout).unwrap())
+    };
+    let states = || -> Vec<(String, String)> {
+        let models: Value = serde_json::from_str(&cli(&["models", "--json"]).1).unwrap();
+        let text = |model: &Value, key: &str| model[key].as_str().unwrap().to_owned();
+        models.as_array().unwrap().iter().map(|model| (text(model, "model"), text(model, "state"))).collect()
+    };
+    let expected = |shout: &str| vec![("shout".to_owned(), shout.to_owned()), ("wait".to_owned(), "cold".to_owned())];
+    assert_eq!(states(), expected("cold"));
+    assert_eq!(cli(&["models", "load", "shout"]), (0, "shout loaded\n".into()));
+    assert_eq!((states(), hosts(&gateway).len()), (expected("ready"), 1));
+    assert!(cli(&["models"]).1.contains("ready"));
+    assert_eq!(cli(&["models", "unload", "shout"]).0, 0);
+    assert_eq!((states(), hosts(&gateway).len()), (expected("cold"), 0));
+    assert_eq!(cli(&["models", "load", "nobody"]).0, 1);
+    assert_eq!(said(&ask(&gateway, "wait/x", "hello", false)), "done");
+    wait_until("its output", LIMIT, || cli(&["logs", "wait"]).1.contains(" err: "));
+    assert_eq!((cli(&["logs", "never"]).0, cli(&["logs", "../x"]).0), (1, 64));
+}

@@ -24,7 +24,7 @@ use super::super::ChildArgs;
 /// In the state folder: the programs' logs, ends and working folders.
 pub(crate) const FOLDER: &str = "models";
 /// Of a file with what programs have written.
-const LOG_SUFFIX: &str = ".log";
+pub(crate) const LOG_SUFFIX: &str = ".log";
 /// Of a file with programs' ends.
 pub(crate) const EXITS_SUFFIX: &str = ".exits.jsonl";
 

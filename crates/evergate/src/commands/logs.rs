@@ -1,0 +1,68 @@
+//! `evergate logs NAME`: what a model's programs have written.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use evergate_core::inherit::code;
+
+use crate::lives::host::{FOLDER, LOG_SUFFIX};
+
+/// Between two looks for more.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Prints the log, and with `follows` whatever comes, until it is interrupted or nobody reads. 1 when there is none.
+#[must_use]
+pub fn run(state_dir: &Path, name: &str, follows: bool) -> u8 {
+    let is_plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+    if name.is_empty() || !name.bytes().all(is_plain) {
+        eprintln!("evergate: \"{name}\" is no upstream's name");
+        return code::USAGE;
+    }
+    let path = state_dir.join(FOLDER).join(format!("{name}{LOG_SUFFIX}"));
+    match show(&path, follows) {
+        // Whoever read has heard enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code::OK,
+        Err(error) => {
+            eprintln!("evergate: cannot read {}: {error}", path.display());
+            code::FAILED
+        }
+        Ok(()) => code::OK,
+    }
+}
+
+fn show(path: &Path, follows: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    let mut file = File::open(path)?;
+    loop {
+        copy(&mut file, &mut out)?;
+        out.flush()?;
+        if !follows {
+            return Ok(());
+        }
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "a command's own pause: nobody tells of more, and it has one thread"
+        )]
+        std::thread::sleep(LOOK);
+        // A full file gets another name, and another one its.
+        let is_other = std::fs::metadata(path).is_ok_and(|now| file.metadata().is_ok_and(|own| own.ino() != now.ino()));
+        if is_other {
+            copy(&mut file, &mut out)?;
+            file = File::open(path)?;
+        }
+    }
+}
+
+fn copy(from: &mut File, to: &mut impl Write) -> io::Result<()> {
+    let mut bytes = vec![0; 64 << 10];
+    loop {
+        let count = from.read(&mut bytes)?;
+        if count == 0 {
+            return Ok(());
+        }
+        to.write_all(bytes.get(..count).unwrap_or_default())?;
+    }
+}
