@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod cut;
+#[path = "../it/until.rs"]
+mod until;
 mod worker;
 
 use std::time::Duration;

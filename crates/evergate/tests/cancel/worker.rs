@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use evergate::gate::Gate;
 use evergate::http::app::App;
@@ -27,10 +26,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 
 use crate::cut::{Cut, Polls};
+use crate::until::until;
 use crate::{Case, How, LIMIT};
 
 /// The board's row of this worker.
 const ROW: u32 = 1;
+/// More turns of the runtime than it takes to see that a socket can be read and to read it.
+const TURNS: u32 = 8;
 
 pub struct Worker {
     runtime: Runtime,
@@ -95,7 +97,7 @@ impl Worker {
                 let held = talk(holder, vec![request(CHAT_PATH, "delay-8", false, "holder")]);
                 let both = async {
                     // The place is taken when the holder's request is at the upstream.
-                    until("the holder is at the upstream", || fake.request_count() > index).await;
+                    until("the holder is at the upstream", LIMIT, || fake.request_count() > index).await;
                     self.exchange(case, polls, &id).await
                 };
                 let (held, outcome) = tokio::join!(held, both);
@@ -144,23 +146,23 @@ impl Worker {
         let at = format!("{} (stream: {}), poll {polls}", case.model, case.is_stream);
         self.runtime.block_on(async {
             let gate = &self.app.gate;
-            until(&format!("{at}: no live pass"), || gate.live() == 0).await;
+            until(&format!("{at}: no live pass"), LIMIT, || gate.live() == 0).await;
             let rows = self.board.inflight_rows(ROW);
-            until(&format!("{at}: no row"), || rows.occupied() == 0).await;
-            until(&format!("{at}: nobody waits"), || self.board.child(ROW).unwrap().waiting() == 0).await;
+            until(&format!("{at}: no row"), LIMIT, || rows.occupied() == 0).await;
+            until(&format!("{at}: nobody waits"), LIMIT, || self.board.child(ROW).unwrap().waiting() == 0).await;
             let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
-            until(&format!("{at}: no task, of {}", self.tasks), || tasks() == self.tasks).await;
-            until(&format!("{at}: the upstream has heard of every end"), || {
+            until(&format!("{at}: no task, of {}", self.tasks), LIMIT, || tasks() == self.tasks).await;
+            until(&format!("{at}: the upstream has heard of every end"), LIMIT, || {
                 fake.requests().iter().all(|request| request.end.is_some())
             })
             .await;
             // What is open is idle, and known to both sides.
             let open = || (self.app.upstream_connections() as usize, fake.open_connections());
-            until(&format!("{at}: connections are closed or kept"), || open().0 == open().1).await;
+            until(&format!("{at}: connections are closed or kept"), LIMIT, || open().0 == open().1).await;
             assert!(open().0 <= 2, "{at}: {:?} connections", open());
             let next = talk(self.connect(u32::MAX).await, vec![request(CHAT_PATH, "ok", false, "next")]).await;
             assert!(next.contains("200 OK") && next.contains("Hello"), "{at}: {next}");
-            until(&format!("{at}: no live pass behind the next"), || gate.live() == 0).await;
+            until(&format!("{at}: no live pass behind the next"), LIMIT, || gate.live() == 0).await;
         });
         assert_eq!(self.records_of(&format!("drop-{polls}")).len(), 1, "{at}");
     }
@@ -189,12 +191,15 @@ fn request(path: &str, model: &str, is_stream: bool, id: &str) -> Vec<u8> {
     post_request(path, &fields, &body.to_string())
 }
 
-/// Sends the pieces, a moment apart, and reads to the end.
+/// Sends the pieces, each when the one before it has been read, and reads to the end.
 async fn talk(mut client: TcpStream, pieces: Vec<Vec<u8>>) -> String {
     let mut is_first = true;
     for piece in pieces {
         if !std::mem::take(&mut is_first) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
+            // The connection's task runs, and reads what there is.
+            for _ in 0..TURNS {
+                tokio::task::yield_now().await;
+            }
         }
         // One that is cut at once cannot be written to.
         let _ = client.write_all(&piece).await;
@@ -202,13 +207,4 @@ async fn talk(mut client: TcpStream, pieces: Vec<Vec<u8>>) -> String {
     let mut answer = Vec::new();
     let _ = tokio::time::timeout(LIMIT, client.read_to_end(&mut answer)).await.expect("an end");
     String::from_utf8_lossy(&answer).into_owned()
-}
-
-/// Waits, with the runtime turning.
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + LIMIT;
-    while !is_so() {
-        assert!(Instant::now() < end, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::balance::{h2_connect, h2_stream, run, workers};
 use crate::processes::lost_ids;
 use crate::support::{CHAT, LIMIT, assert_error, before, chat, open, open_as, open_stream, rest_of, via};
+use crate::until::until;
 
 /// One worker with one place, and this before it.
 fn one_place(fake: &FakeUpstream, queue: u32, more: &str) -> Evergate {
@@ -123,17 +124,10 @@ fn a_cancelled_http2_request_leaves_the_queue_at_once() {
             let body = Full::new(Bytes::from(chat_body(&via("ok"), false, &Value::Null)));
             other.send_request(request.body(body).unwrap()).await.map(drop)
         });
-        let reached = |count: u64| {
-            let gateway = &gateway;
-            async move {
-                while workers(gateway)[0]["waiting"] != count {
-                    tokio::time::sleep(Duration::from_millis(3)).await;
-                }
-            }
-        };
-        reached(1).await;
+        let are_waiting = |count: u64| workers(&gateway)[0]["waiting"] == count;
+        until("it waits", LIMIT, || are_waiting(1)).await;
         waiting.abort();
-        reached(0).await;
+        until("it waits no more", LIMIT, || are_waiting(0)).await;
         drop(body);
     });
     assert_eq!(fake.request_count(), 1);

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 
 use crate::h2_wire::{DATA, RESET, WINDOW_UPDATE, Wire};
 use crate::support::{CHAT, EXE, LIMIT, assert_good_stream, before, echo, echo_with};
+use crate::until::until;
 
 type Client = SendRequest<Full<Bytes>>;
 
@@ -151,12 +152,7 @@ fn many_requests_share_a_connection_at_once() {
                 }
             });
         }
-        let all = async {
-            while fake.request_count() < 20 {
-                tokio::time::sleep(Duration::from_millis(3)).await;
-            }
-        };
-        tokio::time::timeout(LIMIT, all).await.expect("all twenty at the upstream at once");
+        until("all twenty at the upstream at once", LIMIT, || fake.request_count() == 20).await;
         fake.release();
         while let Some(status) = tasks.join_next().await {
             assert_eq!(status.unwrap(), 200);
@@ -175,12 +171,8 @@ fn a_cancelled_stream_stops_its_upstream_only() {
         let kept = client.send_request(post("fake/hold-mid", true, &Value::Null)).await.unwrap();
         drop(left);
         // Lets the connection's task send the reset while this thread waits for its effect.
-        let waiting = tokio::task::unconstrained(async {
-            while fake.requests()[0].end.is_none() {
-                tokio::time::sleep(Duration::from_millis(3)).await;
-            }
-        });
-        tokio::time::timeout(Duration::from_secs(1), waiting).await.expect("the upstream was left within a second");
+        let is_left = || fake.requests()[0].end.is_some();
+        until("the upstream was left within a second", Duration::from_secs(1), is_left).await;
         fake.release();
         assert_good_stream(&events(kept.into_body()).await, true);
     });

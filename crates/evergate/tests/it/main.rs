@@ -57,6 +57,7 @@ mod systemd;
 mod targets;
 mod targets_load;
 mod targets_stops;
+mod until;
 mod upstream;
 mod upstream_faults;
 mod upstream_limit;

@@ -1,12 +1,12 @@
 //! What goes in and what comes out when all is well.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use evergate_core::config::process::{Input, Output};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
-use super::support::{plan, run, sim};
+use super::support::{plan, run, sim, written_at_rest};
 use super::wire::{chat, serve, setup};
 
 #[test]
@@ -184,17 +184,7 @@ fn g13_a_program_waits_for_a_client_that_reads_slowly() {
         body["stream"] = true.into();
         let stream = host.send("/v1/chat/completions", "", body.to_string().as_bytes()).await;
         let pid = house.heard("pid ", 1).await[0];
-        let written = || {
-            let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
-            io.lines().find_map(|line| line.strip_prefix("wchar: ")?.parse::<usize>().ok()).unwrap_or(0)
-        };
-        let (mut before, mut quiet) = (written(), Instant::now());
-        while quiet.elapsed() < Duration::from_millis(300) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-            if written() != before {
-                (before, quiet) = (written(), Instant::now());
-            }
-        }
+        let before = written_at_rest(pid, Duration::from_millis(300)).await;
         assert!(before > 0 && before < bytes / 4, "{before}");
         let (text, last) = super::wire::read(stream).await.streamed();
         assert_eq!((text.len(), last.as_str()), (bytes, "[DONE]"), "and nothing is lost");

@@ -4,8 +4,8 @@ use evergate_core::config::process::Output;
 use evergate_host::program::Ladder;
 use evergate_sys::Status;
 
-use super::support::{House, plan, run, sim, text};
-use super::wire::{Host, serve, setup, until};
+use super::support::{House, plan, run, sim, text, until};
+use super::wire::{Host, serve, setup};
 
 fn host(house: &House, steps: &[&str]) -> Host {
     serve(house, setup(sim(steps)))

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use evergate_core::config::process::Output;
 use evergate_sys::Status;
 
-use super::support::{exists, run, sim};
-use super::wire::{Setup, chat, read, serve, setup, until};
+use super::support::{exists, run, sim, until};
+use super::wire::{Setup, chat, read, serve, setup};
 
 const SHORT: Duration = Duration::from_millis(200);
 /// What a busy machine may add to a promise.

@@ -1,12 +1,10 @@
 //! The service around the mode: what it refuses, and how it ends.
 
-use std::time::Duration;
-
 use evergate_host::service::Stage;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::support::{LONG, exists, plan, run, sim};
-use super::wire::{chat, read, serve, setup, until};
+use super::support::{LONG, exists, plan, run, sim, until};
+use super::wire::{chat, read, serve, setup};
 
 #[test]
 fn what_is_no_request_for_a_model_is_refused_before_a_program_is_started() {
@@ -72,10 +70,11 @@ fn a_drain_finishes_what_there_is_and_takes_nothing_new() {
 fn a_stop_cuts_off_what_is_left() {
     run(|house| async move {
         let host = serve(&house, setup(sim(&["pid", "hang"])));
+        let mut idle = host.connect().await;
         let busy = host.send("/v1/chat/completions", "", chat("x").to_string().as_bytes()).await;
         let pid = house.heard("pid ", 1).await[0];
         host.stage.send_replace(Stage::Draining);
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(idle.read(&mut [0]).await.unwrap(), 0, "the drain has begun");
         assert!(exists(pid) && !host.served.is_finished());
         host.stage.send_replace(Stage::Cutting);
         assert_eq!(tokio::time::timeout(LONG, host.served).await.unwrap().unwrap(), 1);

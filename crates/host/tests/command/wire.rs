@@ -1,7 +1,6 @@
 //! A host at a socket, and a client that says and hears every byte itself.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use evergate_core::config::process::{Command as Config, Input, Output};
 use evergate_core::json;
@@ -199,11 +198,7 @@ fn unchunk(mut bytes: &[u8]) -> (Vec<u8>, bool) {
     (body, false)
 }
 
-/// Waits until something holds.
-pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let end = std::time::Instant::now() + LONG;
-    while !holds() {
-        assert!(std::time::Instant::now() < end, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+/// How much of an answer has come that nobody has read yet, bytes.
+pub(crate) fn unread(stream: &UnixStream) -> usize {
+    usize::try_from(rustix::io::ioctl_fionread(stream).unwrap()).unwrap()
 }

@@ -18,8 +18,8 @@ use evergate_host::program::{Ended, Ladder};
 use evergate_sys::{Pid, Signal, Status};
 use tokio::io::AsyncReadExt;
 
-use support::{Ear, House, is_full, open_files, run, sim};
-use wire::{Host, chat, serve, setup, until};
+use support::{Ear, House, is_full, open_files, run, sim, until};
+use wire::{Host, chat, serve, setup};
 
 /// Clients at once; fewer than there are places, so that nobody is refused.
 const CLIENTS: usize = 16;
@@ -129,12 +129,13 @@ fn is_exact(kind: Kind, at: usize, ended: &Ended) -> bool {
 
 /// Kills whoever says that it is there to be killed.
 async fn kill(ear: Arc<Ear>) {
+    let mut looks = tokio::time::interval(Duration::from_millis(5));
     loop {
+        looks.tick().await;
         let lines = std::mem::take(&mut *ear.lines.lock().unwrap());
         for pid in lines.iter().filter_map(|line| line.strip_prefix("pid ")?.parse().ok()) {
             let _ = rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -7,7 +7,7 @@ use evergate_host::{Plan, Wiring};
 use evergate_sys::{Limit, Status};
 use evergate_testkit::wait_until;
 
-use super::support::{House, LONG, OUTPUT, alone, exists, is_full, open_files, plan, read, run, sim, text};
+use super::support::{House, LONG, OUTPUT, alone, exists, is_full, open_files, plan, read, run, sim, text, until};
 
 /// On a machine that is not overrun; promises of 100 ms and the like are checked with this on top.
 const SLACK: Duration = Duration::from_secs(2);
@@ -174,11 +174,7 @@ fn g10_one_that_hides_its_maker_is_found_too() {
         let naked = house.heard("pid ", 1).await[0];
         program.end();
         program.ended().await.unwrap();
-        let end = Instant::now() + LONG;
-        while exists(naked) && Instant::now() < end {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        assert!(!exists(naked));
+        until("it is gone too", || !exists(naked)).await;
     });
 }
 
@@ -214,13 +210,9 @@ fn g11_many_programs_leave_no_zombie_and_no_descriptor() {
                 assert!(!exists(pids[at]) || house.programs.live() > 0);
             }
         }
-        let end = Instant::now() + LONG;
-        while (house.programs.live() > 0 || open_files() > before + 40) && Instant::now() < end {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        assert_eq!(house.programs.live(), 0);
+        until("none is left", || house.programs.live() == 0).await;
         // Other tests have theirs open meanwhile; a leak would be as many as there were programs.
-        assert!(open_files() < before + 40, "{} from {before}", open_files());
+        until("no descriptor is left", || open_files() < before + 40).await;
         let ours =
             |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains("(true) Z"));
         assert!(!pids.iter().any(|pid| ours(*pid)));
@@ -234,9 +226,7 @@ fn a_program_that_nobody_holds_any_more_is_ended_within_100_ms() {
         let pid = program.pid().as_raw_nonzero().get();
         let begin = Instant::now();
         drop(program);
-        while exists(pid) && begin.elapsed() < LONG {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        until("it is gone", || !exists(pid)).await;
         println!("gone after {:?}", begin.elapsed());
         assert!(begin.elapsed() < Duration::from_millis(100) + SLACK);
         assert_eq!(house.ear.ended.lock().unwrap()[0].ladder, Ladder::Term);
@@ -251,16 +241,12 @@ fn a_start_that_nobody_waits_for_leaves_nothing() {
             let start = house.programs.start(&plan, OUTPUT, Instant::now() + LONG);
             let _ = tokio::time::timeout(Duration::from_micros(1), start).await;
         }
-        let end = Instant::now() + LONG;
-        while house.programs.live() > 0 && Instant::now() < end {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        until("none is left", || house.programs.live() == 0).await;
         for ended in house.ear.ended.lock().unwrap().iter() {
             let killed = |number| Status::Signal { number, core: false };
             let truths = [(killed(9), Ladder::Kill), (killed(15), Ladder::Term), (killed(15), Ladder::Kill)];
             assert!(truths.contains(&(ended.exit.status, ended.ladder)), "{ended:?}");
         }
-        assert_eq!(house.programs.live(), 0);
     });
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use evergate_host::{StartError, Wiring};
 use evergate_sys::{Status, Step};
 
-use super::support::{LONG, OUTPUT, alone, folder, open_files, plan, read, run, sim, text};
+use super::support::{LONG, OUTPUT, alone, folder, open_files, plan, read, run, sim, text, until};
 
 const ENOENT: i32 = 2;
 const ENOEXEC: i32 = 8;
@@ -86,9 +86,14 @@ async fn full(house: &super::support::House) {
     let outcome = house.programs.start(&plan, OUTPUT, begin).await;
     assert!(matches!(outcome, Err(StartError::NoRoom(_) | StartError::TooLate)), "{outcome:?}");
     assert!(begin.elapsed() < patience / 2);
-    let later = house.programs.start(&plan, OUTPUT, Instant::now() + LONG);
+    let mut later = std::pin::pin!(house.programs.start(&plan, OUTPUT, Instant::now() + LONG));
+    let asked = std::cell::Cell::new(0);
+    let later = std::future::poll_fn(|context| {
+        asked.set(asked.get() + 1);
+        later.as_mut().poll(context)
+    });
     let relief = async {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        until("it has asked again", || asked.get() >= 2).await;
         setrlimit(Resource::Nofile, before).unwrap();
     };
     let (later, ()) = tokio::join!(later, relief);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use evergate_host::program::{Fed, TAIL_BYTES};
 use evergate_sys::Status;
 
-use super::support::{LONG, OUTPUT, PIPES, is_full, plan, read, run, sim, text};
+use super::support::{LONG, OUTPUT, PIPES, is_full, plan, read, run, sim, text, until, written_at_rest};
 
 #[test]
 fn g12_a_flood_of_errors_blocks_nobody_and_its_end_is_kept() {
@@ -29,20 +29,10 @@ fn g13_a_program_waits_while_nobody_reads() {
     run(|house| async move {
         let bytes: usize = 20 << 20;
         let mut program = house.start(&sim(&[&format!("flood:{bytes}")]), OUTPUT).await;
-        let pid = program.pid().as_raw_nonzero();
-        let written = || {
-            let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
-            io.lines().find_map(|line| line.strip_prefix("wchar: ")?.parse::<usize>().ok()).unwrap()
-        };
         let mut output = program.take_output().unwrap();
         let first = output.chunk().await.unwrap().unwrap();
-        let (mut before, mut quiet) = (written(), Instant::now());
-        while quiet.elapsed() < Duration::from_millis(200) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-            if written() != before {
-                (before, quiet) = (written(), Instant::now());
-            }
-        }
+        let pid = program.pid().as_raw_nonzero().get();
+        let before = written_at_rest(pid, Duration::from_millis(200)).await;
         assert!(before < first.len() + (256 << 10), "{before}");
         let mut all = first.len();
         while let Some(chunk) = output.chunk().await.unwrap() {
@@ -57,7 +47,8 @@ fn g13_a_slow_reader_gets_what_was_written_before_the_exit() {
     run(|house| async move {
         let mut program = house.start(&sim(&["flood:60000"]), OUTPUT).await;
         program.exited().await.unwrap();
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        let exited = Instant::now();
+        until("nobody lingers for its pipes", || exited.elapsed() > Duration::from_millis(700)).await;
         assert_eq!(read(&mut program).await.len(), 60_000);
     });
 }

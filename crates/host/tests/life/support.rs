@@ -11,6 +11,7 @@ use evergate_host::program::{Ended, Failed};
 use evergate_host::report::Line;
 use evergate_host::{Plan, Program, Programs, Report, Wiring};
 use evergate_sys::{Pid, Status};
+use tokio::time::MissedTickBehavior;
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -123,16 +124,42 @@ impl House {
 
     /// Waits for a word on standard error, such as `pid 123`, and gives what follows it.
     pub(crate) async fn heard(&self, word: &str, count: usize) -> Vec<i32> {
-        loop {
-            let lines = self.ear.lines.lock().unwrap().clone();
-            let found: Vec<i32> =
-                lines.iter().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok()).collect();
-            if found.len() >= count {
-                return found;
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
+        let found = || -> Vec<i32> {
+            let lines = self.ear.lines.lock().unwrap();
+            lines.iter().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok()).collect()
+        };
+        until(word, || found().len() >= count).await;
+        found()
     }
+}
+
+/// Waits until something holds, with the runtime turning: looks every few milliseconds.
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let (mut looks, end) = (tokio::time::interval(Duration::from_millis(2)), Instant::now() + LONG);
+    // A look that takes long leaves the runtime its turn all the same.
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !holds() {
+        assert!(Instant::now() < end, "waited in vain: {what}");
+        looks.tick().await;
+    }
+}
+
+/// Waits until what a program has written stays the same for a while; gives it, bytes.
+pub(crate) async fn written_at_rest(pid: i32, rest: Duration) -> usize {
+    let written = || {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+        io.lines().find_map(|line| line.strip_prefix("wchar: ")?.parse().ok()).unwrap_or(0)
+    };
+    let (mut last, mut since) = (written(), Instant::now());
+    until("it writes no more", || {
+        let now = written();
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        since.elapsed() >= rest
+    })
+    .await;
+    last
 }
 
 pub(crate) async fn read(program: &mut Program) -> Vec<u8> {

@@ -7,8 +7,8 @@ use evergate_host::server::Condition;
 use evergate_sys::Status;
 
 use super::model::{SERVES, body, given, serve};
-use super::support::{LONG, exists, run};
-use super::wire::{read, until};
+use super::support::{LONG, exists, run, until};
+use super::wire::read;
 
 fn soon() -> Instant {
     Instant::now() + LONG

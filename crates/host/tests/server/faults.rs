@@ -7,8 +7,8 @@ use evergate_sys::{Signal, Status};
 use serde_json::Value;
 
 use super::model::{SERVES, body, given, serve, signal};
-use super::support::run;
-use super::wire::{Response, read, until};
+use super::support::{run, until};
+use super::wire::{Response, read, unread};
 
 const SHORT: Duration = Duration::from_millis(200);
 
@@ -33,7 +33,8 @@ fn g23_a_program_that_lives_and_does_not_answer_is_replaced() {
         let unary = host.send("/v1/chat/completions", "", body("never-headers", false).to_string().as_bytes()).await;
         let stream = host.send("/v1/chat/completions", "", body("idle-mid", true).to_string().as_bytes()).await;
         until("both are there", || *house.ear.load.lock().unwrap() == (2, 0)).await;
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        house.heard("request ", 3).await;
+        until("the stream has begun", || unread(&stream) > 0).await;
         signal(pid, Signal::STOP);
         let begin = Instant::now();
         let message = read(unary).await.assert_error(504, "adapter_timeout", "1");
@@ -81,9 +82,9 @@ fn g23_one_failed_look_is_no_reason() {
         let host = serve(&house, given);
         assert_eq!(host.play("ok").await.status, 200);
         let pid = host.is_ready().await;
-        // For longer than one look, and for less than two.
         signal(pid, Signal::STOP);
-        tokio::time::sleep(SHORT * 16).await;
+        // Nobody accepts the looks: with the second in the queue the first has failed.
+        until("it is looked at again", || host.queued_connections() >= 2).await;
         signal(pid, Signal::CONT);
         assert_eq!(host.play("delay-2000").await.status, 200);
         assert_eq!(host.is_ready().await, pid);
@@ -124,7 +125,8 @@ fn g21_a_program_that_is_killed_under_load_answers_or_is_truthful_and_comes_back
             waiting.push(ask("ok", false).await);
         }
         until("ten wait", || *house.ear.load.lock().unwrap() == (4, 10)).await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        house.heard("request ", 4).await;
+        until("the streams have begun", || mid.iter().all(|stream| unread(stream) > 0)).await;
         signal(pid, Signal::KILL);
         for stream in at_work {
             let message = read(stream).await.assert_error(502, "adapter_exited", "1");
@@ -161,9 +163,11 @@ fn g21_kill_after_kill_every_request_has_an_answer_or_a_truthful_error() {
             }
         };
         let killer = async {
-            for at in [50, 120, 300] {
+            for more in [2, 20, 50] {
                 let pid = host.is_ready().await;
-                tokio::time::sleep(Duration::from_millis(at)).await;
+                let total = || outcomes.borrow().values().sum::<u32>();
+                let enough = total() + more;
+                until("it serves", || total() >= enough).await;
                 signal(pid, Signal::KILL);
                 until("it is gone", || !super::support::exists(pid)).await;
             }

@@ -110,6 +110,40 @@ impl Served {
     }
 }
 
+/// The system's table of sockets has state and queues in hexadecimal (proc_pid_net(5)).
+const ESTABLISHED: &str = "01";
+const LISTENING: &str = "0A";
+
+impl Served {
+    /// Connections that the program has open: established ones to its port.
+    pub(crate) fn open_connections(&self) -> usize {
+        let port = self.port();
+        sockets().iter().filter(|fields| fields[2].ends_with(&port) && fields[3] == ESTABLISHED).count()
+    }
+
+    /// Connections that the program has not accepted yet.
+    pub(crate) fn queued_connections(&self) -> u64 {
+        let port = self.port();
+        let all = sockets();
+        let own = all.iter().find(|fields| fields[1].ends_with(&port) && fields[3] == LISTENING).unwrap();
+        u64::from_str_radix(own[4].split_once(':').unwrap().1, 16).unwrap()
+    }
+
+    /// As that table has it: `:1F90`.
+    fn port(&self) -> String {
+        let Condition::Ready(pid) = self.server.condition() else { panic!("it is not ready") };
+        let args = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap();
+        let args = String::from_utf8(args).unwrap();
+        let port = args.split('\0').find_map(|arg| arg.strip_prefix("serve:127.0.0.1:")).unwrap();
+        format!(":{:04X}", port.parse::<u16>().unwrap())
+    }
+}
+
+fn sockets() -> Vec<Vec<String>> {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    table.lines().skip(1).map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+}
+
 pub(crate) fn body(script: &str, is_stream: bool) -> Value {
     json!({ "model": script, "messages": [{ "role": "user", "content": "x" }], "stream": is_stream })
 }

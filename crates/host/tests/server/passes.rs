@@ -6,8 +6,8 @@ use serde_json::Value;
 use tokio::io::AsyncReadExt;
 
 use super::model::{SERVES, body, given, serve};
-use super::support::run;
-use super::wire::{read, until};
+use super::support::{run, until};
+use super::wire::read;
 
 #[test]
 fn bodies_pass_as_they_are() {
@@ -109,11 +109,13 @@ fn a_client_that_leaves_is_left_at_the_program_within_100_ms() {
         given.places = 1;
         let host = serve(&house, given);
         assert_eq!(host.play("ok").await.status, 200);
+        let mut sent = 1;
         for (script, is_stream) in [("never-headers", false), ("idle-mid", true), ("flood", true)] {
             let stream = host.send("/v1/chat/completions", "", body(script, is_stream).to_string().as_bytes()).await;
             until("it is at the program", || *house.ear.load.lock().unwrap() == (1, 0)).await;
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            let connections = || connections(&host);
+            sent += 1;
+            house.heard("request ", sent).await;
+            let connections = || host.open_connections();
             assert_eq!(connections(), 1, "{script}");
             let begin = Instant::now();
             drop(stream);
@@ -123,19 +125,4 @@ fn a_client_that_leaves_is_left_at_the_program_within_100_ms() {
             assert!(begin.elapsed() < Duration::from_millis(100) + Duration::from_secs(1));
         }
     });
-}
-
-/// Connections from this process that the program has open: established ones to its port.
-fn connections(host: &super::model::Served) -> usize {
-    let evergate_host::server::Condition::Ready(pid) = host.server.condition() else { panic!("it is not ready") };
-    let args = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap();
-    let args = String::from_utf8(args).unwrap();
-    let port: u16 = args.split('\0').find_map(|arg| arg.strip_prefix("serve:127.0.0.1:")).unwrap().parse().unwrap();
-    let end = format!(":{port:04X}");
-    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
-    let is_one = |line: &&str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        fields[2].ends_with(&end) && fields[3] == "01"
-    };
-    table.lines().skip(1).filter(is_one).count()
 }

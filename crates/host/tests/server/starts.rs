@@ -10,8 +10,8 @@ use evergate_host::server::Condition;
 use evergate_sys::Status;
 
 use super::model::{SERVES, body, given, serve};
-use super::support::{LONG, run};
-use super::wire::{read, until};
+use super::support::{LONG, run, until};
+use super::wire::read;
 
 const SHORT: Duration = Duration::from_millis(300);
 

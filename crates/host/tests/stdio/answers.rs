@@ -1,7 +1,5 @@
 //! Answers as they should be.
 
-use std::time::Duration;
-
 use evergate_core::config::process::Frames;
 use serde_json::{Value, json};
 
@@ -125,12 +123,10 @@ fn two_at_once_are_told_apart_and_no_more_than_there_are_places() {
         let (host, stdio) = serve(&house, model("places=2"));
         let script = |name: &str| chat(&format!("say={name};await={};text={name}", go.display())).to_string();
         let mut streams = Vec::new();
-        for name in ["a", "b", "c"] {
+        for (name, load) in [("a", (1, 0)), ("b", (2, 0)), ("c", (2, 1))] {
             streams.push(host.send("/v1/chat/completions", "", script(name).as_bytes()).await);
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            super::support::until(name, || *house.ear.load.lock().unwrap() == load).await;
         }
-        said(&house, "request ", 2).await;
-        super::wire::until("one waits", || *house.ear.load.lock().unwrap() == (2, 1)).await;
         assert_eq!(said(&house, "request ", 2).await.len(), 2);
         std::fs::write(&go, "").unwrap();
         for (stream, text) in streams.into_iter().zip(["aa", "bb", "cc"]) {
@@ -154,7 +150,7 @@ fn a_line_brings_more_processes_up_to_the_most() {
         for _ in 0..3 {
             streams.push(host.send("/v1/chat/completions", "", body.as_bytes()).await);
         }
-        super::wire::until("two work", || *house.ear.load.lock().unwrap() == (2, 1)).await;
+        super::support::until("two work", || *house.ear.load.lock().unwrap() == (2, 1)).await;
         std::fs::write(&go, "").unwrap();
         for stream in streams {
             assert_eq!(read(stream).await.content(), "x");

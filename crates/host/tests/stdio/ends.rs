@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use evergate_host::program::Ladder;
 
 use super::host::{model, said, serve, setup, stop, streamed};
-use super::support::{LONG, exists, plan, run, sim};
-use super::wire::{chat, read, until};
+use super::support::{LONG, exists, plan, run, sim, until};
+use super::wire::{chat, read};
 
 #[test]
 fn a_start_that_fails_is_told_and_not_tried_in_a_loop() {
@@ -17,10 +17,10 @@ fn a_start_that_fails_is_told_and_not_tried_in_a_loop() {
         let begin = Instant::now();
         let message = host.say("x").await.assert_error(502, "adapter_exited", "0");
         assert!(message.ends_with("exit code 7"), "{message}");
-        let asked = Instant::now();
+        let (asked, mut turns) = (Instant::now(), tokio::time::interval(Duration::from_millis(10)));
         while begin.elapsed() < Duration::from_secs(2) {
             host.say("x").await.assert_error(502, "adapter_exited", "0");
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            turns.tick().await;
         }
         let starts = house.ear.ended.lock().unwrap().len();
         // At 0, 0.5 and 1.5 s.

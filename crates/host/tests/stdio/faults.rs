@@ -6,8 +6,8 @@ use evergate_host::program::Ladder;
 use evergate_sys::Status;
 
 use super::host::{model, said, serve, stop, streamed};
-use super::support::{LONG, exists, run, text};
-use super::wire::{chat, read, until};
+use super::support::{LONG, exists, run, text, until, written_at_rest};
+use super::wire::{chat, read};
 
 const SHORT: Duration = Duration::from_millis(150);
 /// What a busy machine may add.
@@ -188,7 +188,8 @@ fn g13_a_client_that_does_not_read_stops_the_program_and_nobody_is_late() {
         let body = streamed("flood=5000;err=written;end").to_string();
         let stream = host.send("/v1/chat/completions", "", body.as_bytes()).await;
         said(&house, "request ", 1).await;
-        tokio::time::sleep(SHORT * 5).await;
+        let pid = house.heard("pid ", 1).await[0];
+        written_at_rest(pid, SHORT * 5).await;
         let lines = house.ear.lines.lock().unwrap().clone();
         assert!(!lines.iter().any(|line| line == "written"), "five megabytes are held for nobody");
         let (text, last) = read(stream).await.streamed();

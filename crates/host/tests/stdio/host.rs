@@ -8,8 +8,8 @@ use evergate_host::Plan;
 use evergate_host::stdio::{Bounds, Stdio};
 use serde_json::Value;
 
-use super::support::{House, LONG, exists, sim};
-use super::wire::{Host, serve_mode, until};
+use super::support::{House, LONG, exists, sim, until};
+use super::wire::{Host, serve_mode};
 
 /// How a pool is set up in a test.
 pub(crate) struct Setup {

@@ -53,9 +53,9 @@ fn two_hundred_requests_with_deaths_are_accounted_for_exactly() {
         println!("{ends:?}, {left} left");
         assert_eq!(ends.values().sum::<usize>() + left, 200);
         assert!(ends["answered"] > 100 && ends["adapter_exited"] > 0 && ends["adapter_protocol_error"] > 0, "{ends:?}");
-        super::wire::until("nobody works", || *house.ear.load.lock().unwrap() == (0, 0)).await;
+        super::support::until("nobody works", || *house.ear.load.lock().unwrap() == (0, 0)).await;
         stop(&house, &stdio).await;
-        super::wire::until("descriptors", || open_files() <= before).await;
+        super::support::until("descriptors", || open_files() <= before).await;
         let own = std::process::id().to_string();
         let children = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
         assert!(children.trim().is_empty(), "children are left: {children}");

@@ -9,7 +9,8 @@
 //! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON
 //! - `flood:BYTES` lines to standard output, `flood-err:BYTES`, `line:BYTES` without an end, `drip:COUNT:MS` lines
 //! - `alloc:BYTES` and touch them
-//! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows
+//! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows; it says `request N` on standard
+//!   error when the Nth POST is there
 //! - `serve-one:HOST:PORT` one request after another: GET is well, anything else a stream of 30 events in three seconds
 //! - `model:OPTIONS` speaks the stdio protocol (`model.rs`), until it is drained
 //! - `obey` the steps on its input, one a line
@@ -105,8 +106,8 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
             }
         }
         // For as long as the program lives.
-        "serve" if value.starts_with('/') => std::mem::forget(FakeUpstream::start_unix(std::path::Path::new(value))),
-        "serve" => std::mem::forget(FakeUpstream::start_at(value)),
+        "serve" if value.starts_with('/') => tell(FakeUpstream::start_unix(std::path::Path::new(value))),
+        "serve" => tell(FakeUpstream::start_at(value)),
         "serve-one" => serve_one(value)?,
         "model" => evergate_testkit::model::serve(value),
         "fork" => fork(value)?,
@@ -161,6 +162,16 @@ fn drip(value: &str) -> std::io::Result<()> {
         std::thread::sleep(Duration::from_millis(ms.parse().expect("a number")));
     }
     Ok(())
+}
+
+/// Tells of every request that comes in.
+fn tell(fake: FakeUpstream) {
+    std::thread::spawn(move || {
+        let posts = (0..).filter(|index| fake.wait_request(*index, LIFE).request.method == "POST");
+        for (_, number) in posts.zip(1_u64..) {
+            let _ = writeln!(std::io::stderr(), "request {number}");
+        }
+    });
 }
 
 /// As simple servers do that have one thread.
