@@ -13,6 +13,7 @@ mod dial;
 mod io;
 mod resolve;
 mod stall;
+pub mod standstill;
 mod tls;
 mod wake;
 

@@ -1,17 +1,13 @@
-//! Notices an upstream that does not read its request.
-//!
-//! As with clients that do not read, the measure is what the peer's kernel has acknowledged: with a large send buffer ours
-//! takes more only when a third of it is free, which a slow but willing reader may need minutes for.
+//! Ends the connection of an upstream that does not read its request.
 
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::clock::{Clock, Sleep};
+use crate::clock::Clock;
+use crate::standstill::Standstill;
 
 /// What of a socket's bytes its peer has not acknowledged; `None` if that cannot be told.
 pub type Unsent = fn(BorrowedFd<'_>) -> Option<u32>;
@@ -29,7 +25,7 @@ pub(crate) struct Patience {
 #[derive(Debug)]
 pub(crate) struct Stall {
     patience: Patience,
-    running: Option<(Sleep, u32)>,
+    standstill: Standstill,
 }
 
 /// The error of a connection whose upstream reads nothing.
@@ -54,7 +50,7 @@ impl Stalled {
 
 impl Stall {
     pub(crate) fn new(patience: Patience) -> Self {
-        Self { patience, running: None }
+        Self { patience, standstill: Standstill::default() }
     }
 
     /// Passes on how a write went; one that stands still for too long fails.
@@ -65,20 +61,11 @@ impl Stall {
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<T>> {
         if written.is_ready() {
-            self.running = None;
+            self.standstill.reset();
             return written;
         }
         let Patience { clock, limit, unsent } = &self.patience;
-        let unsent = || unsent(socket).unwrap_or(0);
-        let (timer, left) = self.running.get_or_insert_with(|| (clock.sleep(*limit), unsent()));
-        while Pin::new(&mut *timer).poll(cx).is_ready() {
-            let now = unsent();
-            if now >= *left {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Stalled)));
-            }
-            *left = now;
-            *timer = clock.sleep(*limit);
-        }
-        Poll::Pending
+        let stalled = self.standstill.poll(cx, clock, *limit, || unsent(socket).unwrap_or(0));
+        stalled.map(|()| Err(io::Error::new(io::ErrorKind::TimedOut, Stalled)))
     }
 }

@@ -18,11 +18,11 @@ use evergate_core::chunked::Chunks;
 use evergate_core::head::{self, Framing, HeadLimits};
 use evergate_core::{Error, Fault};
 use evergate_upstream::clock::{Clock, Sleep};
+use evergate_upstream::standstill::Standstill;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::{Frames, SHUTDOWN_ACK};
 use super::shared::{Leaving, Shared};
-use super::stall::Stall;
 use super::stream::Stream;
 use crate::http::fault::{Place, pass_by};
 
@@ -79,7 +79,7 @@ pub struct ClientIo {
     is_timer_due: bool,
     clock: Clock,
     timer: Option<Sleep>,
-    stall: Stall,
+    stall: Standstill,
     linger: Option<(usize, Sleep)>,
     /// The HTTP/2 client was given up on: see `frames`.
     is_acknowledged: bool,
@@ -103,7 +103,7 @@ impl ClientIo {
             is_timer_due: false,
             clock,
             timer: None,
-            stall: Stall::default(),
+            stall: Standstill::default(),
             linger: None,
             is_acknowledged: false,
         }
@@ -439,7 +439,7 @@ impl ClientIo {
     fn poll_stuck<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         self.is_writing = true;
         self.shared.is_stuck();
-        ready!(self.stall.poll(cx, &self.stream, &self.clock, self.limits.stall_timeout));
+        ready!(self.stall.poll(cx, &self.clock, self.limits.stall_timeout, || self.stream.unsent()));
         self.shared.stall();
         self.stream.reset_at_close();
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client reads nothing (timeouts.client_stall)")))

@@ -5,7 +5,6 @@ pub mod client_io;
 pub mod connection;
 mod frames;
 pub mod shared;
-mod stall;
 pub mod stream;
 pub mod streams;
 pub mod tls;
