@@ -170,15 +170,16 @@ fn a6_floods_leave_others_their_turns() {
     let floods = unread(&gateway, &fake, 40, &["flood"], false);
     let mut slowest = Duration::ZERO;
     for _ in 0..10 {
-        let began = Instant::now();
+        let began = cpu(&gateway);
         raw.send(&chat_request("fake/ok", false, &Value::Null));
         assert_eq!(raw.read_response(LIMIT).status, 200);
-        slowest = slowest.max(began.elapsed());
+        slowest = slowest.max(cpu(&gateway) - began);
     }
-    println!("the slowest of ten answers beside {} floods: {slowest:?}", floods.len());
+    println!("work done before the slowest of ten answers beside {} floods: {slowest:?}", floods.len());
     assert_eq!(gateway.workers(), workers, "{:?}", gateway.exits());
-    // A second on a machine with other work; without turns it is until the worker is ended for hanging.
-    assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+    // The worker's own processor time, whatever else the machine does: 0.9 s in an unoptimized build. Without turns
+    // it works until it is ended for hanging.
+    assert!(slowest < Duration::from_secs(3), "{slowest:?}");
 }
 
 /// Waits until the workers do next to nothing: every buffer on the way is full.
