@@ -99,6 +99,7 @@ row! {
     } with {
         name: Text,
         cause: Text,
+        address: Text,
     }
 }
 
@@ -135,6 +136,7 @@ impl HostRow {
         self.set_in_flight(0);
         self.set_waiting(0);
         self.set_restarts(0);
+        self.address.set("");
         self.set_child(child);
         self.set_epoch(epoch);
     }
@@ -169,6 +171,17 @@ impl HostRow {
     /// Sets [`Self::cause`]; what is beyond 256 bytes is cut off. The master's.
     pub fn set_cause(&self, text: &str) {
         self.cause.set(text);
+    }
+
+    /// Where its program listens, if it does so by itself; empty otherwise.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.address.get()
+    }
+
+    /// Sets [`Self::address`]; what is beyond 256 bytes is cut off. The host's.
+    pub fn set_address(&self, text: &str) {
+        self.address.set(text);
     }
 }
 

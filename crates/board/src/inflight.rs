@@ -60,6 +60,8 @@ pub enum InflightPhase {
     Write = 6,
     /// It waits for a permit of its upstream.
     Queued = 7,
+    /// It waits for its upstream's program to start.
+    Start = 8,
 }
 
 impl InflightPhase {
@@ -74,11 +76,12 @@ impl InflightPhase {
             Self::Stream => "stream",
             Self::Write => "write",
             Self::Queued => "queued",
+            Self::Start => "start",
         }
     }
 
     fn from_word(word: u64) -> Self {
-        [Self::Body, Self::Route, Self::Connect, Self::Wait, Self::Stream, Self::Write, Self::Queued]
+        [Self::Body, Self::Route, Self::Connect, Self::Wait, Self::Stream, Self::Write, Self::Queued, Self::Start]
             .into_iter()
             .find(|phase| *phase as u64 == word)
             .unwrap_or(Self::Body)

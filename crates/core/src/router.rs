@@ -133,6 +133,13 @@ impl Router {
         }
     }
 
+    /// The upstream that a listed model goes to first; none for `echo`.
+    #[must_use]
+    pub fn first_upstream(&self, name: &str) -> Option<&str> {
+        let target = self.models.get(name)?.targets.first()?;
+        self.upstreams.get_key_value(&target.upstream).map(|(name, _)| name.as_str())
+    }
+
     fn configured<'a>(&'a self, name: &'a str, entry: &'a Model) -> Result<Route<'a>, Error> {
         // The configuration's check has made sure of the targets and of their upstreams.
         let bug = |what| Error::new(Fault::Internal, "this model is misconfigured").detail(what);
@@ -321,6 +328,7 @@ mod tests {
     fn listed_models_are_the_configured_ones_and_echo() {
         let router = Router::new(&config(&[("b", "tiny", "x"), ("a", "tiny", "x")], true));
         assert_eq!(router.models().collect::<Vec<_>>(), ["a", "b", "echo"]);
+        assert_eq!((router.first_upstream("a"), router.first_upstream("echo")), (Some("tiny"), None));
         assert_eq!(router.find("echo").unwrap(), "echo");
         assert!(router.find("openai/gpt-4o").is_err());
         let shadowed = Router::new(&config(&[("echo", "tiny", "x")], true));

@@ -28,12 +28,14 @@ mod turned_away;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use evergate_board::{Board, Inflight};
 use evergate_core::exit::{Initiator, Kind};
 
 pub use exits::{EXITS_FILE, EXITS_OLD_FILE};
 pub use runfile::{Run, RunChild};
+pub use step::HostStart;
 
 /// What the master must be told.
 #[derive(Clone, Debug)]
@@ -55,6 +57,8 @@ pub struct Options {
     pub on_exit: fn(&Board, Kind, Initiator),
     /// Called for each child that is started in place of another, with what made the other one go: counts it.
     pub on_respawn: fn(&Board, Kind, Initiator),
+    /// Called when the start of a host is over, with its upstream's name, how it came out and how long it took: counts it.
+    pub on_host_start: fn(&Board, &str, HostStart, Duration),
 }
 
 /// The start did not come off, or came to its end early.

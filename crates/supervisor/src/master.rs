@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use evergate_board::{Board, ChildRow, MasterPhase, Phase, Shape, monotonic_ns};
 use evergate_core::count;
@@ -118,7 +119,7 @@ impl Master {
         let now = monotonic_ns();
         let others = [self.control.due(), self.notify.due(), self.turned_away.due(), self.estate.hosts.due()];
         let due = others.into_iter().flatten().fold(self.state.due(), Ns::min);
-        let left = std::time::Duration::from_nanos(due.saturating_sub(now));
+        let left = Duration::from_nanos(due.saturating_sub(now));
         let limit = Timespec::try_from(left).ok();
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.estate.kick, PollFlags::IN)];
         let more = self.control.fds().chain(self.turned_away.fds(&self.estate.listeners));
@@ -335,6 +336,10 @@ impl Master {
                 }
             }
             Action::Count(Tally::Respawn { kind, cause }) => (self.options.on_respawn)(&board, kind, cause),
+            Action::Count(Tally::HostStart { host, outcome, took }) => {
+                let name = self.estate.hosts.name(host);
+                (self.options.on_host_start)(&board, name, outcome, Duration::from_nanos(took));
+            }
             Action::Count(tally) => tally_up(&board, tally),
             Action::SetReloading(is_reloading) => {
                 board.master().set_reloading(is_reloading);
@@ -489,7 +494,9 @@ fn show_host(board: &Board, host: u32, shown: &Shown) {
     row.set_cause(&shown.cause);
     row.set_retry_ns(shown.retry_at);
     row.set_is_retired(shown.is_retired);
-    row.set_since_ns(monotonic_ns());
+    if row.state() != shown.state {
+        row.set_since_ns(monotonic_ns());
+    }
     // After what a waiting worker reads when it finds these changed.
     row.set_failures(shown.failures);
     row.set_state(shown.state);
@@ -503,7 +510,7 @@ fn tally_up(board: &Board, tally: Tally) {
         Tally::Reload => master.set_reloads(master.reloads().saturating_add(1)),
         Tally::ReloadFailed => master.set_reloads_failed(master.reloads_failed().saturating_add(1)),
         // Counted by whoever knows the labels.
-        Tally::Respawn { .. } => {}
+        Tally::Respawn { .. } | Tally::HostStart { .. } => {}
     }
 }
 

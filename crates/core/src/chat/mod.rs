@@ -12,7 +12,7 @@ mod whole;
 
 pub use converted::as_events;
 pub use embedding::embeddings;
-pub use models::{model, models_list};
+pub use models::{Listed, model, models_list};
 pub use stream::{Chunks, DONE, Events};
 pub use whole::{completion, text_completion};
 

@@ -4,14 +4,24 @@ use std::fmt::Write as _;
 
 use crate::json::write_string;
 
-/// A `ListModelsResponse` of these names, all with the same `created`, Unix seconds.
-pub fn models_list<'a>(names: impl IntoIterator<Item = &'a str>, created: u64) -> String {
+/// A model as it is listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listed<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// What the program that serves it is doing; none where that is no program of this machine. The schema of the API
+    /// knows no such field, and forbids none.
+    pub state: Option<&'a str>,
+}
+
+/// A `ListModelsResponse` of these models, all with the same `created`, Unix seconds.
+pub fn models_list<'a>(models: impl IntoIterator<Item = Listed<'a>>, created: u64) -> String {
     let mut out = String::from("{\"object\":\"list\",\"data\":[");
-    for (number, name) in names.into_iter().enumerate() {
+    for (number, listed) in models.into_iter().enumerate() {
         if number > 0 {
             out.push(',');
         }
-        write_model(&mut out, name, created);
+        write_model(&mut out, &listed, created);
     }
     out.push_str("]}");
     out
@@ -19,17 +29,22 @@ pub fn models_list<'a>(names: impl IntoIterator<Item = &'a str>, created: u64) -
 
 /// A `Model`; `created` in Unix seconds.
 #[must_use]
-pub fn model(name: &str, created: u64) -> String {
+pub fn model(listed: &Listed<'_>, created: u64) -> String {
     let mut out = String::new();
-    write_model(&mut out, name, created);
+    write_model(&mut out, listed, created);
     out
 }
 
-fn write_model(out: &mut String, name: &str, created: u64) {
+fn write_model(out: &mut String, listed: &Listed<'_>, created: u64) {
     out.push_str("{\"id\":");
-    write_string(out, name);
+    write_string(out, listed.name);
     // Writing to a string cannot fail.
-    let _ = write!(out, ",\"object\":\"model\",\"created\":{created},\"owned_by\":\"evergate\"}}");
+    let _ = write!(out, ",\"object\":\"model\",\"created\":{created},\"owned_by\":\"evergate\"");
+    if let Some(state) = listed.state {
+        out.push_str(",\"state\":");
+        write_string(out, state);
+    }
+    out.push('}');
 }
 
 #[cfg(test)]
@@ -41,9 +56,12 @@ mod tests {
     #[test]
     fn models_have_every_required_field() {
         let one = json!({ "id": "a\"/b", "object": "model", "created": 7, "owned_by": "evergate" });
-        assert_eq!(serde_json::from_str::<Value>(&model("a\"/b", 7)).unwrap(), one);
-        let list: Value = serde_json::from_str(&models_list(["a\"/b", "a\"/b"], 7)).unwrap();
-        assert_eq!(list, json!({ "object": "list", "data": [one, one] }));
+        let listed = Listed { name: "a\"/b", state: None };
+        assert_eq!(serde_json::from_str::<Value>(&model(&listed, 7)).unwrap(), one);
+        let program = Listed { name: "p", state: Some("cold") };
+        let two = json!({ "id": "p", "object": "model", "created": 7, "owned_by": "evergate", "state": "cold" });
+        let list: Value = serde_json::from_str(&models_list([listed, program], 7)).unwrap();
+        assert_eq!(list, json!({ "object": "list", "data": [one, two] }));
         assert_eq!(models_list([], 7), r#"{"object":"list","data":[]}"#);
     }
 }

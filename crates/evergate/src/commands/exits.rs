@@ -37,7 +37,7 @@ pub fn run(state_dir: &Path, form: Form) -> u8 {
 
 /// The records of both files. Lines that are no records are left out with a word about it: a machine that lost its power
 /// leaves half of one.
-fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
+pub(super) fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
     let mut records = Vec::new();
     let mut paths = vec![state_dir.join(EXITS_OLD_FILE), state_dir.join(EXITS_FILE)];
     paths.extend(of_programs(&state_dir.join(FOLDER))?);
@@ -135,8 +135,8 @@ fn ids(lost: &[Value]) -> String {
     format!("{}{tail}", shown.join(","))
 }
 
-/// `code 0`, `signal 9 (SIGKILL)`, or `unknown`.
-fn how(record: &Value) -> String {
+/// `code 0`, `signal 9 (SIGKILL)`, `not started`, or `unknown`.
+pub(super) fn how(record: &Value) -> String {
     let number = |key: &str| record.get(key).and_then(Value::as_u64);
     match (number("code"), number("signal")) {
         (Some(code), _) => format!("code {code}"),
@@ -144,6 +144,7 @@ fn how(record: &Value) -> String {
             let core = record.get("core").and_then(Value::as_bool).unwrap_or(false);
             format!("signal {signal} ({}){}", signal_name(signal), if core { ", core dumped" } else { "" })
         }
+        (None, None) if record.get("pid").is_some_and(Value::is_null) => "not started".to_owned(),
         (None, None) => "unknown".to_owned(),
     }
 }

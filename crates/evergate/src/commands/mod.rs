@@ -1,9 +1,11 @@
 //! What an operator calls. Data goes to standard output, talk to standard error.
 
 use std::io::Write;
+use std::path::Path;
 
+use evergate_board::Board;
 use evergate_core::inherit::code;
-use evergate_supervisor::client::ClientError;
+use evergate_supervisor::client::{self, ClientError};
 
 pub mod access;
 pub mod check;
@@ -39,8 +41,21 @@ fn print_json(value: &impl serde::Serialize) -> u8 {
     }
 }
 
+/// The running gateway's board; an exit code, when it was said why there is none.
+fn board(state_dir: &Path) -> Result<Board, u8> {
+    let reply = client::request(state_dir, "status").map_err(|error| refuse(&error, state_dir))?;
+    let fd = reply.fd.ok_or_else(|| {
+        eprintln!("evergate: the gateway sent no board");
+        code::FAILED
+    })?;
+    Board::attach(fd).map_err(|error| {
+        eprintln!("evergate: {error}; is the running gateway of another version than this command?");
+        code::FAILED
+    })
+}
+
 /// Says why the master did not answer; returns the exit code.
-fn refuse(error: &ClientError, state_dir: &std::path::Path) -> u8 {
+fn refuse(error: &ClientError, state_dir: &Path) -> u8 {
     let folder = state_dir.display();
     match error {
         ClientError::Failed { code, .. } => {

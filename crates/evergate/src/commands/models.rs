@@ -3,41 +3,61 @@
 use std::path::Path;
 use std::time::Duration;
 
-use evergate_board::{Board, HostRow, monotonic_ns};
 use evergate_core::inherit::code;
 use evergate_supervisor::client;
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{print, print_json, refuse};
+use super::{board, exits, print, print_json, refuse};
 use crate::cli::Form;
+use crate::telemetry::programs::{Program, programs};
 use crate::telemetry::status::{age_text, printable, table};
 
 /// A model may take long to load; Ctrl-C ends the waiting, not the order.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
-const HEAD: [&str; 8] = ["MODEL", "STATE", "SINCE", "HOST", "INFLIGHT", "WAITING", "FAILED", "CAUSE"];
+const HEAD: [&str; 12] = [
+    "MODEL",
+    "STATE",
+    "SINCE",
+    "HOST",
+    "PID",
+    "ADDRESS",
+    "INFLIGHT",
+    "WAITING",
+    "RESTARTS",
+    "FAILED",
+    "LAST_EXIT",
+    "CAUSE",
+];
+
+/// What the board knows, and what is on record.
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    program: Program,
+    /// The record of its last end, or its host's; null when there is none.
+    last_exit: Option<Value>,
+}
 
 /// Prints them; returns the exit code, 1 when no gateway runs.
 #[must_use]
 pub fn run(state_dir: &Path, form: Form) -> u8 {
-    let reply = match client::request(state_dir, "status") {
-        Ok(reply) => reply,
-        Err(error) => return refuse(&error, state_dir),
-    };
-    let Some(fd) = reply.fd else {
-        eprintln!("evergate: the gateway sent no board");
-        return code::FAILED;
-    };
-    let board = match Board::attach(fd) {
+    let board = match board(state_dir) {
         Ok(board) => board,
-        Err(error) => {
-            eprintln!("evergate: {error}; is the running gateway of another version than this command?");
-            return code::FAILED;
-        }
+        Err(code) => return code,
     };
-    let now = monotonic_ns();
-    let rows = board.hosts().filter(|(_, row)| row.fingerprint() != 0);
-    let models: Vec<Value> = rows.map(|(_, row)| model(&board, row, now)).collect();
+    // Only last exits are from there: without them there is still something to show.
+    let records = exits::read(state_dir).unwrap_or_else(|error| {
+        eprintln!("evergate: cannot read the exit records in {}: {error}", state_dir.display());
+        Vec::new()
+    });
+    let last_exit = |name: &str| {
+        let is_its = |record: &&Value| record.get("upstream").and_then(Value::as_str) == Some(name);
+        records.iter().rfind(is_its).cloned()
+    };
+    let report = |program: Program| Report { last_exit: last_exit(&program.model), program };
+    let models: Vec<Report> = programs(&board).into_iter().map(report).collect();
     match form {
         Form::Json => print_json(&models),
         Form::Text if models.is_empty() => {
@@ -60,39 +80,31 @@ pub fn order(state_dir: &Path, order: &str, name: &str, form: Form) -> u8 {
     }
 }
 
-fn model(board: &Board, row: &HostRow, now: u64) -> Value {
-    let ms = |from: u64, to: u64| to.saturating_sub(from) / 1_000_000;
-    let child = board.child(row.child()).filter(|child| row.epoch() > 0 && child.epoch() == row.epoch());
-    json!({
-        "model": row.name(),
-        "state": row.state().name(),
-        "since_ms": (row.since_ns() > 0).then(|| ms(row.since_ns(), now)),
-        "host_pid": child.map(|child| child.pid()),
-        "program_pid": Some(row.pid()).filter(|pid| *pid > 0),
-        "in_flight": row.in_flight(),
-        "waiting": row.waiting(),
-        "failures": row.failures(),
-        "cause": row.cause(),
-        "retry_ms": Some(ms(now, row.retry_ns())).filter(|ms| *ms > 0),
-        "is_retired": row.is_retired(),
-    })
+fn cells(Report { program, last_exit }: &Report) -> Vec<String> {
+    let pid = |pid: Option<i32>| pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+    let text = |text: Option<&str>| text.map_or_else(|| "-".to_owned(), printable);
+    // What is wrong with it now; else what was said at its last end.
+    let note = last_exit.as_ref().and_then(|record| record.get("note")?.as_str()).filter(|note| !note.is_empty());
+    vec![
+        printable(&program.model),
+        program.state_text(),
+        program.since_ms.map_or_else(|| "-".to_owned(), age_text),
+        pid(program.host_pid),
+        pid(program.program_pid),
+        text(program.address.as_deref()),
+        program.in_flight.to_string(),
+        program.waiting.to_string(),
+        program.restarts.to_string(),
+        program.failures.to_string(),
+        last_exit.as_ref().map_or_else(|| "-".to_owned(), exit),
+        text(program.cause.as_deref().or(note)),
+    ]
 }
 
-fn cells(model: &Value) -> Vec<String> {
-    let number = |key: &str| model.get(key).and_then(Value::as_u64);
-    let text = |key: &str| printable(model.get(key).and_then(Value::as_str).unwrap_or_default());
-    let shown = |key: &str| number(key).map_or_else(|| "-".to_owned(), |number| number.to_string());
-    let is_retired = model.get("is_retired").and_then(Value::as_bool).unwrap_or(false);
-    let state = if is_retired { format!("{} (old)", text("state")) } else { text("state") };
-    let cause = Some(text("cause")).filter(|cause| !cause.is_empty()).unwrap_or_else(|| "-".to_owned());
-    vec![
-        text("model"),
-        state,
-        number("since_ms").map_or_else(|| "-".to_owned(), age_text),
-        shown("host_pid"),
-        shown("in_flight"),
-        shown("waiting"),
-        shown("failures"),
-        cause,
-    ]
+/// `program signal 9 (SIGKILL), unknown, 12s ago`.
+fn exit(record: &Value) -> String {
+    let text = |key: &str| printable(record.get(key).and_then(Value::as_str).unwrap_or_default());
+    let at_ms = record.get("at_ms").and_then(Value::as_u64).unwrap_or(0);
+    let age = age_text(evergate_sys::unix_ms().saturating_sub(at_ms));
+    format!("{} {}, {}, {age} ago", text("kind"), exits::how(record), text("initiator"))
 }

@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use evergate_board::Board;
-use evergate_core::inherit::code;
-use evergate_supervisor::{Run, client};
+use evergate_supervisor::Run;
 use serde::Serialize;
 
-use super::{print, print_json, refuse};
+use super::{board, print, print_json};
 use crate::cli::Form;
 use crate::telemetry::status::{Status, snapshot};
 
@@ -23,20 +21,9 @@ struct Report {
 /// Asks for the board and prints it; returns the exit code, 1 when no gateway runs.
 #[must_use]
 pub fn run(state_dir: &Path, form: Form) -> u8 {
-    let reply = match client::request(state_dir, "status") {
-        Ok(reply) => reply,
-        Err(error) => return refuse(&error, state_dir),
-    };
-    let Some(fd) = reply.fd else {
-        eprintln!("evergate: the gateway sent no board");
-        return code::FAILED;
-    };
-    let board = match Board::attach(fd) {
+    let board = match board(state_dir) {
         Ok(board) => board,
-        Err(error) => {
-            eprintln!("evergate: {error}; is the running gateway of another version than this command?");
-            return code::FAILED;
-        }
+        Err(code) => return code,
     };
     // Only the addresses are from there: without them there is still something to show.
     let run = Run::read(state_dir).ok().flatten().unwrap_or_default();

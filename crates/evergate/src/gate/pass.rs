@@ -3,7 +3,7 @@
 //! Holds INV-PASS-1, INV-RECORD-1 (ARCHITECTURE.md).
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use evergate_board::{ChildRow, InflightPhase, Ticket};
 use evergate_core::ids::RequestId;
@@ -159,6 +159,13 @@ impl Pass {
         self.record.backend_label = self.gate.board.label(name);
         self.record.attempts += u32::from(is_call == IsCall::Yes);
         self.ticket.set_backend(self.record.backend_label, self.record.attempts);
+    }
+
+    /// Counts how long it has waited for the program that is its upstream to start.
+    pub fn note_start_wait(&self, time: Duration) {
+        if let Some(series) = self.gate.board.series(self.gate.row) {
+            names::count_host_wait(&series, self.record.backend_label, time);
+        }
     }
 
     /// Says that an attempt of several that may come begins now.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evergate_core::Error;
+use evergate_core::chat::Listed;
 use evergate_core::config::{BaseUrl, Roots, Sealed, Transport, Upstream};
 use evergate_core::inherit::{HOSTS_DIR_VARIABLE, host_socket};
 use evergate_core::redact::Redactor;
@@ -103,6 +104,14 @@ impl App {
             tasks,
             redactor,
         })
+    }
+
+    /// A model for the list. Its state is that of the program that it goes to first: where that is another server, a
+    /// program behind it may be cold while the model is there.
+    #[must_use]
+    pub fn listed<'a>(&self, name: &'a str) -> Listed<'a> {
+        let local = self.router.first_upstream(name).and_then(|upstream| self.locals.get(upstream));
+        Listed { name, state: local.map(|local| local.state().name()) }
     }
 
     /// Open connections to all upstreams.

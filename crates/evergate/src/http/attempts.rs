@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use evergate_board::InflightPhase;
+use evergate_board::{HostState, InflightPhase};
 use evergate_core::attempts::{Ended, How, Next, Reached, Verdict, name_tried, next};
 use evergate_core::deadline::Limit;
 use evergate_core::router::Fallback;
@@ -189,8 +189,14 @@ impl ModelCall {
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
         let (began, clock) = (Instant::now(), &self.app.clock);
-        local.ready(clock, attempt.first_by).await?;
-        *head_by += began.elapsed();
+        if local.state() != HostState::Ready {
+            pass.enter(InflightPhase::Start);
+            let started = local.ready(clock, attempt.first_by).await;
+            pass.note_start_wait(began.elapsed());
+            started?;
+            pass.enter(InflightPhase::Wait);
+            *head_by += began.elapsed();
+        }
         if pass.record.is_stream {
             local.watch(clock, self.stream(attempt, *head_by, pass)).await
         } else {

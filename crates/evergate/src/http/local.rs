@@ -58,6 +58,12 @@ impl Local {
         self.board.hosts().find_map(|(_, row)| Some((row, row.look(self.fingerprint)?)))
     }
 
+    /// What its host is to be taken for.
+    #[must_use]
+    pub fn state(&self) -> HostState {
+        self.look().map_or(HostState::Cold, |(_, state)| state)
+    }
+
     fn ask(&self, row: &HostRow) {
         if !row.is_wanted() {
             row.set_is_wanted(true);
@@ -65,15 +71,12 @@ impl Local {
         }
     }
 
-    /// Waits until the host takes requests. Cancel-safe.
+    /// Waits until the host takes requests, for whoever has seen that it does not. Cancel-safe.
     ///
     /// # Errors
     /// Why it does not: as soon as a start has failed that this request has waited for, at once when the next try comes too
     /// late for it, else when its time is over; or that too many wait already.
     pub async fn ready(&self, clock: &Clock, until: Deadline) -> Result<(), Error> {
-        if matches!(self.look(), Some((_, HostState::Ready))) {
-            return Ok(());
-        }
         let before = self.parked.fetch_add(1, Ordering::Relaxed);
         let _parked = Parked(&self.parked);
         if before >= self.queue {
@@ -148,7 +151,7 @@ impl Local {
     }
 
     fn late(&self) -> Error {
-        let state = self.look().map_or("cold", |(_, state)| state.name());
+        let state = self.state().name();
         let message = format!("the program of \"{}\" was not ready in time", self.name);
         Error::new(Fault::ModelLoading, message).detail(format!("its host is {state}"))
     }

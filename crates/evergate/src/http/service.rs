@@ -215,10 +215,13 @@ impl Service {
                 };
                 call.run(body).await
             }
-            Path::Models => (Ok(plain(chat::models_list(app.router.models(), app.started_s))), None),
+            Path::Models => {
+                let models = app.router.models().map(|name| app.listed(name));
+                (Ok(plain(chat::models_list(models, app.started_s))), None)
+            }
             Path::OneModel => {
                 let name = percent_decoded(head.uri.path().strip_prefix("/v1/models/").unwrap_or_default());
-                (app.router.find(&name).map(|name| plain(chat::model(name, app.started_s))), None)
+                (app.router.find(&name).map(|name| plain(chat::model(&app.listed(name), app.started_s))), None)
             }
             Path::Healthz => (Ok(plain("{\"status\":\"alive\"}".into())), None),
             Path::Readyz => (self.readiness(), None),

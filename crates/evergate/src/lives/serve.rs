@@ -35,6 +35,7 @@ pub fn run(config: &ConfigArgs, halt_on_boot_error: bool, state_dir: &Path) -> u
         on_left: names::count_left,
         on_exit: names::count_exit,
         on_respawn: names::count_respawn,
+        on_host_start: names::count_host_start,
     })
 }
 

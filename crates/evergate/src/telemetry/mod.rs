@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod names;
+pub mod programs;
 pub mod render;
 pub mod status;
 pub mod talk;

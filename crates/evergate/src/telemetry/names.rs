@@ -8,6 +8,7 @@ use std::time::Duration;
 use evergate_board::{Board, Inflight, Series, SeriesKey};
 use evergate_core::exit::{Initiator, Kind};
 use evergate_core::{Cause, Fault};
+use evergate_supervisor::HostStart;
 use evergate_upstream::LookUps;
 
 /// Requests by model label (a), upstream label (b), status and cause (c, see `status_and_end`).
@@ -86,6 +87,59 @@ impl Shed {
             Self::TooLate => "too_late",
             Self::OutOfTime => "out_of_time",
             Self::NextTarget => "next_target",
+        }
+    }
+}
+
+/// Starts of hosts that are over: upstream label (a), how they came out (b, index in `HostStart::ALL`). On the master's
+/// series, like their times.
+pub const HOST_STARTS: u8 = 50;
+/// Time that the starts took which came to be ready: bucket index (a), upstream label (b).
+pub const HOST_START_BUCKET: u8 = 51;
+/// Sum of it in microseconds: upstream label (b).
+pub const HOST_START_SUM_US: u8 = 52;
+/// Time that requests waited for a host's start: bucket index (a), upstream label (b).
+pub const HOST_WAIT_BUCKET: u8 = 53;
+/// Sum of it in microseconds: upstream label (b).
+pub const HOST_WAIT_SUM_US: u8 = 54;
+/// Programs started: upstream label (a).
+pub const PROGRAM_STARTS: u8 = 55;
+/// Ends of programs: upstream label (a), cause (b, a `ProgramEnd`).
+pub const PROGRAM_EXITS: u8 = 56;
+
+/// Upper bounds of the buckets of hosts' times, milliseconds; one more bucket follows for everything above.
+pub const HOST_BUCKETS_MS: [u64; 14] =
+    [10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000, 300_000];
+
+/// Why a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum ProgramEnd {
+    /// By itself, with exit code 0.
+    Done = 0,
+    /// By itself, with another code or a signal that a process's own mistake raises.
+    Crash = 1,
+    /// By its host.
+    Host = 2,
+    /// By a signal from outside, sender unknown.
+    Unknown = 3,
+    /// It could not be started.
+    Boot = 4,
+}
+
+impl ProgramEnd {
+    /// All of them, in their order.
+    pub const ALL: [Self; 5] = [Self::Done, Self::Crash, Self::Host, Self::Unknown, Self::Boot];
+
+    /// The label, and the initiator in the record.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Crash => "crash",
+            Self::Host => "host",
+            Self::Unknown => "unknown",
+            Self::Boot => "boot",
         }
     }
 }
@@ -187,19 +241,24 @@ pub fn first_token_bucket(ms: f64) -> u16 {
 
 /// Counts how late an event loop was at a beat.
 pub fn count_loop_lag(series: &Series<'_>, lag: Duration) {
-    count_time(series, (LOOP_LAG_BUCKET, &LOOP_LAG_BUCKETS_MS), LOOP_LAG_SUM_US, lag);
+    count_time(series, (LOOP_LAG_BUCKET, &LOOP_LAG_BUCKETS_MS), (LOOP_LAG_SUM_US, 0), lag);
 }
 
 /// Counts the time from a request's head to that of its answer.
 pub fn count_first_byte(series: &Series<'_>, time: Duration) {
-    count_time(series, (FIRST_BYTE_BUCKET, &FIRST_BYTE_BUCKETS_MS), FIRST_BYTE_SUM_US, time);
+    count_time(series, (FIRST_BYTE_BUCKET, &FIRST_BYTE_BUCKETS_MS), (FIRST_BYTE_SUM_US, 0), time);
 }
 
-fn count_time(series: &Series<'_>, (bucket, bounds_ms): (u8, &[u64]), sum_us: u8, time: Duration) {
+/// Counts how long a request has waited for the host of an upstream (its label) to start.
+pub fn count_host_wait(series: &Series<'_>, upstream: u16, time: Duration) {
+    count_time(series, (HOST_WAIT_BUCKET, &HOST_BUCKETS_MS), (HOST_WAIT_SUM_US, upstream), time);
+}
+
+fn count_time(series: &Series<'_>, (bucket, bounds_ms): (u8, &[u64]), (sum_us, label): (u8, u16), time: Duration) {
     let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let at = bounds_ms.iter().position(|bound| us <= bound * 1_000);
-    series.add(key(bucket, at.unwrap_or(bounds_ms.len()) as u16, 0, 0), 1);
-    series.add(key(sum_us, 0, 0, 0), us);
+    series.add(key(bucket, at.unwrap_or(bounds_ms.len()) as u16, label, 0), 1);
+    series.add(key(sum_us, 0, label, 0), us);
 }
 
 /// Counts look-ups of names.
@@ -240,6 +299,16 @@ pub fn count_exit(board: &Board, kind: Kind, initiator: Initiator) {
 /// Counts a process that takes another's place; the master calls this when it is started.
 pub fn count_respawn(board: &Board, kind: Kind, cause: Initiator) {
     count_process(board, RESPAWNS, kind, cause);
+}
+
+/// Counts the start of an upstream's host; the master calls this when it is over.
+pub fn count_host_start(board: &Board, upstream: &str, outcome: HostStart, took: Duration) {
+    let Some(series) = board.master_series() else { return };
+    let label = board.label(upstream);
+    series.add(key(HOST_STARTS, label, outcome as u16, 0), 1);
+    if outcome == HostStart::Ready {
+        count_time(&series, (HOST_START_BUCKET, &HOST_BUCKETS_MS), (HOST_START_SUM_US, label), took);
+    }
 }
 
 fn count_process(board: &Board, metric: u8, kind: Kind, initiator: Initiator) {

@@ -12,6 +12,8 @@ use evergate_core::exit::Kind;
 use super::names::{self, FIRST_BYTE_BUCKETS_MS, FIRST_TOKEN_BUCKETS_MS, LOOP_LAG_BUCKETS_MS, Shed};
 use super::status::{Inflights, oldest_wait_ns};
 
+mod hosts;
+
 /// All metrics of `names`, and the gauges.
 #[must_use]
 pub fn prometheus(board: &Board) -> String {
@@ -23,6 +25,7 @@ pub fn prometheus(board: &Board) -> String {
     page.tokens(&sums);
     page.times(&sums);
     page.limits(&sums);
+    page.hosts(&sums);
     page.exits(&sums);
     page.plain_counters(&sums);
     page.supervision();
@@ -155,16 +158,8 @@ impl Page<'_> {
         for (label, buckets) in models {
             let model = self.board.label_text(label);
             let sum_us = sums.counters.get(&names::key(names::FIRST_TOKEN_SUM_US, label, 0, 0)).copied().unwrap_or(0);
-            let mut count = 0_u64;
-            for (index, bound_ms) in (0_u16..).zip(FIRST_TOKEN_BUCKETS_MS) {
-                count = count.saturating_add(buckets.get(&index).copied().unwrap_or(0));
-                let bound = decimal(bound_ms, 3);
-                self.sample("evergate_first_token_seconds_bucket", &[("model", &model), ("le", &bound)], count);
-            }
-            let all = buckets.values().fold(0_u64, |all, value| all.saturating_add(*value));
-            self.sample("evergate_first_token_seconds_bucket", &[("model", &model), ("le", "+Inf")], all);
-            self.sample("evergate_first_token_seconds_sum", &[("model", &model)], decimal(sum_us, 6));
-            self.sample("evergate_first_token_seconds_count", &[("model", &model)], all);
+            let labels = [("model", &*model)];
+            self.buckets("evergate_first_token_seconds", &labels, (&buckets, sum_us), &FIRST_TOKEN_BUCKETS_MS);
         }
     }
 
@@ -181,16 +176,27 @@ impl Page<'_> {
     fn histogram(&mut self, sums: &Sums, (name, help): (&str, &str), (bucket, sum_us): (u8, u8), bounds_ms: &[u64]) {
         self.head(name, "histogram", help);
         let counts: BTreeMap<u16, u64> = sums.of(bucket).map(|(key, value)| (key.a, value)).collect();
+        self.buckets(name, &[], (&counts, sums.total(sum_us)), bounds_ms);
+    }
+
+    /// The samples of one histogram, from the count of each bucket.
+    fn buckets(
+        &mut self,
+        name: &str,
+        labels: &[(&str, &str)],
+        (counts, sum_us): (&BTreeMap<u16, u64>, u64),
+        bounds_ms: &[u64],
+    ) {
         let buckets = format!("{name}_bucket");
         let mut count = 0_u64;
         for (index, bound_ms) in (0_u16..).zip(bounds_ms) {
             count = count.saturating_add(counts.get(&index).copied().unwrap_or(0));
-            self.sample(&buckets, &[("le", &decimal(*bound_ms, 3))], count);
+            self.sample(&buckets, &[labels, &[("le", &decimal(*bound_ms, 3))]].concat(), count);
         }
         let all = counts.values().fold(0_u64, |all, value| all.saturating_add(*value));
-        self.sample(&buckets, &[("le", "+Inf")], all);
-        self.sample(&format!("{name}_sum"), &[], decimal(sums.total(sum_us), 6));
-        self.sample(&format!("{name}_count"), &[], all);
+        self.sample(&buckets, &[labels, &[("le", "+Inf")]].concat(), all);
+        self.sample(&format!("{name}_sum"), labels, decimal(sum_us, 6));
+        self.sample(&format!("{name}_count"), labels, all);
     }
 
     fn tokens(&mut self, sums: &Sums) {

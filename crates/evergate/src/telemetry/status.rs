@@ -3,7 +3,10 @@
 use std::fmt::Write as _;
 
 use evergate_board::{Board, ChildRow, Inflight, PermitsSeen, monotonic_ns};
+use evergate_core::exit::Kind;
 use serde::Serialize;
+
+use super::programs::{Program, programs};
 
 /// Most requests in flight that are listed; all are counted.
 const INFLIGHT_LISTED_MAX: usize = 1_000;
@@ -17,6 +20,8 @@ pub struct Status {
     pub children: Vec<Child>,
     /// Upstreams with `in_flight_max`.
     pub upstreams: Vec<Upstream>,
+    /// Upstreams that are programs of this machine.
+    pub models: Vec<Program>,
     /// Requests in flight, at most 1,000, oldest first.
     pub inflight: Vec<Request>,
 }
@@ -57,6 +62,8 @@ pub struct Child {
     pub kind: &'static str,
     /// Its slot among its kind.
     pub slot: u32,
+    /// A host's upstream; none for any other.
+    pub upstream: Option<String>,
     /// Its row on the board.
     pub row: u32,
     /// Process id.
@@ -163,13 +170,14 @@ pub fn snapshot(board: &Board) -> Status {
                 inflight.push(request(board, &found, child.pid(), now));
             }
         }
-        children.push(read_child(child, row, kind.name(), counts, now));
+        children.push(read_child(board, (row, child, kind), counts, now));
     }
     inflight.sort_by_key(|request| std::cmp::Reverse(request.age_ms));
     Status {
         master: read_master(board, now),
         children,
         upstreams: board.permits_seen().map(upstream).collect(),
+        models: programs(board),
         inflight,
     }
 }
@@ -197,11 +205,12 @@ fn read_master(board: &Board, now: u64) -> Master {
     }
 }
 
-fn read_child(child: &ChildRow, row: u32, kind: &'static str, inflight: Inflights, now: u64) -> Child {
+fn read_child(board: &Board, (row, child, kind): (u32, &ChildRow, Kind), inflight: Inflights, now: u64) -> Child {
     let beat = child.beat_ns();
     Child {
-        kind,
+        kind: kind.name(),
         slot: child.slot(),
+        upstream: (kind == Kind::Host).then(|| host_name(board, child.epoch())).flatten(),
         row,
         pid: child.pid(),
         epoch: child.epoch(),
@@ -221,6 +230,11 @@ fn read_child(child: &ChildRow, row: u32, kind: &'static str, inflight: Inflight
         rss_kib: child.rss_kib(),
         note: child.note(),
     }
+}
+
+/// The upstream that a host of this epoch serves.
+fn host_name(board: &Board, epoch: u32) -> Option<String> {
+    board.hosts().find(|(_, row)| row.fingerprint() != 0 && row.epoch() == epoch).map(|(_, row)| row.name())
 }
 
 fn request(board: &Board, found: &Inflight, pid: i32, now: u64) -> Request {
@@ -293,6 +307,9 @@ impl Status {
             }
             out.push('\n');
         }
+        for program in &self.models {
+            let _ = writeln!(out, "{}", program.line());
+        }
         out
     }
 }
@@ -306,7 +323,10 @@ fn cells(child: &Child) -> Vec<String> {
         let _ = write!(phase, " ({})", printable(&child.note));
     }
     vec![
-        format!("{} {}", child.kind, child.slot),
+        match &child.upstream {
+            Some(upstream) => format!("{} {}", child.kind, printable(upstream)),
+            None => format!("{} {}", child.kind, child.slot),
+        },
         child.pid.to_string(),
         child.epoch.to_string(),
         child.generation.to_string(),
@@ -372,7 +392,6 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 mod tests {
     use super::*;
     use evergate_board::{Claim, InflightPhase, InflightStart, Phase, Shape};
-    use evergate_core::exit::Kind;
 
     fn board() -> Board {
         let board = Board::create(Shape { children: 4, slots: 4, series: 8, labels: 16 }, 7).unwrap();

@@ -14,31 +14,36 @@ use crate::support::{CHAT, EXE, LIMIT, is_full, send, wait_ready};
 
 const HEAD: &str =
     "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[workers]\nmin = 2\nmax = 2\n";
-const TR: &str = r#"process = { mode = "command", argv = ["tr", "a-z", "A-Z"], in_flight_max = 32, queue = 600 }"#;
+/// A program that shouts.
+pub const TR: &str = r#"process = { mode = "command", argv = ["tr", "a-z", "A-Z"], in_flight_max = 32, queue = 600 }"#;
 
 /// A program that says its process's number and waits until a file is there.
-fn waiter(go: &str) -> String {
+pub fn waiter(go: &str) -> String {
     let script = format!("cat >/dev/null; echo $$ >&2; while [ ! -e {go} ]; do sleep 0.02; done; echo done");
     format!("process = {{ mode = \"command\", argv = [\"sh\", \"-c\", \"{script}\"], in_flight_max = 8 }}")
 }
 
-fn config(upstreams: &[(&str, &str)]) -> String {
+/// A configuration with these upstreams.
+pub fn config(upstreams: &[(&str, &str)]) -> String {
     let sections = upstreams.iter().map(|(name, section)| format!("[upstreams.{name}]\n{section}\n"));
     format!("{HEAD}{}", sections.collect::<String>())
 }
 
-fn gateway(upstreams: &[(&str, &str)]) -> Evergate {
+/// A gateway with these upstreams.
+pub fn gateway(upstreams: &[(&str, &str)]) -> Evergate {
     let gateway = Evergate::builder(EXE).config(config(upstreams)).start();
     wait_ready(&gateway, 2);
     gateway
 }
 
-fn ask(gateway: &Evergate, model: &str, text: &str, stream: bool) -> Response {
+/// Asks, and waits for the answer.
+pub fn ask(gateway: &Evergate, model: &str, text: &str, stream: bool) -> Response {
     let more = json!({ "messages": [{ "role": "user", "content": text }] });
     evergate_testkit::post_chat(&gateway.addr(), model, stream, &more)
 }
 
-fn said(response: &Response) -> String {
+/// What the model has said.
+pub fn said(response: &Response) -> String {
     assert_eq!(response.status, 200, "{}", response.text());
     response.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
 }
@@ -79,7 +84,7 @@ fn programs_ends(gateway: &Evergate) -> Vec<Value> {
 }
 
 /// Asks on another thread.
-fn asking(gateway: &Evergate, model: &'static str, text: &'static str) -> std::thread::JoinHandle<Response> {
+pub fn asking(gateway: &Evergate, model: &'static str, text: &'static str) -> std::thread::JoinHandle<Response> {
     let address = gateway.addr();
     std::thread::spawn(move || {
         let more = json!({ "messages": [{ "role": "user", "content": text }] });

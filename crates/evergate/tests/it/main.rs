@@ -34,6 +34,7 @@ mod http2;
 mod limits;
 mod limits_named;
 mod metrics;
+mod models;
 mod overload;
 mod panics;
 mod panics_many;

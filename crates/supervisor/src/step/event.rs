@@ -359,6 +359,41 @@ pub enum Tally {
         /// Why the other one went.
         cause: Initiator,
     },
+    /// A host's start is over.
+    HostStart {
+        /// Its row.
+        host: u32,
+        /// How it came out.
+        outcome: HostStart,
+        /// From its birth on.
+        took: Ns,
+    },
+}
+
+/// How a host's start came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostStart {
+    /// It takes requests.
+    Ready,
+    /// It came to a bad end first.
+    Failed,
+    /// It was told to go first.
+    Stopped,
+}
+
+impl HostStart {
+    /// All of them, in their order.
+    pub const ALL: [Self; 3] = [Self::Ready, Self::Failed, Self::Stopped];
+
+    /// The word in labels.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Failed => "failed",
+            Self::Stopped => "stopped",
+        }
+    }
 }
 
 /// Something is to be done, in the order given.

@@ -14,7 +14,10 @@
 use evergate_board::HostState;
 use evergate_core::exit::{Initiator, Kind, Status};
 
-use super::{Action, Caller, Child, HostRules, HostSeen, MS, Ns, Phase, Refusal, SECOND, Shown, Sig, State, planted};
+use super::{
+    Action, Caller, Child, HostRules, HostSeen, HostStart, MS, Ns, Phase, Refusal, SECOND, Shown, Sig, State, Tally,
+    planted,
+};
 
 /// Ready for so long it is healthy again: the next failure is a first one.
 const HEALTHY: Ns = 30 * SECOND;
@@ -135,6 +138,11 @@ impl Host {
         });
     }
 
+    fn count_start(&self, outcome: HostStart, born: Ns, now: Ns, out: &mut Vec<Action>) {
+        let took = now.saturating_sub(born);
+        out.push(Action::Count(Tally::HostStart { host: self.row, outcome, took }));
+    }
+
     /// Shows what is to be seen of it, if that has changed.
     fn show(&mut self, generation: u32, out: &mut Vec<Action>) {
         let shown = Shown {
@@ -202,6 +210,7 @@ impl State {
             }
             let epoch = host.serving().map(|child| child.epoch);
             if epoch == Some(seen.ready_epoch) && host.ready_at.is_none() {
+                host.count_start(HostStart::Ready, host.serving().map_or(now, |child| child.born), now, out);
                 host.ready_at = Some(now);
                 host.wanted = None;
                 host.cause.clear();
@@ -389,6 +398,10 @@ impl State {
         let jitter = self.random();
         let Some(host) = self.hosts.get_mut(at) else { return };
         let was_ready = host.ready_at.take().is_some();
+        if !was_ready {
+            let outcome = if failed.is_some() { HostStart::Failed } else { HostStart::Stopped };
+            host.count_start(outcome, child.born, now, out);
+        }
         host.answer(Wish::Unload, &Ok(child.epoch), out);
         let Some(cause) = failed else { return };
         host.failures = host.failures.saturating_add(1);

@@ -6,7 +6,8 @@ use evergate_core::exit::{Initiator, Kind, Status};
 use super::hosts::TURN;
 use super::tests::{GIVEN, T0, beat, die, initiator, rules, signals};
 use super::{
-    Action, Event, HostRules, HostSeen, MS, Next, Ns, Order, SECOND, Shown, Sig, State, TICK, name_hash, step,
+    Action, Event, HostRules, HostSeen, HostStart, MS, Next, Ns, Order, SECOND, Shown, Sig, State, TICK, Tally,
+    name_hash, step,
 };
 
 fn host(name: &str, group: Option<&str>) -> HostRules {
@@ -71,6 +72,37 @@ fn a_host_is_started_once_by_many_wants_and_preload_needs_none() {
     assert_eq!(born(&want(&mut state, 0, T0 + SECOND)), []);
     let actions = serve(&mut state, 0, 5, true, T0 + SECOND);
     assert_eq!(shown(&actions, 0).unwrap().state, HostState::Ready);
+}
+
+#[test]
+fn each_start_of_a_host_is_counted_once_by_how_it_came_out() {
+    let starts = |actions: &[Action]| {
+        let counts = actions.iter().filter_map(|action| match action {
+            Action::Count(Tally::HostStart { host: 0, outcome, took }) => Some((*outcome, *took)),
+            _ => None,
+        });
+        counts.collect::<Vec<_>>()
+    };
+    let mut state = serving(vec![host("a", None)]);
+    let mut now = T0 + SECOND;
+    let wait_for_birth = |state: &mut State, now: &mut Ns| loop {
+        let mut actions = want(state, 0, *now);
+        actions.extend(beat(state, &[1, 2, 3], *now));
+        if let [(_, epoch)] = born(&actions)[..] {
+            return epoch;
+        }
+        *now += 100 * MS;
+        assert!(*now < T0 + 60 * SECOND, "it is not started");
+    };
+    let epoch = wait_for_birth(&mut state, &mut now);
+    assert_eq!(starts(&die(&mut state, epoch, Status::Code(1), now + MS)), [(HostStart::Failed, MS)]);
+    let epoch = wait_for_birth(&mut state, &mut now);
+    assert_eq!(starts(&serve(&mut state, 0, epoch, true, now + 3 * MS)), [(HostStart::Ready, 3 * MS)]);
+    assert_eq!(starts(&serve(&mut state, 0, epoch, true, now + 4 * MS)), []);
+    assert_eq!(starts(&die(&mut state, epoch, Status::Code(1), now + 5 * MS)), [], "its start was over");
+    let epoch = wait_for_birth(&mut state, &mut now);
+    step(&mut state, Event::Order(Order::Unload { name: name_hash("a"), caller: 1 }), now);
+    assert_eq!(starts(&die(&mut state, epoch, Status::Code(0), now + MS)), [(HostStart::Stopped, MS)]);
 }
 
 #[test]

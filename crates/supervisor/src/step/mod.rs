@@ -31,6 +31,7 @@ mod watch;
 use evergate_board::MasterPhase;
 use evergate_core::exit::{Initiator, Kind};
 
+pub use event::HostStart;
 pub(crate) use event::{
     Action, Birth, Caller, Event, HostRules, HostSeen, MS, Next, Ns, Order, Refusal, Rules, SECOND, Seen, Shown, Sig,
     Tally,

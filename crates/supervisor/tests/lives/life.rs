@@ -44,6 +44,7 @@ pub fn serve(args: &[String]) -> u8 {
         on_left,
         on_exit,
         on_respawn: |_, _, _| {},
+        on_host_start: |_, _, _, _| {},
     })
 }
 

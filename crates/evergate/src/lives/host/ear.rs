@@ -20,6 +20,7 @@ use evergate_sys::{Pid, Status, unix_ms};
 use serde_json::json;
 
 use super::super::ChildArgs;
+use crate::telemetry::names::{self, ProgramEnd};
 
 /// In the state folder: the programs' logs, ends and working folders.
 pub(crate) const FOLDER: &str = "models";
@@ -84,6 +85,14 @@ impl Ear {
         self.dropped.fetch_add(u64::from(!is_sent), Ordering::Relaxed);
     }
 
+    /// Counts on the host's own row of the board.
+    fn count(&self, metric: u8, end: Option<ProgramEnd>) {
+        if let Some(series) = self.board.series(self.child.row) {
+            let label = self.board.label(&self.name);
+            series.add(names::key(metric, label, end.map_or(0, |end| end as u16), 0), 1);
+        }
+    }
+
     fn log(&self, pid: Pid, what: &str, text: &str) {
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         let lost = if dropped > 0 { format!(" [{dropped} lines before this one were lost]") } else { String::new() };
@@ -98,21 +107,25 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Report for Ear {
     fn started(&self, program: Pid) {
+        self.count(names::PROGRAM_STARTS, None);
         if let Some(row) = self.board.host(self.host) {
             row.set_pid(program.as_raw_nonzero().get());
         }
     }
 
     fn failed(&self, failed: &Failed) {
+        self.count(names::PROGRAM_EXITS, Some(ProgramEnd::Boot));
         let record = json!({
             "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": null, "slot": 0,
             "epoch": self.child.epoch, "generation": self.child.generation, "code": null, "signal": null,
-            "core": false, "initiator": "boot", "note": self.redactor.redact(&failed.to_string()),
+            "core": false, "initiator": ProgramEnd::Boot.name(), "note": self.redactor.redact(&failed.to_string()),
         });
         self.send(Entry::Exit(format!("{record}\n")));
     }
 
     fn ended(&self, ended: &Ended) {
+        let end = end(ended);
+        self.count(names::PROGRAM_EXITS, Some(end));
         // That one which ended as it should is no news.
         if ended.exit.status == Status::Code(0) && ended.strays == 0 && ended.left == 0 {
             return;
@@ -121,13 +134,10 @@ impl Report for Ear {
             Status::Code(code) => (Some(code), None, false),
             Status::Signal { number, core } => (None, Some(number), core),
         };
-        let (initiator, sent) = match (ended.ladder, ended.exit.status) {
-            (Ladder::Term, _) => ("host", vec!["TERM"]),
-            (Ladder::Kill, _) => ("host", vec!["TERM", "KILL"]),
-            (Ladder::Untouched, Status::Code(_)) => ("crash", vec![]),
-            // Those that a process raises by its own mistake.
-            (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ("crash", vec![]),
-            (Ladder::Untouched, Status::Signal { .. }) => ("unknown", vec![]),
+        let sent: &[&str] = match ended.ladder {
+            Ladder::Untouched => &[],
+            Ladder::Term => &["TERM"],
+            Ladder::Kill => &["TERM", "KILL"],
         };
         let tail = String::from_utf8_lossy(&ended.tail);
         let tail = self.redactor.redact(&tail);
@@ -137,7 +147,7 @@ impl Report for Ear {
         let record = json!({
             "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": ended.pid.as_raw_nonzero().get(),
             "slot": 0, "epoch": self.child.epoch, "generation": self.child.generation, "code": code, "signal": signal,
-            "core": core, "initiator": initiator, "sent": sent,
+            "core": core, "initiator": end.name(), "sent": sent,
             "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
             "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "request_id": ended.request,
             "note": last, "stderr": tail,
@@ -161,6 +171,17 @@ impl Report for Ear {
         let cut = if line.is_cut { " [cut]" } else { "" };
         let before = if line.dropped > 0 { format!("[{} lines left out] ", line.dropped) } else { String::new() };
         self.log(line.program, what, &format!("{before}{text}{cut}"));
+    }
+}
+
+fn end(ended: &Ended) -> ProgramEnd {
+    match (ended.ladder, ended.exit.status) {
+        (Ladder::Term | Ladder::Kill, _) => ProgramEnd::Host,
+        (Ladder::Untouched, Status::Code(0)) => ProgramEnd::Done,
+        (Ladder::Untouched, Status::Code(_)) => ProgramEnd::Crash,
+        // Those that a process raises by its own mistake.
+        (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ProgramEnd::Crash,
+        (Ladder::Untouched, Status::Signal { .. }) => ProgramEnd::Unknown,
     }
 }
 

@@ -402,7 +402,7 @@ impl World {
             }
             Tally::Reload => self.sum.reloads += 1,
             Tally::ReloadFailed => self.sum.failed_reloads += 1,
-            Tally::Respawn { .. } => {}
+            Tally::Respawn { .. } | Tally::HostStart { .. } => {}
         }
     }
 

@@ -1,0 +1,131 @@
+//! What operators and clients see of models that are programs: states, who waits, what was counted, how they ended.
+
+use std::process::Command;
+
+use evergate_testkit::{Evergate, wait_until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::hosts::{TR, ask, asking, config, gateway, said, waiter};
+use crate::support::{EXE, LIMIT, send, wait_ready};
+
+fn cli(gateway: &Evergate, args: &[&str]) -> String {
+    let out = gateway.cli(args);
+    assert!(out.status.success(), "{args:?}: {out:?}");
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// What `evergate models --json` says of one.
+fn model(gateway: &Evergate, name: &str) -> Value {
+    let all: Value = serde_json::from_str(&cli(gateway, &["models", "--json"])).unwrap();
+    all.as_array().unwrap().iter().find(|model| model["model"] == name).unwrap().clone()
+}
+
+/// The state that clients see of a model.
+fn listed(gateway: &Evergate, name: &str) -> Value {
+    let list = gateway.get("/v1/models").json();
+    let entry = list["data"].as_array().unwrap().iter().find(|entry| entry["id"] == name).unwrap().clone();
+    assert_eq!(gateway.get(&format!("/v1/models/{name}")).json()["state"], entry["state"]);
+    entry["state"].clone()
+}
+
+fn has(gateway: &Evergate, line: &str) -> bool {
+    gateway.metrics().lines().any(|found| found == line)
+}
+
+fn metric(gateway: &Evergate, line: &str) {
+    let text = gateway.metrics();
+    let about: Vec<&str> = text.lines().filter(|line| line.contains("_host_") || line.contains("_program_")).collect();
+    assert!(text.lines().any(|found| found == line), "no line {line} among {about:#?}");
+}
+
+#[test]
+fn a_cold_start_shows_its_state_and_who_waits_everywhere() {
+    // The host reads this in its boot, and waits there for somebody who writes.
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("boot");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let models = "[models.shout]\ntargets = [{ upstream = \"shout\", model = \"x\" }]\n\
+                  [models.echo]\ntargets = [{ upstream = \"echo\" }]\n";
+    let text = format!("{}{models}", config(&[("shout", TR)]));
+    let gateway = Evergate::builder(EXE).config(text).env("EVERGATE_FAULT_HOST", fifo.to_str().unwrap()).start();
+    wait_ready(&gateway, 2);
+    assert_eq!((listed(&gateway, "shout"), listed(&gateway, "echo")), (json!("cold"), Value::Null));
+    metric(&gateway, r#"evergate_host_state{upstream="shout",state="cold"} 1"#);
+
+    let askers: Vec<_> = (0..3).map(|_| asking(&gateway, "shout", "hello")).collect();
+    wait_until("three that wait", LIMIT, || model(&gateway, "shout")["waiting"] == 3);
+    assert_eq!(listed(&gateway, "shout"), "starting");
+    metric(&gateway, r#"evergate_host_state{upstream="shout",state="starting"} 1"#);
+    metric(&gateway, r#"evergate_host_waiting{upstream="shout"} 3"#);
+    let status: Value = serde_json::from_str(&cli(&gateway, &["status", "--json"])).unwrap();
+    assert_eq!((&status["models"][0]["model"], &status["models"][0]["waiting"]), (&json!("shout"), &json!(3)));
+    assert_eq!(status["inflight"][0]["phase"], "start");
+    let host = status["children"].as_array().unwrap().iter().find(|child| child["kind"] == "host").unwrap();
+    assert_eq!(host["upstream"], "shout");
+    assert_eq!(evergate_testkit::get(&gateway.admin(), "/status").json()["models"][0]["state"], "starting");
+    let table = cli(&gateway, &["status"]);
+    assert!(table.contains("\nhost shout ") && table.contains("\nprogram shout: starting for "), "{table}");
+    assert!(table.contains(", 3 waiting\n"), "{table}");
+
+    std::fs::write(&fifo, "").unwrap();
+    for asker in askers {
+        assert_eq!(said(&asker.join().unwrap()), "HELLO");
+    }
+    assert_eq!((listed(&gateway, "shout"), model(&gateway, "shout")["waiting"].clone()), (json!("ready"), json!(0)));
+    wait_until("their ends", LIMIT, || {
+        has(&gateway, r#"evergate_program_exits_total{upstream="shout",cause="done"} 3"#)
+    });
+    for line in [
+        r#"evergate_host_state{upstream="shout",state="ready"} 1"#,
+        r#"evergate_host_state{upstream="shout",state="starting"} 0"#,
+        r#"evergate_host_starts_total{upstream="shout",result="ready"} 1"#,
+        r#"evergate_host_start_seconds_count{upstream="shout"} 1"#,
+        r#"evergate_host_wait_seconds_count{upstream="shout"} 3"#,
+        r#"evergate_program_starts_total{upstream="shout"} 3"#,
+    ] {
+        metric(&gateway, line);
+    }
+    // Who comes now waits for no start.
+    assert_eq!(said(&ask(&gateway, "shout", "hello", false)), "HELLO");
+    metric(&gateway, r#"evergate_host_wait_seconds_count{upstream="shout"} 3"#);
+}
+
+#[test]
+fn ends_of_programs_are_counted_by_cause_and_the_last_is_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    let crash =
+        r#"process = { mode = "command", argv = ["sh", "-c", "cat >/dev/null; echo out of paper >&2; exit 3"] }"#;
+    let hang = r#"process = { mode = "command", argv = ["sleep", "600"], timeout = "300ms" }"#;
+    let missing = r#"process = { mode = "command", argv = ["no-such-program-anywhere"] }"#;
+    let wait = waiter(go.to_str().unwrap());
+    let gateway = gateway(&[("crash", crash), ("hang", hang), ("missing", missing), ("wait", &wait)]);
+    for name in ["crash/x", "hang/x", "missing/x"] {
+        assert!(matches!(ask(&gateway, name, "hello", false).status, 502 | 504));
+    }
+    let asker = asking(&gateway, "wait/x", "hello");
+    wait_until("its program", LIMIT, || model(&gateway, "wait")["program_pid"].is_number());
+    wait_until("its load", LIMIT, || model(&gateway, "wait")["in_flight"] == 1);
+    metric(&gateway, r#"evergate_host_in_flight{upstream="wait"} 1"#);
+    let pid = model(&gateway, "wait")["program_pid"].as_i64().unwrap();
+    send(i32::try_from(pid).unwrap(), Signal::KILL);
+    assert_eq!(asker.join().unwrap().status, 502);
+
+    for (upstream, cause) in [("crash", "crash"), ("hang", "host"), ("missing", "boot"), ("wait", "unknown")] {
+        let line = format!(r#"evergate_program_exits_total{{upstream="{upstream}",cause="{cause}"}} 1"#);
+        wait_until(&line, LIMIT, || has(&gateway, &line));
+        wait_until("its record", LIMIT, || model(&gateway, upstream)["last_exit"]["initiator"] == cause);
+    }
+    let last = model(&gateway, "crash")["last_exit"].clone();
+    assert_eq!((&last["kind"], &last["code"], &last["note"]), (&json!("program"), &json!(3), &json!("out of paper")));
+    assert_eq!(
+        (&model(&gateway, "wait")["last_exit"]["signal"], model(&gateway, "wait")["state"].clone()),
+        (&json!(9), json!("ready"))
+    );
+    let table = cli(&gateway, &["models"]);
+    let row = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+    assert!(row("crash").contains("program code 3, crash, ") && row("crash").ends_with("  out of paper"), "{table}");
+    assert!(row("missing").contains("program not started, boot, "), "{table}");
+    assert!(row("wait").contains("program signal 9 (SIGKILL), unknown, "), "{table}");
+}
