@@ -9,11 +9,16 @@ use serde_json::Value;
 
 use super::{print, print_json};
 use crate::cli::Form;
-use crate::lives::host::{EXITS_SUFFIX, FOLDER};
+use crate::lives::host::{EXITS_SUFFIX, FOLDER, OLD_SUFFIX};
 use crate::telemetry::status::{age_text, printable, table};
 
 /// Ids of lost requests shown in a row of the table; `--json` has them all.
 const IDS_SHOWN: usize = 3;
+
+/// Records whose last words are shown below the table, the newest; `--json` has those of all.
+const WORDS_SHOWN: usize = 10;
+/// Lines of each: a traceback's end, which says the most.
+const LINES_SHOWN: usize = 20;
 
 /// Prints all records; returns the exit code, 1 when they cannot be read.
 #[must_use]
@@ -31,8 +36,36 @@ pub fn run(state_dir: &Path, form: Form) -> u8 {
             eprintln!("evergate: no exit records in {}", state_dir.display());
             code::OK
         }
-        Form::Text => print(&table(&HEAD, &records.iter().map(cells).collect::<Vec<_>>())),
+        Form::Text => {
+            let table = table(&HEAD, &records.iter().map(cells).collect::<Vec<_>>());
+            print(&format!("{table}{}", last_words(&records)))
+        }
     }
+}
+
+/// What the programs among them have written last, where a NOTE holds too little of it: a traceback, say.
+fn last_words(records: &[Value]) -> String {
+    let text =
+        |record: &Value, key: &str| record.get(key).and_then(Value::as_str).unwrap_or_default().trim_end().to_owned();
+    let mut told: Vec<String> = Vec::new();
+    for record in records.iter().rev() {
+        let stderr = text(record, "stderr");
+        let lines: Vec<&str> = stderr.lines().collect();
+        if lines.len() < 2 {
+            continue;
+        }
+        if told.len() == WORDS_SHOWN {
+            told.push("\nWhat earlier ones have said: --json\n".to_owned());
+            break;
+        }
+        let at = record.get("at_ms").and_then(Value::as_u64).map_or_else(|| "-".to_owned(), utc);
+        let pid = record.get("pid").and_then(Value::as_u64).unwrap_or(0);
+        let mut words = format!("\n{at} program {} {pid} has said last:\n", printable(&text(record, "upstream")));
+        let start = lines.len().saturating_sub(LINES_SHOWN);
+        lines.iter().skip(start).for_each(|line| words.push_str(&format!("  {}\n", printable(line))));
+        told.push(words);
+    }
+    told.into_iter().rev().collect()
 }
 
 /// The records of both files. Lines that are no records are left out with a word about it: a machine that lost its power
@@ -71,11 +104,13 @@ fn of_programs(folder: &Path) -> io::Result<Vec<PathBuf>> {
     for entry in entries {
         let path = entry?.path();
         let name = path.to_string_lossy();
-        if name.ends_with(EXITS_SUFFIX) || name.strip_suffix(".1").is_some_and(|name| name.ends_with(EXITS_SUFFIX)) {
+        if name.ends_with(EXITS_SUFFIX)
+            || name.strip_suffix(OLD_SUFFIX).is_some_and(|name| name.ends_with(EXITS_SUFFIX))
+        {
             paths.push(path.clone());
         }
     }
-    // With `.1` first: what is older.
+    // What is older first.
     paths.sort_unstable_by(|one, other| other.cmp(one));
     Ok(paths)
 }
@@ -248,6 +283,24 @@ mod tests {
     fn a_master_that_nobody_reaped_is_unknown() {
         let value: Value = serde_json::from_str(&record(Status::Unknown, 0)).unwrap();
         assert_eq!(how(&value), "unknown");
+    }
+
+    #[test]
+    fn last_words_of_several_lines_are_shown_below_the_table() {
+        let record =
+            |pid: u64, stderr: &str| serde_json::json!({ "at_ms": 0, "upstream": "m", "pid": pid, "stderr": stderr });
+        assert_eq!(last_words(&[record(1, "one line\n"), record(2, "")]), "");
+        let long: String = (0..30).map(|line| format!("line {line}\u{1b}\n")).collect();
+        let shown = last_words(&[record(3, "a\nb\n"), record(4, &long)]);
+        let head = "\n1970-01-01T00:00:00.000Z program m 3 has said last:\n  a\n  b\n";
+        assert!(shown.starts_with(head) && shown.ends_with("  line 28 \n  line 29 \n"), "{shown}");
+        assert_eq!(shown.lines().filter(|line| line.starts_with("  line ")).count(), LINES_SHOWN);
+        let many: Vec<Value> = (1..20).map(|pid| record(pid, "a\nb")).collect();
+        let shown = last_words(&many);
+        assert!(
+            shown.contains("program m 19 ") && !shown.contains("program m 9 ") && shown.contains("--json"),
+            "{shown}"
+        );
     }
 
     #[test]

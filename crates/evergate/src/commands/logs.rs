@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use evergate_core::inherit::code;
 
-use crate::lives::host::{FOLDER, LOG_SUFFIX};
+use crate::lives::host::{FOLDER, LOG_SUFFIX, OLD_SUFFIX};
 
 /// Between two looks for more.
 const LOOK: Duration = Duration::from_millis(200);
@@ -36,6 +36,9 @@ pub fn run(state_dir: &Path, name: &str, follows: bool) -> u8 {
 fn show(path: &Path, follows: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let mut file = File::open(path)?;
+    if let Some(mut old) = older(path)? {
+        copy(&mut old, &mut out)?;
+    }
     loop {
         copy(&mut file, &mut out)?;
         out.flush()?;
@@ -51,8 +54,24 @@ fn show(path: &Path, follows: bool) -> io::Result<()> {
         let is_other = std::fs::metadata(path).is_ok_and(|now| file.metadata().is_ok_and(|own| own.ino() != now.ino()));
         if is_other {
             copy(&mut file, &mut out)?;
+            let inode = file.metadata()?.ino();
+            if let Some(mut old) = older(path)?.filter(|old| old.metadata().is_ok_and(|old| old.ino() != inode)) {
+                eprintln!("evergate: the log was written faster than it was read: lines may be missing here");
+                copy(&mut old, &mut out)?;
+            }
             file = File::open(path)?;
         }
+    }
+}
+
+/// The file that was full before this one, if there was one.
+fn older(path: &Path) -> io::Result<Option<File>> {
+    let mut name = path.to_owned().into_os_string();
+    name.push(OLD_SUFFIX);
+    match File::open(PathBuf::from(name)) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

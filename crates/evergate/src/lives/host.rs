@@ -33,7 +33,7 @@ use crate::tasks::{Caught, Tasks};
 mod ear;
 
 use ear::Ear;
-pub(crate) use ear::{EXITS_SUFFIX, FOLDER, LOG_SUFFIX};
+pub(crate) use ear::{EXITS_SUFFIX, FOLDER, LOG_SUFFIX, OLD_SUFFIX};
 
 /// How often the runtime shows that it turns.
 const BEAT: Duration = Duration::from_millis(250);

@@ -1,6 +1,8 @@
 //! What operators and clients see of models that are programs: states, who waits, what was counted, how they ended.
 
-use std::process::Command;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Child, Command};
 
 use evergate_testkit::{Evergate, wait_until};
 use rustix::process::Signal;
@@ -128,4 +130,79 @@ fn ends_of_programs_are_counted_by_cause_and_the_last_is_shown() {
     assert!(row("crash").contains("program code 3, crash, ") && row("crash").ends_with("  out of paper"), "{table}");
     assert!(row("missing").contains("program not started, boot, "), "{table}");
     assert!(row("wait").contains("program signal 9 (SIGKILL), unknown, "), "{table}");
+}
+
+/// Ends it whatever becomes of the test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_log_is_bounded_and_followed_over_its_rotations() {
+    // 400 lines of 7 kB each: 2.8 MB of standard error, within what a program may say in a second.
+    let talk = r#"process = { mode = "command", argv = ["awk", 'BEGIN { for (i = 0; i < 400; i++) printf "%07000d\n", i > "/dev/stderr"; print "ok" }'] }"#;
+    let gateway = gateway(&[("talk", talk)]);
+    let folder = tempfile::tempdir().unwrap();
+    let (heard, said_aside) = (folder.path().join("heard"), folder.path().join("aside"));
+    let lines = |path: &Path| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let number = |line: &str| line.rsplit(' ').next().and_then(|digits| digits.parse::<u32>().ok());
+        text.lines().filter_map(number).collect::<Vec<_>>()
+    };
+    let mut follower = None;
+    for round in 1..=4 {
+        assert_eq!(said(&ask(&gateway, "talk/x", "go", false)), "ok");
+        follower.get_or_insert_with(|| {
+            let files = [&heard, &said_aside].map(|path| std::fs::File::create(path).unwrap());
+            let [out, aside] = files;
+            let mut command = Command::new(EXE);
+            command.args(["logs", "talk", "-f", "--state-dir"]).arg(gateway.state_dir());
+            Ended(command.stdout(out).stderr(aside).spawn().unwrap())
+        });
+        wait_until("all its lines", LIMIT, || lines(&heard).len() >= round * 400);
+    }
+    let expected: Vec<u32> = (0..4).flat_map(|_| 0..400).collect();
+    assert_eq!((lines(&heard), std::fs::read_to_string(&said_aside).unwrap()), (expected, String::new()));
+    let models = gateway.state_dir().join("models");
+    let names = || std::fs::read_dir(&models).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
+    let logs: BTreeSet<String> = names().filter(|name| name.contains(".log")).collect();
+    assert_eq!(logs, BTreeSet::from(["talk.log".to_owned(), "talk.log.1".to_owned()]));
+    for log in logs {
+        let bytes = std::fs::metadata(models.join(log)).unwrap().len();
+        assert!(bytes <= 4 << 20, "{bytes}");
+    }
+    // Without -f: what is kept, the older file first.
+    let all = cli(&gateway, &["logs", "talk"]);
+    assert!(all.len() > 4 << 20, "{}", all.len());
+    assert!(all.trim_end().ends_with("399") && all.lines().all(|line| line.contains(" err: ")));
+}
+
+#[test]
+fn a_programs_traceback_is_on_record_and_shown() {
+    let script = r#"cat >/dev/null; echo 'Traceback (most recent call last):' >&2; echo '  File \"gateway.py\", line 7' >&2; echo 'RuntimeError: no paper, key sk-test-1234567890abcdef' >&2; exit 1"#;
+    let section = format!("process = {{ mode = \"command\", argv = [\"sh\", \"-c\", \"{script}\"] }}");
+    let gateway = gateway(&[("tired", &section)]);
+    let answer = ask(&gateway, "tired/x", "hello", false);
+    assert_eq!((answer.status, answer.error_code().as_str()), (502, "adapter_exited"));
+    assert!(!answer.text().contains("paper"), "its words are for operators: {}", answer.text());
+    wait_until("its record", LIMIT, || cli(&gateway, &["exits"]).contains("program tired"));
+    let text = cli(&gateway, &["exits"]);
+    let row = text.lines().find(|line| line.contains("program tired")).unwrap();
+    assert!(row.contains("code 1") && row.contains(" crash ") && row.contains("RuntimeError: no paper"), "{text}");
+    let words = text.split(" has said last:\n").nth(1).unwrap();
+    assert!(
+        words.starts_with("  Traceback (most recent call last):\n    File \"gateway.py\", line 7\n  RuntimeError"),
+        "{text}"
+    );
+    let records: Value = serde_json::from_str(&cli(&gateway, &["exits", "--json"])).unwrap();
+    let record = records.as_array().unwrap().iter().find(|record| record["upstream"] == "tired").unwrap().clone();
+    assert!(record["stderr"].as_str().unwrap().starts_with("Traceback (most recent call last):\n"), "{record}");
+    assert_eq!((&record["kind"], &record["code"], &record["signal"]), (&json!("program"), &json!(1), &Value::Null));
+    assert!(!text.contains("sk-test-1234567890abcdef") && !records.to_string().contains("sk-test-1234567890abcdef"));
+    assert!(!cli(&gateway, &["logs", "tired"]).contains("sk-test-1234567890abcdef"));
 }

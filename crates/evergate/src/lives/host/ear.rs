@@ -29,7 +29,10 @@ pub(crate) const LOG_SUFFIX: &str = ".log";
 /// Of a file with programs' ends.
 pub(crate) const EXITS_SUFFIX: &str = ".exits.jsonl";
 
-/// A file larger than this is renamed to `.1`, in place of the one before.
+/// Behind the name of a file that was full; there is one of each.
+pub(crate) const OLD_SUFFIX: &str = ".1";
+
+/// A file larger than this is renamed, in place of the one before.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Lines that wait for the disk; more are counted and left out.
 const LINES: usize = 1024;
@@ -203,7 +206,7 @@ impl Output {
         let length = u64::try_from(text.len()).unwrap_or(u64::MAX);
         if self.bytes > 0 && self.bytes.saturating_add(length) > FILE_BYTES_MAX {
             let mut old = self.path.clone().into_os_string();
-            old.push(".1");
+            old.push(OLD_SUFFIX);
             std::fs::rename(&self.path, old)?;
             *self = Self::open(self.path.clone())?;
         }
