@@ -94,12 +94,15 @@ row! {
         waiting set_waiting u32;
         /// Programs that it has started in place of others.
         restarts set_restarts u64;
+        /// Why it could not serve: the fault's place in the table, from 1; 0 if it has said nothing.
+        fault set_fault u32;
         /// Whether somebody asks for it. Set by workers and by the host, taken back by the master.
         is_wanted set_is_wanted bool;
     } with {
         name: Text,
         cause: Text,
         address: Text,
+        told: Text,
     }
 }
 
@@ -137,6 +140,8 @@ impl HostRow {
         self.set_waiting(0);
         self.set_restarts(0);
         self.address.set("");
+        self.set_fault(0);
+        self.told.set("");
         self.set_child(child);
         self.set_epoch(epoch);
     }
@@ -182,6 +187,19 @@ impl HostRow {
     /// Sets [`Self::address`]; what is beyond 256 bytes is cut off. The host's.
     pub fn set_address(&self, text: &str) {
         self.address.set(text);
+    }
+
+    /// What clients are told of why it could not serve; empty if it has said nothing.
+    #[must_use]
+    pub fn told(&self) -> String {
+        self.told.get()
+    }
+
+    /// Sets [`Self::told`] and [`Self::fault`]; what is beyond 256 bytes is cut off. The host's own.
+    pub fn tell(&self, fault: u32, text: &str) {
+        self.told.set(text);
+        // Last: who finds it finds the rest.
+        self.set_fault(fault);
     }
 }
 

@@ -18,6 +18,8 @@ pub const LISTENERS: i32 = 8;
 
 /// Names the folder of the hosts' sockets to workers and hosts: `FOLDER/FINGERPRINT.sock`, the fingerprint in 16 digits.
 pub const HOSTS_DIR_VARIABLE: &str = "EVERGATE_HOSTS_DIR";
+/// A program's socket in its folder: of the 107 bytes that a path may have the folder needs most.
+pub const PROGRAM_SOCKET: &str = "p";
 /// The variable that marks a host's programs, and whatever they start, with [`host_mark`].
 pub const HOST_MARK: &str = "EVERGATE_HOST";
 
@@ -31,6 +33,12 @@ pub fn host_mark(run_id: u64, epoch: u32) -> String {
 #[must_use]
 pub fn host_socket(fingerprint: u64) -> String {
     format!("{fingerprint:016x}.sock")
+}
+
+/// The name of a folder there, in which a host's program has its own socket; with that no longer than the host's.
+#[must_use]
+pub fn host_folder(fingerprint: u64) -> String {
+    format!("{fingerprint:016x}")
 }
 
 /// For `evergate compile` (validates a configuration in a child, so that the master parses no TOML): an empty memfd

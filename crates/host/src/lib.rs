@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod ask;
+mod cause;
 pub mod command;
 pub mod gate;
 pub mod prepare;
@@ -18,5 +19,6 @@ pub mod stdio;
 mod tasks;
 mod tell;
 
+pub use cause::Cause;
 pub use program::{Plan, Program, Programs, StartError, Wiring};
 pub use report::Report;

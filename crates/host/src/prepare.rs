@@ -42,6 +42,8 @@ pub struct Surroundings<'a> {
     pub secret: &'a dyn Fn(&SecretRef) -> Option<String>,
     /// The working folder of a program whose section names none.
     pub folder: &'a Path,
+    /// The folder of its socket, if it is to make one.
+    pub socket_folder: Option<&'a Path>,
 }
 
 /// A plan, and how far its program is confined, for the log.
@@ -82,7 +84,7 @@ impl fmt::Display for Level {
 /// `AdapterSpawnFailed` with the variable or the place that is missing.
 pub fn prepare(process: &Process, around: Surroundings<'_>) -> Result<Prepared, Error> {
     let dir = process.dir.as_ref().map_or_else(|| around.folder.to_owned(), PathBuf::from);
-    let sandbox = process.sandbox.as_ref().map(|sandbox| confine(sandbox, &dir)).transpose()?;
+    let sandbox = process.sandbox.as_ref().map(|sandbox| confine(sandbox, &dir, around.socket_folder)).transpose()?;
     let level = match &sandbox {
         None => Level::Open,
         Some(None) => Level::Unsupported,
@@ -134,7 +136,7 @@ fn limits(limits: &ProcessLimits) -> Vec<(Limit, u64)> {
 }
 
 /// The rules of a sandbox; none where the kernel has none.
-fn confine(sandbox: &Sandbox, dir: &Path) -> Result<Option<Landlock>, Error> {
+fn confine(sandbox: &Sandbox, dir: &Path, socket_folder: Option<&Path>) -> Result<Option<Landlock>, Error> {
     let place =
         |path: &Path, error: &io::Error| failed(format!("its sandbox's {} cannot be opened: {error}", path.display()));
     let Some(landlock) = Landlock::new().map_err(|error| failed(format!("its sandbox cannot be made: {error}")))?
@@ -147,7 +149,8 @@ fn confine(sandbox: &Sandbox, dir: &Path) -> Result<Option<Landlock>, Error> {
     for path in sandbox.read.iter().map(Path::new) {
         landlock.read(path).map_err(|error| place(path, &error))?;
     }
-    for path in SYSTEM_WRITE.iter().map(Path::new).chain([dir]).chain(sandbox.write.iter().map(Path::new)) {
+    let own = [Some(dir), socket_folder].into_iter().flatten();
+    for path in SYSTEM_WRITE.iter().map(Path::new).chain(own).chain(sandbox.write.iter().map(Path::new)) {
         landlock.write(path).map_err(|error| place(path, &error))?;
     }
     Ok(Some(landlock))

@@ -16,6 +16,9 @@ pub trait Report: Send + Sync + 'static {
     /// A program is gone, with everything that it had started.
     fn ended(&self, ended: &Ended);
 
+    /// Where a program with a server of its own takes requests from now on; none when it does not any more.
+    fn listens(&self, address: Option<&str>);
+
     /// Requests that programs work on, and those that wait for one.
     fn load(&self, in_flight: u32, waiting: u32);
 

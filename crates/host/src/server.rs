@@ -23,12 +23,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout_at;
 
 use crate::ask::{Answer, Ask, Endpoint, Mode, Refusal};
+use crate::cause::Cause;
 use crate::gate::Gate;
 use crate::program::{Plan, Programs};
 use crate::tasks;
 use call::{Bounds, Call};
 use keeper::Keeper;
-pub use state::{Cause, Condition};
+pub use state::Condition;
 use state::{Phase, State};
 
 /// Pieces that wait for the client; a program waits at its socket for the rest.
@@ -94,6 +95,33 @@ impl Server {
         // The sender is ours.
         let state = states.wait_for(|state| state.condition() != *known).await;
         state.map_or(Condition::Stopped, |state| state.condition())
+    }
+
+    /// Waits until the program serves for the first time. Cancel-safe.
+    ///
+    /// # Errors
+    /// Why it does not, as soon as a start has come to nothing.
+    pub async fn ready(&self) -> Result<(), Cause> {
+        let mut known = self.condition();
+        loop {
+            match known {
+                Condition::Ready(_) => return Ok(()),
+                Condition::Failed(cause) => return Err(cause),
+                Condition::Stopped => return Err(Cause::new(&state::stopping(), b"")),
+                _ => known = self.changed(&known).await,
+            }
+        }
+    }
+
+    /// Waits until a start has come to nothing. Cancel-safe.
+    pub async fn failed(&self) -> Cause {
+        let mut known = self.condition();
+        loop {
+            match known {
+                Condition::Failed(cause) => return cause,
+                _ => known = self.changed(&known).await,
+            }
+        }
     }
 
     /// Since when no request has been here; none while there is one.

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout_at;
 
 use crate::ask::{Answer, Ask, Endpoint, Mode, Refusal};
+use crate::cause::Cause;
 use crate::program::{Plan, Programs};
 use crate::report::Report;
 use crate::{tasks, tell};
@@ -73,7 +74,7 @@ impl Stdio {
             report,
             state: Mutex::new(State { rule, waiting: BTreeMap::new(), processes: BTreeMap::new(), failure: None }),
             wake: Notify::new(),
-            empty: Notify::new(),
+            changed: Notify::new(),
         });
         shared.tell(|_| ());
         tasks::finish(pool::keep(Arc::clone(&shared)));
@@ -84,18 +85,27 @@ impl Stdio {
     /// left then is [`Programs::end_all`]'s.
     pub async fn stop(&self, until: Instant) -> bool {
         self.0.tell(Rule::stop);
-        let gone = async {
-            loop {
-                // Made before the look, it hears of what comes after it.
-                let empty = self.0.empty.notified();
-                if self.0.state().rule.is_empty() {
-                    return;
-                }
-                empty.await;
-            }
-        };
+        let gone = self.0.until(|state| state.rule.is_empty().then_some(()));
         timeout_at(until.into(), gone).await.is_ok()
     }
+
+    /// Waits until a process can take requests for the first time. Cancel-safe.
+    ///
+    /// # Errors
+    /// Why none can, as soon as starts have come to nothing.
+    pub async fn ready(&self) -> Result<(), Cause> {
+        let is_ready = |state: &State| state.rule.has_ready().then_some(Ok(()));
+        self.0.until(|state| is_ready(state).or_else(|| hopeless(state).map(Err))).await
+    }
+
+    /// Waits until there is no process, and none can be started at once. Cancel-safe.
+    pub async fn failed(&self) -> Cause {
+        self.0.until(hopeless).await
+    }
+}
+
+fn hopeless(state: &State) -> Option<Cause> {
+    state.failure.clone().filter(|_| state.rule.is_hopeless(Instant::now()))
 }
 
 impl Drop for Stdio {

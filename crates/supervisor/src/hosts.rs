@@ -31,6 +31,16 @@ pub(crate) struct Hosts {
 struct Seat {
     name: String,
     listener: Result<Listener, String>,
+    /// Where its program may have a socket of its own, which a host that was killed has left there.
+    programs: PathBuf,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        // A bounded look: what else a program may have put there is not for us to go through.
+        let _ = std::fs::remove_file(self.programs.join(evergate_core::inherit::PROGRAM_SOCKET));
+        let _ = std::fs::remove_dir(&self.programs);
+    }
 }
 
 impl Hosts {
@@ -52,7 +62,8 @@ impl Hosts {
         let path = socket(&self.folder, fingerprint);
         let what = |error: io::Error| format!("its socket {} cannot be bound: {error}", path.display());
         let listener = bind(&self.folder, &path).map_err(what);
-        self.seats.insert(host, Seat { name, listener });
+        let programs = self.folder.join(evergate_core::inherit::host_folder(fingerprint));
+        self.seats.insert(host, Seat { name, listener, programs });
     }
 
     /// Empties a row; its socket goes with the seat.

@@ -105,7 +105,7 @@ fn host(name: &str, process: &Process) -> HostPlan {
         // Nothing is loaded in between two runs of a command.
         overlaps: process.replace == Replace::Overlap || matches!(process.mode, Mode::Command(_)),
         start: process.start_timeout,
-        grace: process.grace,
+        grace: process.end_time(),
     }
 }
 

@@ -206,6 +206,18 @@ pub struct Ids {
 pub const PASSED: [&str; 8] = ["PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH"];
 
 impl Process {
+    /// The longest it may take to end: from the first word of it to the KILL.
+    #[must_use]
+    pub fn end_time(&self) -> Duration {
+        let has_word = match &self.mode {
+            Mode::Command(_) => false,
+            // A drain notice, or a command of its own, has as much time as TERM after it.
+            Mode::Stdio(_) => true,
+            Mode::Server(server) => !server.stop.is_empty(),
+        };
+        if has_word { self.grace.saturating_mul(2) } else { self.grace }
+    }
+
     /// Tells one section from another of the same name: two programs are the same only if nothing of it has changed. Stable
     /// within a build, which is as long as a master lives.
     #[must_use]

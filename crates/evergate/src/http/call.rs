@@ -137,7 +137,7 @@ impl ModelCall {
         let until = deadline.min(Deadline::new(Instant::now(), REFUSAL_TIME, Limit::Idle));
         let read = self.read_whole(body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
         if self.app.locals.contains_key(name)
-            && let Some((error, is_dispatched)) = refusal::of_host(&self.app, &headers, &read)
+            && let Some((error, is_dispatched)) = refusal::of_host(&self.app, status, &headers, &read)
         {
             // Nothing has reached the program, whatever its host has seen; a mistake of the client's stays one.
             let is_undone = !is_dispatched && !status.is_client_error();

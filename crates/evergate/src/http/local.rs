@@ -146,8 +146,15 @@ impl Local {
     }
 
     fn failed(&self, row: &HostRow) -> Error {
-        let message = format!("the program of \"{}\" could not be started", self.name);
-        Error::new(Fault::AdapterSpawnFailed, message).detail(row.cause())
+        let said = row.fault().checked_sub(1).and_then(|place| Fault::ALL.get(usize::try_from(place).ok()?));
+        let error = match said {
+            Some(fault) => Error::new(*fault, row.told()),
+            None => {
+                let message = format!("the program of \"{}\" could not be started", self.name);
+                Error::new(Fault::AdapterSpawnFailed, message)
+            }
+        };
+        error.detail(row.cause())
     }
 
     fn late(&self) -> Error {

@@ -53,13 +53,18 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
 /// The error that a program's host answers with, as it stands in its own table, and whether a program may have seen the
 /// request; none if it is no host's.
 #[must_use]
-pub fn of_host(app: &App, headers: &HeaderMap, body: &[u8]) -> Option<(Error, bool)> {
+pub fn of_host(app: &App, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Option<(Error, bool)> {
     let code = headers.get(FAULT)?.to_str().ok()?;
     let fault = *Fault::ALL.iter().find(|fault| fault.row().code == code)?;
     let said = serde_json::from_slice::<Value>(body).unwrap_or_default();
     let text = |key: &str| said.pointer(key).and_then(Value::as_str).map(|text| clean(app, text));
     let mut error = Error::new(fault, text("/error/message").unwrap_or_else(|| "the model's program failed".into()));
     error.param = text("/error/param").map(Into::into);
+    if fault == Fault::UpstreamRefused {
+        // A program's own word about the request.
+        error.status = Some(status.as_u16());
+        error.code = text("/error/code");
+    }
     Some((error, headers.get(DISPATCHED).is_none_or(|value| value != "0")))
 }
 

@@ -5,7 +5,6 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use evergate_core::config::process::Mode;
 use evergate_core::config::{self, Facts, Loaded, Mistake, Roots, Sealed, Source};
 use evergate_core::inherit::{self, code};
 use evergate_upstream::Trust;
@@ -16,9 +15,9 @@ use crate::server::tls;
 
 /// Taken when no other is named, if it exists.
 const FILE_DEFAULT: &str = "evergate.toml";
-/// Longest configuration, secret or certificate file; a larger one is another file by mistake.
 /// Most programs: the board has rows for so many and for those of a generation before.
 const HOSTS_MAX: usize = 64;
+/// Longest configuration, secret or certificate file; a larger one is another file by mistake.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Validates, and fills the two inherited memfds; returns the exit code.
@@ -119,21 +118,11 @@ fn check_roots(sealed: &Sealed) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether this version can run the programs.
+/// Whether there is room for the programs.
 fn check_programs(sealed: &Sealed) -> Result<(), String> {
-    let programs =
-        sealed.config.upstreams.iter().filter_map(|(name, upstream)| Some((name, upstream.process.as_ref()?)));
-    let count = programs.clone().count();
+    let count = sealed.config.upstreams.values().filter(|upstream| upstream.process.is_some()).count();
     if count > HOSTS_MAX {
         return Err(format!("{count} upstreams have a program; {HOSTS_MAX} at most can"));
-    }
-    for (name, process) in programs {
-        let mode = match process.mode {
-            Mode::Command(_) => continue,
-            Mode::Stdio(_) => "stdio",
-            Mode::Server(_) => "server",
-        };
-        return Err(format!("[upstreams.{name}.process] mode = \"{mode}\" is not in this version"));
     }
     Ok(())
 }

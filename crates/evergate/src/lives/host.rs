@@ -1,29 +1,25 @@
 //! A host's life: one upstream's program, served to the workers at a socket of the master's.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener as StdUnixListener;
-use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use evergate_board::{Board, HostRow, Phase, monotonic_ns};
-use evergate_core::config::process::{EnvValue, Mode, PASSED, Process, ProcessLimits};
+use evergate_core::config::process::Process;
 use evergate_core::config::{Sealed, Shutdown};
 use evergate_core::inherit::{self, code};
-use evergate_core::json;
 use evergate_core::redact::Redactor;
-use evergate_host::command::{Bounds, Command};
-use evergate_host::gate::Gate;
+use evergate_core::{Fault, json};
 use evergate_host::service::{self, Stage};
-use evergate_host::{Plan, Programs};
-use evergate_sys::{Landlock, Limit};
+use evergate_host::{Cause, Programs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
@@ -31,14 +27,20 @@ use crate::panics;
 use crate::tasks::{Caught, Tasks};
 
 mod ear;
+mod folders;
+mod model;
 
 use ear::Ear;
 pub(crate) use ear::{EXITS_SUFFIX, FOLDER, LOG_SUFFIX, OLD_SUFFIX};
+use folders::Folders;
+use model::{Model, Parts};
 
 /// How often the runtime shows that it turns.
 const BEAT: Duration = Duration::from_millis(250);
 /// Beats between two looks at the resident set.
 const BEATS_PER_RSS: u32 = 8;
+/// However short `idle_stop` is, who has waited for the start gets to it.
+const STAY: Duration = Duration::from_secs(1);
 
 /// What the master tells a host on its command line.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
@@ -77,112 +79,240 @@ pub fn run(args: &HostArgs) -> u8 {
         Err(error) => return failed(&format!("the runtime did not start: {error}"), code::SYSTEM),
     };
     match runtime.block_on(Caught::of(Box::pin(live(args, inherited)))) {
-        Ok(lived) => lived.unwrap_or_else(|reason| failed(&reason, code::FAILED)),
+        Ok(Ok(code)) => code,
+        Ok(Err((reason, code))) => failed(&reason, code),
         Err(_) => failed("its main task panicked", code::INTERNAL),
     }
 }
 
-async fn live(args: &HostArgs, inherited: Inherited) -> Result<u8, String> {
-    let of = |kind| signal(kind).map_err(|error| error.to_string());
-    let (mut term, mut quit) = (of(SignalKind::terminate())?, of(SignalKind::quit())?);
-    super::boot_fault::meet_host()?;
-    let Inherited { board, sealed, life, kick: kicker, listeners, .. } = inherited;
-    let shutdown = sealed.config.shutdown.clone();
-    let ChildArgs { row, epoch, .. } = args.child;
-    let process = sealed.config.upstreams.get(&args.name).and_then(|upstream| upstream.process.clone());
-    let process = process.ok_or_else(|| "its upstream has no program in its configuration".to_owned())?;
-    let fingerprint = process.fingerprint(&args.name);
-    let is_ours = |row: &HostRow| row.fingerprint() == fingerprint && row.epoch() == epoch;
-    let host = board.hosts().find_map(|(host, row)| is_ours(row).then_some(host));
-    let host = host.ok_or_else(|| "the board has no row for it".to_owned())?;
-    let folder = state_dir_from_env().ok_or_else(|| "no state folder in the environment".to_owned())?.join(FOLDER);
-    let redactor = Redactor::new(sealed.secrets.values().map(String::as_str));
-    let ear = Ear::start(&folder, &args.name, (board.clone(), host, args.child), redactor);
-    let ear = Arc::new(ear.map_err(|error| format!("cannot write in {}: {error}", folder.display()))?);
-    let mark = inherit::host_mark(board.run_id(), epoch);
-    let programs = Programs::new(OsStr::new(&mark), ear.clone());
-    let programs = programs.map_err(|error| format!("cannot look after programs: {error}"))?;
-    let plan = plan(&process, &args.name, &sealed, &folder)?;
-    let limits = service::Limits {
-        body_bytes_max: usize::try_from(sealed.config.limits.body_bytes).unwrap_or(usize::MAX),
-        json: json::Limits { depth: sealed.config.limits.json_depth, choices: sealed.config.limits.choices },
-    };
-    let Mode::Command(config) = process.mode.clone() else {
-        return Err("this version has no host for its mode".to_owned());
-    };
-    let gate = Gate::new(process.in_flight_max, process.queue, ear.clone());
-    let bounds = Bounds { start_timeout: process.start_timeout, output_bytes_max: process.output_bytes_max };
-    let mode = Arc::new(Command::new(programs.clone(), plan, config, bounds, gate));
-    let (listener, queue) = listener(listeners).map_err(|error| format!("its socket cannot be used: {error}"))?;
-    let (stage, heard) = watch::channel(Stage::Serving);
-    let mut served = std::pin::pin!(service::serve(listener, mode, limits, heard));
-    let tasks = Tasks::new("host");
-    let beating = board.clone();
-    drop(tasks.keep("beat", move || beat(beating.clone(), row)));
-    ready(&board, row, host, epoch);
-    kick(&kicker);
+/// Why it ends otherwise than it was told, and its exit code.
+type Ended = (String, u8);
 
-    let mut gone = std::pin::pin!(master_gone(life));
-    let is_hasty = tokio::select! {
-        // Cancel-safe: `recv` loses no signal; the rest stays what it is.
-        _ = term.recv() => false,
-        _ = quit.recv() => true,
-        _ = &mut gone => false,
-        kind = tasks.failed() => return Err(format!("the task {kind} panicked again and again")),
-        _ = &mut served => return Err("its service has ended".to_owned()),
+fn broken(reason: impl Into<String>) -> Ended {
+    (reason.into(), code::FAILED)
+}
+
+/// What tells it to go.
+struct Orders {
+    term: Signal,
+    quit: Signal,
+    gone: Pin<Box<dyn Future<Output = io::Result<()>> + Send>>,
+}
+
+/// How it is to go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// What it has may finish.
+    Drain,
+    Cut,
+}
+
+impl Orders {
+    fn new(life: OwnedFd) -> io::Result<Self> {
+        let (term, quit) = (signal(SignalKind::terminate())?, signal(SignalKind::quit())?);
+        Ok(Self { term, quit, gone: Box::pin(master_gone(life)) })
+    }
+
+    /// Cancel-safe: `recv` loses no signal, and the rest stays what it is. To be called once.
+    async fn first(&mut self) -> Order {
+        tokio::select! {
+            _ = self.term.recv() => Order::Drain,
+            _ = self.quit.recv() => Order::Cut,
+            _ = &mut self.gone => Order::Drain,
+        }
+    }
+
+    async fn cut(&mut self) {
+        self.quit.recv().await;
+    }
+}
+
+/// Where it stands, and what it is to do there.
+struct Host {
+    board: Board,
+    child: ChildArgs,
+    /// Its row among the hosts'.
+    host: u32,
+    process: Process,
+    shutdown: Shutdown,
+    limits: service::Limits,
+    ear: Arc<Ear>,
+    programs: Programs,
+    redactor: Arc<Redactor>,
+    kicker: Arc<OwnedFd>,
+    _folders: Folders,
+}
+
+async fn live(args: &HostArgs, inherited: Inherited) -> Result<u8, Ended> {
+    let Inherited { board, sealed, life, kick, listeners, .. } = inherited;
+    let mut orders = Orders::new(life).map_err(|error| broken(error.to_string()))?;
+    super::boot_fault::meet_host().map_err(broken)?;
+    let (host, model) = Host::new(args, board, &sealed, kick).map_err(broken)?;
+    drop(sealed);
+    let listener = listener(listeners).map_err(|error| broken(format!("its socket cannot be used: {error}")))?;
+    let tasks = Tasks::new("host");
+    let beat = host.beat();
+    drop(tasks.keep("beat", move || beat.clone().run()));
+    let lived = tokio::select! {
+        lived = host.serve(&model, listener, &mut orders) => lived,
+        kind = tasks.failed() => return Err(broken(format!("the task {kind} panicked again and again"))),
     };
-    let enter = |phase| {
-        if let Some(child) = board.child(row) {
+    let left = host.end(&model, &mut orders, lived.is_hasty).await;
+    host.ear.close(host.shutdown.cleanup).await;
+    match lived.failure {
+        Some(cause) => Err(broken(host.tell(&cause))),
+        None if left > 0 => Err((format!("{left} of its programs could not be ended in time"), code::FORCED)),
+        None => Ok(code::OK),
+    }
+}
+
+/// How it came to the end of its service.
+#[derive(Default)]
+struct Lived {
+    is_hasty: bool,
+    failure: Option<Cause>,
+}
+
+impl Host {
+    fn new(args: &HostArgs, board: Board, sealed: &Sealed, kick: OwnedFd) -> Result<(Self, Arc<Model>), String> {
+        let process = sealed.config.upstreams.get(&args.name).and_then(|upstream| upstream.process.clone());
+        let process = process.ok_or("its upstream has no program in its configuration")?;
+        let fingerprint = process.fingerprint(&args.name);
+        let is_ours = |row: &HostRow| row.fingerprint() == fingerprint && row.epoch() == args.child.epoch;
+        let host = board.hosts().find_map(|(host, row)| is_ours(row).then_some(host));
+        let host = host.ok_or("the board has no row for it")?;
+        let folder = state_dir_from_env().ok_or("no state folder in the environment")?.join(FOLDER);
+        let redactor = Arc::new(Redactor::new(sealed.secrets.values().map(String::as_str)));
+        let is_kept = !matches!(process.mode, evergate_core::config::process::Mode::Command(_));
+        let place = ear::Place { board: board.clone(), host, child: args.child, name: args.name.clone(), is_kept };
+        let ear = Ear::start(&folder, place, Arc::clone(&redactor));
+        let ear = Arc::new(ear.map_err(|error| format!("cannot write in {}: {error}", folder.display()))?);
+        let mark = inherit::host_mark(board.run_id(), args.child.epoch);
+        let programs = Programs::new(OsStr::new(&mark), ear.clone());
+        let programs = programs.map_err(|error| format!("cannot look after programs: {error}"))?;
+        let (name, report) = (args.name.as_str(), ear.clone());
+        let folders = Folders::make(folder.join(name), &process, fingerprint)?;
+        let parts = Parts { name, process: &process, sealed, folders: &folders, programs: &programs, report };
+        let model = Arc::new(Model::new(parts)?);
+        let limits = service::Limits {
+            body_bytes_max: usize::try_from(sealed.config.limits.body_bytes).unwrap_or(usize::MAX),
+            json: json::Limits { depth: sealed.config.limits.json_depth, choices: sealed.config.limits.choices },
+        };
+        let (shutdown, child, kicker) = (sealed.config.shutdown.clone(), args.child, Arc::new(kick));
+        let host =
+            Self { board, child, host, process, shutdown, limits, ear, programs, redactor, kicker, _folders: folders };
+        Ok((host, model))
+    }
+
+    /// Waits for the program, serves it until the host is to go or the program cannot be kept up, and finishes what there
+    /// is.
+    async fn serve(
+        &self,
+        model: &Arc<Model>,
+        (listener, queue): (UnixListener, OwnedFd),
+        orders: &mut Orders,
+    ) -> Lived {
+        let begun = tokio::select! {
+            // Both are cancel-safe, here and below.
+            begun = model.ready() => begun,
+            order = orders.first() => return Lived { is_hasty: order == Order::Cut, failure: None },
+        };
+        if let Err(cause) = begun {
+            return Lived { is_hasty: false, failure: Some(cause) };
+        }
+        let (stage, heard) = watch::channel(Stage::Serving);
+        let mut served = pin!(service::serve(listener, Arc::clone(model), self.limits, heard));
+        self.ready();
+        let mut lived = Lived::default();
+        tokio::select! {
+            order = orders.first() => lived.is_hasty = order == Order::Cut,
+            cause = model.failed() => lived.failure = Some(cause),
+            // It does not end before it is told to.
+            _ = &mut served => {}
+        }
+        self.enter(Phase::Draining);
+        stage.send_replace(if lived.is_hasty { Stage::Cutting } else { Stage::Draining });
+        let is_over = tokio::select! {
+            _ = &mut served => true,
+            () = tokio::time::sleep(self.shutdown.drain) => false,
+            () = orders.cut() => { lived.is_hasty = true; false },
+        };
+        if !is_over {
+            self.enter(Phase::Cancelling);
+            stage.send_replace(Stage::Cutting);
+            // Who is cut off here hears it from the worker.
+            let _ = tokio::time::timeout(self.shutdown.cancel, &mut served).await;
+        }
+        // Whoever connected before the row said that this one goes waits in the socket for the next.
+        if has_queue(&queue)
+            && let Some(row) = self.row()
+        {
+            row.set_is_wanted(true);
+        }
+        lived
+    }
+
+    /// Ends every program, within the time that the master gives; says how many are left.
+    async fn end(&self, model: &Model, orders: &mut Orders, is_hasty: bool) -> usize {
+        self.enter(Phase::Cleaning);
+        let (now, end_time) = (Instant::now(), self.process.end_time());
+        if is_hasty {
+            // They hear that nothing more comes; TERM tells the rest.
+            model.stop(now).await;
+        } else {
+            tokio::select! {
+                () = model.stop(now + end_time + self.shutdown.cleanup) => {}
+                () = orders.cut() => {}
+            }
+        }
+        let until = (now + end_time).max(Instant::now() + self.process.grace) + self.shutdown.cleanup;
+        self.programs.end_all(until).await
+    }
+
+    /// Tells clients and operators why it cannot serve.
+    fn tell(&self, cause: &Cause) -> String {
+        let place = Fault::ALL.iter().position(|fault| *fault == cause.fault);
+        let number = place.and_then(|place| u32::try_from(place + 1).ok()).unwrap_or(0);
+        if let Some(row) = self.row() {
+            row.tell(number, &cause.message);
+        }
+        // Of a traceback the last line says most.
+        let words = self.redactor.redact(&cause.detail);
+        match words.lines().rev().find(|line| !line.trim().is_empty()) {
+            Some(last) => format!("{}: {}", cause.message, last.trim()),
+            None => cause.message.clone(),
+        }
+    }
+
+    fn row(&self) -> Option<&HostRow> {
+        self.board.host(self.host)
+    }
+
+    fn enter(&self, phase: Phase) {
+        if let Some(child) = self.board.child(self.child.row) {
             child.set_phase(phase);
         }
-    };
-    enter(Phase::Draining);
-    stage.send_replace(if is_hasty { Stage::Cutting } else { Stage::Draining });
-    let cut = tokio::select! {
-        cut = &mut served => Some(cut),
-        () = tokio::time::sleep(shutdown.drain) => None,
-        _ = quit.recv() => None,
-    };
-    if cut.is_none() {
-        enter(Phase::Cancelling);
-        stage.send_replace(Stage::Cutting);
-        // Who is cut off here hears it from the worker.
-        let _ = tokio::time::timeout(shutdown.cancel, &mut served).await;
     }
-    enter(Phase::Cleaning);
-    let left = end(&programs, &process, &shutdown).await;
-    // Whoever connected before the row said that this one goes waits in the socket for the next.
-    if has_queue(&queue)
-        && let Some(row) = board.host(host)
-    {
-        row.set_is_wanted(true);
-    }
-    ear.close(shutdown.cleanup).await;
-    if left > 0 {
-        let note = format!("{left} of its programs could not be ended in time");
-        eprintln!("evergate host {}: {note}", args.name);
-        if let Some(child) = board.child(row) {
-            child.set_note(&note);
+
+    fn ready(&self) {
+        if let Some(child) = self.board.child(self.child.row) {
+            child.set_beat_ns(monotonic_ns());
+            child.set_rss_kib(rss_kib());
+            child.set_ready_ns(monotonic_ns());
+            child.set_phase(Phase::Ready);
         }
-        return Ok(code::FORCED);
+        self.ear.ready();
+        if let Some(row) = self.row() {
+            row.set_ready_epoch(self.child.epoch);
+        }
+        kick(&*self.kicker);
     }
-    Ok(code::OK)
-}
 
-/// Ends every program, within the time that the master gives.
-async fn end(programs: &Programs, process: &Process, shutdown: &Shutdown) -> usize {
-    programs.end_all(Instant::now() + process.grace + shutdown.cleanup).await
-}
-
-fn ready(board: &Board, row: u32, host: u32, epoch: u32) {
-    if let Some(child) = board.child(row) {
-        child.set_beat_ns(monotonic_ns());
-        child.set_rss_kib(rss_kib());
-        child.set_ready_ns(monotonic_ns());
-        child.set_phase(Phase::Ready);
-    }
-    if let Some(host) = board.host(host) {
-        host.set_ready_epoch(epoch);
+    fn beat(&self) -> Beat {
+        let idle_stop =
+            (!self.process.preload && !self.process.idle_stop.is_zero()).then(|| self.process.idle_stop.max(STAY));
+        let (board, ear, kicker) = (self.board.clone(), Arc::clone(&self.ear), Arc::clone(&self.kicker));
+        Beat { board, row: self.child.row, ear, kicker, idle_stop }
     }
 }
 
@@ -198,99 +328,31 @@ fn has_queue(listener: impl AsFd) -> bool {
     matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
 }
 
-/// How the program is started, from its section.
-fn plan(process: &Process, name: &str, sealed: &Sealed, folder: &Path) -> Result<Plan, String> {
-    let dir = match &process.dir {
-        Some(dir) => PathBuf::from(dir),
-        None => {
-            let dir = folder.join(name);
-            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-            made.map_err(|error| format!("cannot make the working folder {}: {error}", dir.display()))?;
-            dir
-        }
-    };
-    let landlock = match &process.sandbox {
-        None => None,
-        Some(sandbox) => landlock(sandbox, &dir).map_err(|error| format!("cannot make the sandbox: {error}"))?,
-    };
-    Ok(Plan {
-        argv: process.argv.iter().map(OsString::from).collect(),
-        env: env(process, sealed)?,
-        dir: Some(dir),
-        limits: limits(&process.limits),
-        ids: process.user.map(|ids| (ids.uid, ids.gid)),
-        landlock: landlock.map(Arc::new),
-        grace: process.grace,
-    })
+/// Shows that the loop turns, and that nobody has needed the program for long.
+#[derive(Clone)]
+struct Beat {
+    board: Board,
+    row: u32,
+    ear: Arc<Ear>,
+    kicker: Arc<OwnedFd>,
+    idle_stop: Option<Duration>,
 }
 
-fn env(process: &Process, sealed: &Sealed) -> Result<Vec<(OsString, OsString)>, String> {
-    let passed = PASSED.iter().copied().chain(process.pass_env.iter().map(String::as_str));
-    let mut env: Vec<(OsString, OsString)> = Vec::new();
-    let mut set = |name: &str, value: &str| {
-        env.retain(|(known, _)| known != name);
-        env.push((name.into(), value.into()));
-    };
-    for name in passed {
-        if let Some(value) = sealed.variables.get(name) {
-            set(name, value);
-        }
-    }
-    for (name, value) in &process.env {
-        match value {
-            EnvValue::Text(text) => set(name, text),
-            EnvValue::Secret(reference) => {
-                let secret = sealed.secret(reference);
-                set(name, secret.ok_or_else(|| format!("the secret {reference} was not handed over"))?);
+impl Beat {
+    async fn run(self) {
+        for count in 0_u32.. {
+            let before = Instant::now();
+            tokio::time::sleep(BEAT).await;
+            let Some(child) = self.board.child(self.row) else { return };
+            let lag = before.elapsed().saturating_sub(BEAT).as_micros();
+            child.set_loop_lag_us(u32::try_from(lag).unwrap_or(u32::MAX));
+            child.set_beat_ns(monotonic_ns());
+            if count.is_multiple_of(BEATS_PER_RSS) {
+                child.set_rss_kib(rss_kib());
             }
-        }
-    }
-    Ok(env)
-}
-
-fn limits(limits: &ProcessLimits) -> Vec<(Limit, u64)> {
-    let all = [
-        (Limit::Memory, limits.memory),
-        (Limit::OpenFiles, limits.open_files.map(u64::from)),
-        (Limit::Processes, limits.processes.map(u64::from)),
-        (Limit::Cpu, limits.cpu_s.map(u64::from)),
-        (Limit::FileSize, limits.file_size),
-    ];
-    all.into_iter().filter_map(|(limit, value)| Some((limit, value?))).collect()
-}
-
-/// What a confined program needs of the system besides its own paths.
-const SYSTEM: [&str; 9] =
-    ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/dev/urandom", "/dev/zero", "/proc/self"];
-
-fn landlock(sandbox: &evergate_core::config::process::Sandbox, dir: &Path) -> io::Result<Option<Landlock>> {
-    let Some(rules) = Landlock::new()? else {
-        eprintln!("evergate host: this kernel has no Landlock: the sandbox confines nothing");
-        return Ok(None);
-    };
-    for path in SYSTEM.iter().map(Path::new).filter(|path| path.exists()) {
-        rules.read(path)?;
-    }
-    for path in sandbox.read.iter().map(Path::new) {
-        rules.read(path)?;
-    }
-    for path in sandbox.write.iter().map(Path::new).chain([dir, Path::new("/dev/null")]) {
-        rules.write(path)?;
-    }
-    Ok(Some(rules))
-}
-
-/// Shows that the loop turns.
-async fn beat(board: Board, row: u32) {
-    for count in 0_u32.. {
-        let before = Instant::now();
-        tokio::time::sleep(BEAT).await;
-        let Some(child) = board.child(row) else { return };
-        let lag = before.elapsed().saturating_sub(BEAT).as_micros();
-        child.set_loop_lag_us(u32::try_from(lag).unwrap_or(u32::MAX));
-        child.set_beat_ns(monotonic_ns());
-        if count.is_multiple_of(BEATS_PER_RSS) {
-            child.set_rss_kib(rss_kib());
+            if self.idle_stop.is_some_and(|after| self.ear.offer_to_go(after)) {
+                kick(&*self.kicker);
+            }
         }
     }
 }

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::support::{CHAT, EXE, LIMIT, is_full, send, wait_ready};
 
-const HEAD: &str =
+/// What every configuration here begins with.
+pub const HEAD: &str =
     "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[workers]\nmin = 2\nmax = 2\n";
 /// A program that shouts.
 pub const TR: &str = r#"process = { mode = "command", argv = ["tr", "a-z", "A-Z"], in_flight_max = 32, queue = 600 }"#;
@@ -49,22 +50,26 @@ pub fn said(response: &Response) -> String {
 }
 
 /// Status and code of an answer that is an error.
-fn code(response: &Response) -> (u16, String) {
+pub fn code(response: &Response) -> (u16, String) {
     (response.status, response.json()["error"]["code"].as_str().unwrap_or_default().to_owned())
 }
 
-fn hosts(gateway: &Evergate) -> Vec<i32> {
+pub fn hosts(gateway: &Evergate) -> Vec<i32> {
     gateway.children().into_iter().filter(|child| child.kind == "host").map(|child| child.pid).collect()
 }
 
 /// Processes that carry a mark of this run's hosts.
-fn marked(gateway: &Evergate) -> BTreeSet<i32> {
-    let run = std::fs::read_to_string(gateway.state_dir().join("run.json")).unwrap();
-    let run = run.split("\"run_id\":\"").nth(1).unwrap()[..16].to_owned();
-    marked_of(&run)
+pub fn marked(gateway: &Evergate) -> BTreeSet<i32> {
+    marked_of(&run_id(gateway))
 }
 
-fn marked_of(run: &str) -> BTreeSet<i32> {
+/// The run's number, which its programs' marks begin with.
+pub fn run_id(gateway: &Evergate) -> String {
+    let run = std::fs::read_to_string(gateway.state_dir().join("run.json")).unwrap();
+    run.split("\"run_id\":\"").nth(1).unwrap()[..16].to_owned()
+}
+
+pub fn marked_of(run: &str) -> BTreeSet<i32> {
     let mark = format!("EVERGATE_HOST={run}.");
     let pids = std::fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -75,7 +80,7 @@ fn marked_of(run: &str) -> BTreeSet<i32> {
     pids.filter(is_marked).collect()
 }
 
-fn programs_ends(gateway: &Evergate) -> Vec<Value> {
+pub fn programs_ends(gateway: &Evergate) -> Vec<Value> {
     let folder = gateway.state_dir().join("models");
     let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let files = files.filter(|path: &PathBuf| path.to_string_lossy().ends_with(".exits.jsonl"));
@@ -230,8 +235,7 @@ fn a_stop_leaves_nothing_behind_and_ends_hosts_after_workers() {
     let _ = ask(&gateway, "stray/x", "hello", false);
     let asker = asking(&gateway, "wait/x", "hello");
     wait_until("a program", LIMIT, || !marked(&gateway).is_empty());
-    let run = std::fs::read_to_string(gateway.state_dir().join("run.json")).unwrap();
-    let run = run.split("\"run_id\":\"").nth(1).unwrap()[..16].to_owned();
+    let run = run_id(&gateway);
     let sockets = gateway.state_dir().join("hosts");
     assert_eq!(std::fs::read_dir(&sockets).unwrap().count(), 2);
     send(gateway.pid(), Signal::TERM);

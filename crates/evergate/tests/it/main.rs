@@ -30,6 +30,7 @@ mod headers;
 mod healing;
 mod hostile;
 mod hosts;
+mod hosts_kept;
 mod http2;
 mod limits;
 mod limits_named;

@@ -208,6 +208,11 @@ impl Programs {
         }
     }
 
+    /// Who hears of them.
+    pub(crate) fn report(&self) -> &dyn Report {
+        &*self.0.report
+    }
+
     fn room(&self) -> MutexGuard<'_, Room> {
         self.0.room.lock().unwrap_or_else(PoisonError::into_inner)
     }

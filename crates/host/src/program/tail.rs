@@ -112,6 +112,7 @@ mod tests {
     impl Report for Heard {
         fn started(&self, _: Pid) {}
         fn failed(&self, _: &Failed) {}
+        fn listens(&self, _: Option<&str>) {}
         fn load(&self, _: u32, _: u32) {}
         fn ended(&self, _: &Ended) {}
         fn line(&self, line: Line<'_>) {

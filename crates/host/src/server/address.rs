@@ -1,12 +1,14 @@
 //! Where a program listens, and how it is told.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
+use evergate_core::inherit::PROGRAM_SOCKET;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -25,6 +27,15 @@ pub(crate) type Stream = Pin<Box<dyn Io>>;
 pub(crate) trait Io: AsyncRead + AsyncWrite + Send {}
 impl<T: AsyncRead + AsyncWrite + Send> Io for T {}
 
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => write!(f, "{}:{port}", Ipv4Addr::LOCALHOST),
+            None => write!(f, "{}", self.socket.display()),
+        }
+    }
+}
+
 impl Address {
     /// For a program that is told of it by `templates`. A port is one that is free now; somebody may take it before the
     /// program does, which is found out before anything is said there.
@@ -33,7 +44,7 @@ impl Address {
     /// No port is free, or what an earlier program left at the path cannot be removed.
     pub(crate) fn reserve<'a>(folder: &Path, mut templates: impl Iterator<Item = &'a OsStr>) -> io::Result<Self> {
         let has_port = templates.any(|template| memchr::memmem::find(template.as_bytes(), b"{port}").is_some());
-        let socket = folder.join("program.sock");
+        let socket = folder.join(PROGRAM_SOCKET);
         let port = if has_port {
             Some(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
         } else {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use evergate_core::Fault;
 use evergate_core::config::process::Server as Config;
+use evergate_core::{Error, Fault};
 use evergate_sys::Status;
 use http::header::{CONNECTION, HOST};
 use http::{Request, StatusCode};
@@ -20,8 +20,9 @@ use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use super::address::Address;
 use super::exchange::Exchange;
 use super::running::{Fate, Running};
-use super::state::{Cause, Phase, State};
+use super::state::{Phase, State};
 use crate::ask::exited;
+use crate::cause::Cause;
 use crate::command::not_started;
 use crate::program::{Plan, Program, Programs, Wiring};
 
@@ -32,8 +33,6 @@ const LOOK_MAX: Duration = Duration::from_millis(500);
 const PORTS: usize = 4;
 /// Looks in a row that fail before a program is given up (G23).
 const LOOKS: u32 = 2;
-/// Of a program's last words, what goes with a cause.
-const WORDS_BYTES: usize = 1 << 10;
 
 /// Sees to one program.
 pub(super) struct Keeper {
@@ -111,11 +110,10 @@ impl Keeper {
     fn failed(&self, lost: Lost) {
         let cause = match lost {
             Lost::Cause(cause) => cause,
-            _ => Cause {
-                fault: Fault::AdapterSpawnFailed,
-                message: "the program of this model finds its port taken by another each time".to_owned(),
-                detail: String::new(),
-            },
+            _ => {
+                let message = "the program of this model finds its port taken by another each time";
+                Cause::new(&Error::new(Fault::AdapterSpawnFailed, message), b"")
+            }
         };
         let mut next = Instant::now();
         self.state.send_modify(|state| next = state.count_failure(Instant::now(), Duration::ZERO));
@@ -137,7 +135,8 @@ impl Keeper {
     async fn start_once(&self, end: Instant) -> Result<(Program, Running), Lost> {
         let given = self.plan.argv.iter().chain(self.plan.env.iter().map(|(_, value)| value)).map(AsRef::as_ref);
         let address = Address::reserve(&self.folder, given).map_err(|error| {
-            cause(Fault::AdapterSpawnFailed, "the program of this model has no address to listen at", error.to_string())
+            let message = "the program of this model has no address to listen at";
+            lost(&Error::new(Fault::AdapterSpawnFailed, message).detail(error))
         })?;
         let plan = self.plan_at(&address, self.plan.argv.clone(), None);
         let started = tokio::select! {
@@ -145,10 +144,7 @@ impl Keeper {
             started = self.programs.start(&plan, Wiring::default(), end) => started,
             () = self.stopped() => return Err(Lost::Stopped),
         };
-        let mut program = started.map_err(|error| {
-            let error = not_started(&error);
-            cause(error.fault, &error.message, error.detail.unwrap_or_default())
-        })?;
+        let mut program = started.map_err(|error| lost(&not_started(&error)))?;
         let running = Running::new(program.number(), program.pid(), address);
         let outcome = tokio::select! {
             // None of them keeps anything that is missed.
@@ -159,13 +155,9 @@ impl Keeper {
         let Err(lost) = outcome else { return Ok((program, running)) };
         // Before another is started there must be nothing left of this one.
         program.end();
-        let ended = program.ended().await;
+        let tail = program.ended().await.map(|ended| ended.tail).unwrap_or_default();
         Err(match lost {
-            Lost::Cause(cause) => {
-                let words = ended.map(|ended| ended.tail).unwrap_or_default();
-                let words = words.get(words.len().saturating_sub(WORDS_BYTES)..).unwrap_or_default();
-                Lost::Cause(Cause { detail: String::from_utf8_lossy(words).into_owned(), ..cause })
-            }
+            Lost::Cause(cause) => Lost::Cause(Cause::new(&cause.error(), &tail)),
             lost => lost,
         })
     }
@@ -195,7 +187,7 @@ impl Keeper {
             "the program of this model was not ready within {} ms (process.start_timeout)",
             self.start_timeout.as_millis()
         );
-        Err(cause(Fault::ModelLoading, &message, String::new()))
+        Err(lost(&Error::new(Fault::ModelLoading, message)))
     }
 
     /// It has exited before it served. With a stranger at its port that is no wonder.
@@ -205,7 +197,7 @@ impl Keeper {
         }
         let message =
             status.map_or_else(|| "the program of this model was lost".into(), |status| exited(status).message);
-        cause(Fault::AdapterExited, &format!("{message}, before it was ready"), String::new())
+        lost(&Error::new(Fault::AdapterExited, format!("{message}, before it was ready")))
     }
 
     /// Looks once at its health.
@@ -226,6 +218,8 @@ impl Keeper {
     /// Looks after a program that serves, and sees it to its end.
     async fn serve(&self, mut program: Program, running: &Running) {
         let since = Instant::now();
+        let report = self.programs.report();
+        report.listens(Some(&running.address().to_string()));
         self.enter(Phase::Ready(running.clone()));
         let end = tokio::select! {
             // None of them keeps anything that is missed.
@@ -235,6 +229,7 @@ impl Keeper {
         };
         // New requests must not be sent there, and those under way must hear the truth.
         self.enter(Phase::Ending);
+        report.listens(None);
         match end {
             End::Exited(status) => running.decide(Fate::Exited(status)),
             End::Wedged => {
@@ -312,8 +307,8 @@ enum Look {
     Stranger,
 }
 
-fn cause(fault: Fault, message: &str, detail: String) -> Lost {
-    Lost::Cause(Cause { fault, message: message.to_owned(), detail })
+fn lost(error: &Error) -> Lost {
+    Lost::Cause(Cause::new(error, b""))
 }
 
 async fn until(moment: Option<Instant>) {

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::time::timeout_at;
 
 use super::running::Running;
+use crate::cause::Cause;
 
 /// After an end that nobody ordered, and doubled with each one more (G21).
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -34,23 +35,6 @@ pub(super) enum Phase {
     Failed(Cause, Instant),
     /// The host ends.
     Stopped,
-}
-
-/// Why there is no program.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cause {
-    /// Its row in the table.
-    pub fault: Fault,
-    /// For clients.
-    pub message: String,
-    /// For records: the program's last words, which may hold anything.
-    pub detail: String,
-}
-
-impl Cause {
-    pub(super) fn error(&self) -> Error {
-        Error::new(self.fault, self.message.clone()).detail(&self.detail)
-    }
 }
 
 /// How far a program is, for others.

@@ -11,6 +11,7 @@ use tokio::time::{sleep_until, timeout_at};
 
 use super::process::{self, Order};
 use super::rule::{Action, Number, Rule, Ticket};
+use crate::cause::Cause;
 use crate::program::{Plan, Programs};
 use crate::report::Report;
 use crate::tasks;
@@ -35,8 +36,8 @@ pub(crate) struct Shared {
     pub(crate) state: Mutex<State>,
     /// Something may be due at another time than was thought.
     pub(crate) wake: Notify,
-    /// The last process is gone.
-    pub(crate) empty: Notify,
+    /// Something has changed, for whoever waits for a state of the whole.
+    pub(crate) changed: Notify,
 }
 
 /// What changes.
@@ -45,7 +46,7 @@ pub(crate) struct State {
     pub(crate) waiting: BTreeMap<Ticket, oneshot::Sender<Given>>,
     pub(crate) processes: BTreeMap<Number, mpsc::Sender<Order>>,
     /// Why the last start failed.
-    pub(crate) failure: Option<(Fault, String)>,
+    pub(crate) failure: Option<Cause>,
 }
 
 /// A place with a process, until it is dropped.
@@ -123,8 +124,8 @@ impl Shared {
     }
 
     /// A start came to nothing.
-    pub(crate) fn failed(self: &Arc<Self>, number: Number, error: &Error) {
-        self.state().failure = Some((error.fault, error.message.to_string()));
+    pub(crate) fn failed(self: &Arc<Self>, number: Number, cause: Cause) {
+        self.state().failure = Some(cause);
         self.tell(|rule| rule.failed(number, Instant::now()));
     }
 
@@ -134,9 +135,9 @@ impl Shared {
     }
 
     /// A process is on its way out, and why.
-    pub(crate) fn ending(self: &Arc<Self>, number: Number, error: Option<&Error>) {
-        if let Some(error) = error {
-            self.state().failure = Some((error.fault, error.message.to_string()));
+    pub(crate) fn ending(self: &Arc<Self>, number: Number, cause: Option<Cause>) {
+        if cause.is_some() {
+            self.state().failure = cause;
         }
         self.tell(|rule| rule.ending(number, Instant::now()));
     }
@@ -145,8 +146,17 @@ impl Shared {
     pub(crate) fn gone(self: &Arc<Self>, number: Number) {
         self.state().processes.remove(&number);
         self.tell(|rule| rule.gone(number));
-        if self.state().rule.is_empty() {
-            self.empty.notify_waiters();
+    }
+
+    /// Waits until the state of the whole gives something. Cancel-safe.
+    pub(crate) async fn until<T>(&self, look: impl Fn(&State) -> Option<T>) -> T {
+        loop {
+            // Made before the look, it hears of what comes after it.
+            let changed = self.changed.notified();
+            if let Some(found) = look(&self.state()) {
+                return found;
+            }
+            changed.await;
         }
     }
 
@@ -165,6 +175,7 @@ impl Shared {
             drop(to.send(answer));
         }
         self.wake.notify_one();
+        self.changed.notify_waiters();
     }
 
     fn act(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Given>, Given)> {
@@ -205,7 +216,7 @@ fn refusal(state: &State) -> Error {
         return Error::new(Fault::ServerShuttingDown, "this model is being stopped");
     }
     match &state.failure {
-        Some((fault, message)) => Error::new(*fault, message.clone()),
+        Some(cause) => cause.error(),
         None => Error::new(Fault::ModelLoading, "this model has no process"),
     }
 }

@@ -13,6 +13,7 @@ use super::rule::Number;
 use super::said::{self, Last, Piece, Said};
 use super::serving::Serving;
 use crate::ask::{Ask, Refusal};
+use crate::cause::Cause;
 use crate::program::{LINGER, Output, Program, Wiring};
 use crate::{command, tell};
 
@@ -70,7 +71,7 @@ pub(crate) async fn live(shared: Arc<Shared>, number: Number, mut orders: mpsc::
     let over = serving.run(output, decoder, &mut orders).await;
     let error = over.error(&mut program).await;
     // First nobody else is sent here, then those who were are sent elsewhere.
-    shared.ending(number, error.as_ref());
+    shared.ending(number, error.as_ref().map(|error| Cause::new(error, &program.tail())));
     orders.close();
     serving.finish(&error.unwrap_or_else(|| said::broken("is being ended")));
     while let Ok(order) = orders.try_recv() {
@@ -120,7 +121,7 @@ async fn start(shared: &Arc<Shared>, number: Number, orders: &mut mpsc::Receiver
     let mut program = match shared.programs.start(&shared.plan, wiring, until).await {
         Ok(program) => program,
         Err(error) => {
-            shared.failed(number, &command::not_started(&error));
+            shared.failed(number, Cause::new(&command::not_started(&error), b""));
             return None;
         }
     };
@@ -135,7 +136,11 @@ async fn start(shared: &Arc<Shared>, number: Number, orders: &mut mpsc::Receiver
     match ready {
         Ok((output, in_flight)) => Some((program, output, decoder, in_flight)),
         Err(error) => {
-            shared.failed(number, &error);
+            if program.exit_status().is_some() {
+                // Until then its last words may be on their way.
+                program.ended().await;
+            }
+            shared.failed(number, Cause::new(&error, &program.tail()));
             program.end();
             program.ended().await;
             None
@@ -165,7 +170,7 @@ async fn ready(
             () = sleep_until(until.into()) => {
                 let ms = limit.as_millis();
                 let message = format!("the program of this model was not ready within {ms} ms (process.start_timeout)");
-                return Err(Error::new(Fault::AdapterTimeout, message));
+                return Err(Error::new(Fault::ModelLoading, message));
             }
         };
         match chunk {

@@ -204,6 +204,11 @@ impl Rule {
         self.failures > 0 && now < self.not_before
     }
 
+    /// Whether nobody serves or is about to, because others have failed.
+    pub(crate) fn is_hopeless(&self, now: Instant) -> bool {
+        self.is_backing_off(now) && self.count(|process| matches!(process.stage, Stage::Starting | Stage::Ready)) == 0
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.processes.is_empty()
     }
@@ -313,8 +318,7 @@ impl Rule {
 
     /// Who waits for nothing is told so at once, so that another target may be asked.
     fn refuse(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        let is_hopeful = self.count(|process| matches!(process.stage, Stage::Starting | Stage::Ready)) > 0;
-        if self.is_stopping || (self.is_backing_off(now) && !is_hopeful) {
+        if self.is_stopping || self.is_hopeless(now) {
             actions.extend(self.line.drain(..).map(Action::Refuse));
         }
     }

@@ -66,7 +66,7 @@ fn g26_an_environment_is_what_the_section_says_and_the_usual_few() {
             ("TOKEN".into(), EnvValue::Secret(SecretRef::Env("MODEL_KEY".into()))),
         ]);
         section.limits.open_files = Some(99);
-        let around = Surroundings { variable: &variable, secret: &secret, folder: folder.path() };
+        let around = Surroundings { variable: &variable, secret: &secret, folder: folder.path(), socket_folder: None };
         let prepared = prepare(&section, around).unwrap();
         assert_eq!(prepared.level, Level::Open);
         let (output, _) = house.whole(&prepared.plan).await;
@@ -108,7 +108,7 @@ fn a_sandbox_is_the_system_its_folder_and_what_is_named() {
         let mut section = section(&["sh", "-c", &script]);
         let read = vec![named.path().to_str().unwrap().to_owned()];
         section.sandbox = Some(Sandbox { read, write: Vec::new() });
-        let around = Surroundings { variable: &variable, secret: &secret, folder: own.path() };
+        let around = Surroundings { variable: &variable, secret: &secret, folder: own.path(), socket_folder: None };
         let prepared = prepare(&section, around).unwrap();
         assert!(matches!(prepared.level, Level::Landlock(1..)), "{}", prepared.level);
         let (output, ended) = house.whole(&prepared.plan).await;

@@ -31,6 +31,7 @@ impl Report for Ear {
     fn failed(&self, failed: &Failed) {
         self.failed.lock().unwrap().push(failed.to_string());
     }
+    fn listens(&self, _: Option<&str>) {}
     fn load(&self, in_flight: u32, waiting: u32) {
         *self.load.lock().unwrap() = (in_flight, waiting);
     }

@@ -32,7 +32,7 @@ fn a_start_that_fails_is_told_and_not_tried_in_a_loop() {
 fn a_program_that_is_never_ready_is_ended_and_those_who_wait_are_told() {
     run(|house| async move {
         for (steps, code, status) in [
-            (&["pid", "hang"][..], "adapter_timeout", 504),
+            (&["pid", "hang"][..], "model_loading", 503),
             (&["pid", "out:hello\n", "hang"], "adapter_protocol_error", 502),
             (&["pid", "out:{\"type\":\"drained\"}\n", "hang"], "adapter_protocol_error", 502),
             (&["pid", "close-out", "hang"], "adapter_protocol_error", 502),

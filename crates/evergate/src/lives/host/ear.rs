@@ -5,13 +5,13 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use evergate_board::Board;
+use evergate_board::{Board, HostRow};
 use evergate_core::redact::Redactor;
 use evergate_host::Report;
 use evergate_host::program::{Ended, Failed, Ladder};
@@ -39,16 +39,37 @@ const LINES: usize = 1024;
 /// Bytes of a program's last words in a record of its end.
 const TAIL_SHOWN: usize = 4096;
 
+/// Whose ear it is.
+pub(crate) struct Place {
+    pub(crate) board: Board,
+    /// Its row among the hosts'.
+    pub(crate) host: u32,
+    pub(crate) child: ChildArgs,
+    pub(crate) name: String,
+    /// Whether its programs live longer than a request.
+    pub(crate) is_kept: bool,
+}
+
 /// Hears it.
 pub(crate) struct Ear {
-    board: Board,
-    host: u32,
-    child: ChildArgs,
-    name: String,
-    redactor: Redactor,
+    place: Place,
+    redactor: Arc<Redactor>,
+    shown: Mutex<Shown>,
     lines: Mutex<Option<SyncSender<Entry>>>,
     dropped: AtomicU64,
     writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the board's words are made of.
+struct Shown {
+    /// Programs that live, the oldest first.
+    pids: Vec<Pid>,
+    /// Those that have ended and have no successor yet.
+    vacant: u64,
+    restarts: u64,
+    is_busy: bool,
+    /// Since when it is not.
+    idle_since: Instant,
 }
 
 enum Entry {
@@ -58,19 +79,45 @@ enum Entry {
 
 impl Ear {
     /// Opens the files, and begins to write.
-    pub(crate) fn start(
-        folder: &Path,
-        name: &str,
-        (board, host, child): (Board, u32, ChildArgs),
-        redactor: Redactor,
-    ) -> io::Result<Self> {
+    pub(crate) fn start(folder: &Path, place: Place, redactor: Arc<Redactor>) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-        let open = |suffix| Output::open(folder.join(format!("{name}{suffix}")));
+        let open = |suffix| Output::open(folder.join(format!("{}{suffix}", place.name)));
         let (log, exits) = (open(LOG_SUFFIX)?, open(EXITS_SUFFIX)?);
         let (lines, from) = sync_channel(LINES);
         let writer = std::thread::Builder::new().name("models".into()).spawn(move || write(&from, log, exits))?;
         let (lines, writer) = (Mutex::new(Some(lines)), Mutex::new(Some(writer)));
-        Ok(Self { board, host, child, name: name.to_owned(), redactor, lines, dropped: AtomicU64::new(0), writer })
+        let shown = Shown { pids: Vec::new(), vacant: 0, restarts: 0, is_busy: false, idle_since: Instant::now() };
+        Ok(Self { place, redactor, shown: Mutex::new(shown), lines, dropped: AtomicU64::new(0), writer })
+    }
+
+    /// Its programs can be used: from now on it can be idle.
+    pub(crate) fn ready(&self) {
+        lock(&self.shown).idle_since = Instant::now();
+    }
+
+    /// Says on the board that it may go, if nobody has needed it for so long. A request that comes takes that back.
+    pub(crate) fn offer_to_go(&self, after: Duration) -> bool {
+        let Some(row) = self.row() else { return false };
+        let shown = lock(&self.shown);
+        let is_ready = row.ready_epoch() == self.place.child.epoch;
+        let may_go = is_ready && !shown.is_busy && shown.idle_since.elapsed() >= after;
+        if may_go {
+            row.set_idle_epoch(self.place.child.epoch);
+        }
+        may_go
+    }
+
+    fn row(&self) -> Option<&HostRow> {
+        self.place.board.host(self.place.host)
+    }
+
+    fn show(&self, change: impl FnOnce(&mut Shown)) {
+        let mut shown = lock(&self.shown);
+        change(&mut shown);
+        if let Some(row) = self.row() {
+            row.set_pid(shown.pids.first().map_or(0, |pid| pid.as_raw_nonzero().get()));
+            row.set_restarts(shown.restarts);
+        }
     }
 
     /// Waits until everything is written, so long at most.
@@ -90,8 +137,8 @@ impl Ear {
 
     /// Counts on the host's own row of the board.
     fn count(&self, metric: u8, end: Option<ProgramEnd>) {
-        if let Some(series) = self.board.series(self.child.row) {
-            let label = self.board.label(&self.name);
+        if let Some(series) = self.place.board.series(self.place.child.row) {
+            let label = self.place.board.label(&self.place.name);
             series.add(names::key(metric, label, end.map_or(0, |end| end as u16), 0), 1);
         }
     }
@@ -111,16 +158,20 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Report for Ear {
     fn started(&self, program: Pid) {
         self.count(names::PROGRAM_STARTS, None);
-        if let Some(row) = self.board.host(self.host) {
-            row.set_pid(program.as_raw_nonzero().get());
-        }
+        self.show(|shown| {
+            shown.pids.push(program);
+            if self.place.is_kept && shown.vacant > 0 {
+                shown.vacant -= 1;
+                shown.restarts += 1;
+            }
+        });
     }
 
     fn failed(&self, failed: &Failed) {
         self.count(names::PROGRAM_EXITS, Some(ProgramEnd::Boot));
         let record = json!({
-            "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": null, "slot": 0,
-            "epoch": self.child.epoch, "generation": self.child.generation, "code": null, "signal": null,
+            "at_ms": unix_ms(), "kind": "program", "upstream": self.place.name, "pid": null, "slot": 0,
+            "epoch": self.place.child.epoch, "generation": self.place.child.generation, "code": null, "signal": null,
             "core": false, "initiator": ProgramEnd::Boot.name(), "note": self.redactor.redact(&failed.to_string()),
         });
         self.send(Entry::Exit(format!("{record}\n")));
@@ -129,6 +180,10 @@ impl Report for Ear {
     fn ended(&self, ended: &Ended) {
         let end = end(ended);
         self.count(names::PROGRAM_EXITS, Some(end));
+        self.show(|shown| {
+            shown.pids.retain(|pid| *pid != ended.pid);
+            shown.vacant += 1;
+        });
         // That one which ended as it should is no news.
         if ended.exit.status == Status::Code(0) && ended.strays == 0 && ended.left == 0 {
             return;
@@ -148,8 +203,9 @@ impl Report for Ear {
         let tail = start.and_then(|start| tail.get(start..)).unwrap_or_default();
         let last = tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         let record = json!({
-            "at_ms": unix_ms(), "kind": "program", "upstream": self.name, "pid": ended.pid.as_raw_nonzero().get(),
-            "slot": 0, "epoch": self.child.epoch, "generation": self.child.generation, "code": code, "signal": signal,
+            "at_ms": unix_ms(), "kind": "program", "upstream": self.place.name,
+            "pid": ended.pid.as_raw_nonzero().get(), "slot": 0, "epoch": self.place.child.epoch,
+            "generation": self.place.child.generation, "code": code, "signal": signal,
             "core": core, "initiator": end.name(), "sent": sent,
             "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
             "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "request_id": ended.request,
@@ -158,10 +214,24 @@ impl Report for Ear {
         self.send(Entry::Exit(format!("{record}\n")));
     }
 
+    fn listens(&self, address: Option<&str>) {
+        if let Some(row) = self.row() {
+            row.set_address(address.unwrap_or_default());
+        }
+    }
+
     fn load(&self, in_flight: u32, waiting: u32) {
-        if let Some(row) = self.board.host(self.host) {
-            row.set_in_flight(in_flight);
-            row.set_waiting(waiting);
+        let is_busy = in_flight > 0 || waiting > 0;
+        let mut shown = lock(&self.shown);
+        if is_busy || shown.is_busy {
+            shown.idle_since = Instant::now();
+        }
+        shown.is_busy = is_busy;
+        let Some(row) = self.row() else { return };
+        row.set_in_flight(in_flight);
+        row.set_waiting(waiting);
+        if is_busy {
+            row.set_idle_epoch(0);
         }
     }
 

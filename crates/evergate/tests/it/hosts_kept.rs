@@ -1,0 +1,374 @@
+//! Programs that are kept, through the whole gateway: `mode = "stdio"` and `mode = "server"`.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use evergate_testkit::raw::Response;
+use evergate_testkit::{Evergate, adaptersim, wait_for, wait_until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::hosts::{ask, asking, code, config, gateway, hosts, marked, programs_ends, said};
+use crate::support::{EXE, LIMIT, is_full, send, wait_ready};
+
+/// Both modes, by their names.
+const MODES: [&str; 2] = ["stdio", "server"];
+
+/// A program that serves in a mode, with more keys of its section, and more steps before it does.
+fn section(mode: &str, steps: &[&str], more: &str) -> String {
+    let own = match mode {
+        "stdio" => vec!["model:places=8".to_owned()],
+        _ => ["pid", "serve:127.0.0.1:{port}", "hang"].map(str::to_owned).to_vec(),
+    };
+    let argv: Vec<String> = std::iter::once(adaptersim().display().to_string())
+        .chain(steps.iter().map(|step| (*step).to_owned()))
+        .chain(own)
+        .collect();
+    let mode_keys = match mode {
+        "stdio" => "in_flight_max = 8",
+        _ => "health = \"/v1/models\"",
+    };
+    format!("process = {{ mode = \"{mode}\", argv = {argv:?}, grace = \"1s\", {mode_keys}{more} }}")
+}
+
+/// What the scripted upstream says, and what the stdio model is asked to say.
+const ANSWER: &str = "Hello from the fake upstream";
+
+/// A question whose answer is that.
+fn question(mode: &str) -> (&'static str, &'static str) {
+    match mode {
+        "stdio" => ("tiny/x", "say=Hello ;text=from the fake upstream"),
+        _ => ("tiny/ok", "hi"),
+    }
+}
+
+fn is_answered(response: &Response) -> bool {
+    response.status == 200 && response.json()["choices"][0]["message"]["content"].is_string()
+}
+
+fn models(gateway: &Evergate) -> Vec<Value> {
+    let out = gateway.cli(&["models", "--json"]);
+    assert!(out.status.success(), "{out:?}");
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+fn model(gateway: &Evergate, name: &str) -> Value {
+    models(gateway).into_iter().find(|model| model["model"] == name).unwrap()
+}
+
+fn state(gateway: &Evergate, name: &str) -> String {
+    model(gateway, name)["state"].as_str().unwrap().to_owned()
+}
+
+fn program(gateway: &Evergate, name: &str) -> i32 {
+    wait_for("its program", LIMIT, || i32::try_from(model(gateway, name)["program_pid"].as_i64()?).ok())
+}
+
+#[test]
+fn kept_programs_answer_whole_and_streamed() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ""))]);
+        assert_eq!(hosts(&gateway), Vec::<i32>::new(), "nobody starts it before it is asked for");
+        let (model, text) = question(mode);
+        let first = ask(&gateway, model, text, false);
+        assert_eq!(said(&first), ANSWER, "{mode}");
+        let streamed = ask(&gateway, model, text, true).text();
+        assert!(streamed.contains("Hello") && streamed.contains("[DONE]"), "{mode}: {streamed}");
+        let pid = program(&gateway, "tiny");
+        assert!(marked(&gateway).contains(&pid), "{mode}: {pid} is its program");
+        assert_eq!((hosts(&gateway).len(), state(&gateway, "tiny")), (1, "ready".into()));
+        let address = crate::hosts_kept::model(&gateway, "tiny")["address"].as_str().map(str::to_owned);
+        assert_eq!(address.is_some_and(|address| address.starts_with("127.0.0.1:")), mode == "server");
+    }
+}
+
+#[test]
+fn embeddings_come_from_a_kept_program_as_it_wrote_them() {
+    let gateway = gateway(&[("tiny", &section("stdio", &[], ""))]);
+    let body = json!({ "object": "list", "data": [{ "object": "embedding", "index": 0, "embedding": [0.5, -1.25] }] });
+    let request = json!({ "model": "tiny/x", "input": format!("body={body}") });
+    let mut raw = evergate_testkit::Raw::connect(&gateway.addr());
+    raw.send(&evergate_testkit::raw::post_request("/v1/embeddings", "", &request.to_string()));
+    let response = raw.read_response(LIMIT);
+    assert_eq!((response.status, response.json()), (200, body));
+}
+
+#[test]
+fn l8_many_requests_to_a_cold_kept_program_are_one_start() {
+    let count = if is_full() { 500 } else { 100 };
+    for mode in MODES {
+        // Its start takes a moment, in which all of them come.
+        let gateway = gateway(&[("tiny", &section(mode, &["sleep:300"], ", queue = 600"))]);
+        let (model, text) = question(mode);
+        let askers: Vec<_> = (0..count).map(|_| asking(&gateway, model, text)).collect();
+        for asker in askers {
+            assert_eq!(said(&asker.join().unwrap()), ANSWER);
+        }
+        assert_eq!((hosts(&gateway).len(), marked(&gateway).len()), (1, 1), "{mode}");
+        assert_eq!(programs_ends(&gateway), Vec::<Value>::new());
+    }
+}
+
+#[test]
+fn g20_a_program_that_is_never_ready_is_a_loading_model_for_all_who_wait() {
+    for mode in MODES {
+        let more = ", start_timeout = \"500ms\"";
+        let gateway = gateway(&[("tiny", &section(mode, &["err:still loading\n", "hang"], more))]);
+        let began = Instant::now();
+        let askers: Vec<_> = (0..10).map(|_| asking(&gateway, "tiny/x", "text=hello")).collect();
+        for asker in askers {
+            let response = asker.join().unwrap();
+            assert_eq!(code(&response), (503, "model_loading".into()), "{mode}");
+            assert!(response.text().contains("start_timeout"), "{}", response.text());
+        }
+        assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+        let failed = model(&gateway, "tiny");
+        assert!(failed["cause"].as_str().unwrap().ends_with(": still loading"), "{failed}");
+        wait_until("the end of its program", LIMIT, || marked(&gateway).is_empty());
+    }
+}
+
+#[test]
+fn g21_a_program_that_cannot_start_tells_all_why_and_is_tried_again() {
+    for mode in MODES {
+        let folder = tempfile::tempdir().unwrap();
+        let go = folder.path().join("go");
+        let script = format!("[ -e {} ] || {{ echo no weights >&2; exit 3; }}; exec \"$0\" \"$@\"", go.display());
+        let own = section(mode, &[], "").replacen("argv = [", "argv = [\"sh\", \"-c\", SCRIPT, ", 1);
+        let gateway = gateway(&[("tiny", &own.replacen("SCRIPT", &format!("{script:?}"), 1))]);
+        let (name, text) = question(mode);
+        let askers: Vec<_> = (0..10).map(|_| asking(&gateway, name, text)).collect();
+        for asker in askers {
+            let response = asker.join().unwrap();
+            assert_eq!(code(&response), (502, "adapter_exited".into()), "{mode}");
+            assert!(response.text().contains("exit code 3"), "{}", response.text());
+            assert!(!response.text().contains("weights"), "its words are for the operator");
+        }
+        let failed = model(&gateway, "tiny");
+        assert!(failed["cause"].as_str().unwrap().ends_with(": no weights"), "{failed}");
+        let ends = programs_ends(&gateway);
+        assert!(!ends.is_empty() && ends.len() <= 5, "{ends:?}");
+        assert!(ends.iter().all(|end| end["code"] == 3 && end["stderr"] == "no weights\n"), "{ends:?}");
+        // What was wrong is not wrong any more.
+        std::fs::write(&go, "").unwrap();
+        wait_until("an answer", LIMIT, || is_answered(&ask(&gateway, name, text, false)));
+        assert_eq!(model(&gateway, "tiny")["cause"], Value::Null);
+    }
+}
+
+#[test]
+fn an_idle_program_is_stopped_and_started_again_when_it_is_asked_for() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ", idle_stop = \"1s\""))]);
+        let (name, text) = question(mode);
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        let first = program(&gateway, "tiny");
+        wait_until("its end", LIMIT, || hosts(&gateway).is_empty() && marked(&gateway).is_empty());
+        assert_eq!(state(&gateway, "tiny"), "cold");
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        assert_ne!(program(&gateway, "tiny"), first);
+        let host_ends: Vec<Value> = gateway.exits().into_iter().filter(|record| record["kind"] == "host").collect();
+        assert_eq!((host_ends.len(), &host_ends[0]["initiator"]), (1, &json!("idle")), "{host_ends:?}");
+    }
+}
+
+#[test]
+fn who_asks_again_and_again_keeps_a_program_from_being_idle() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ", idle_stop = \"1s\""))]);
+        let (name, text) = question(mode);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(4) {
+            assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        }
+        assert!(gateway.exits().iter().all(|record| record["kind"] != "host"), "{mode}");
+    }
+}
+
+#[test]
+fn g24_requests_at_the_moment_of_the_idle_stop_are_answered() {
+    let rounds = if is_full() { 40 } else { 4 };
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ", idle_stop = \"1s\""))]);
+        let (name, text) = question(mode);
+        for round in 0..rounds {
+            assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+            // As near to its end as can be aimed: the beat after a second of idleness is the moment.
+            let began = Instant::now();
+            wait_until("the time", LIMIT, || began.elapsed() >= Duration::from_millis(950 + 20 * round % 400));
+            let askers: Vec<_> = (0..8).map(|_| asking(&gateway, name, text)).collect();
+            for asker in askers {
+                assert_eq!(said(&asker.join().unwrap()), ANSWER, "{mode}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_preloaded_program_is_there_before_anybody_asks_and_stays() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ", preload = true, idle_stop = \"1s\""))]);
+        wait_until("its start", LIMIT, || state(&gateway, "tiny") == "ready");
+        let pid = program(&gateway, "tiny");
+        let (name, text) = question(mode);
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        let began = Instant::now();
+        wait_until("more than its idle time", LIMIT, || began.elapsed() > Duration::from_secs(3));
+        assert_eq!((program(&gateway, "tiny"), hosts(&gateway).len()), (pid, 1));
+        send(pid, Signal::KILL);
+        wait_until("its successor", LIMIT, || {
+            let model = model(&gateway, "tiny");
+            model["state"] == "ready" && model["program_pid"].as_i64().is_some_and(|other| other != i64::from(pid))
+        });
+    }
+}
+
+#[test]
+fn a_program_that_dies_is_replaced_and_who_waited_is_served() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ", queue = 64"))]);
+        let (name, text) = question(mode);
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        let (host, pid) = (hosts(&gateway), program(&gateway, "tiny"));
+        let held = match mode {
+            "stdio" => asking(&gateway, "tiny/x", "hang"),
+            _ => asking(&gateway, "tiny/never-headers", "x"),
+        };
+        wait_until("a request at it", LIMIT, || model(&gateway, "tiny")["in_flight"] == 1);
+        send(pid, Signal::KILL);
+        assert_eq!(code(&held.join().unwrap()), (502, "adapter_exited".into()), "{mode}");
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        assert_eq!(hosts(&gateway), host, "{mode}: its host is the same");
+        assert_ne!(program(&gateway, "tiny"), pid);
+        assert_eq!(model(&gateway, "tiny")["restarts"], 1);
+        let ends = wait_for("its record", LIMIT, || Some(programs_ends(&gateway)).filter(|ends| !ends.is_empty()));
+        assert_eq!((&ends[0]["pid"], &ends[0]["signal"]), (&json!(pid), &json!(9)));
+    }
+}
+
+#[test]
+fn one_of_a_group_starts_when_the_other_is_gone() {
+    for mode in MODES {
+        // It takes a moment to go, which the next one has to wait for.
+        let more = ", group = \"gpu\"";
+        let gateway = gateway(&[("tiny", &section(mode, &[], more)), ("other", &section(mode, &[], more))]);
+        let (_, text) = question(mode);
+        let names = if mode == "stdio" { ["tiny/x", "other/x"] } else { ["tiny/ok", "other/ok"] };
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let most = std::thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                let mut most = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    most = most.max(marked(&gateway).len());
+                }
+                most
+            });
+            let answers: Vec<_> = (0..4).map(|round| ask(&gateway, names[round % 2], text, false)).collect();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            answers.iter().for_each(|answer| assert_eq!(said(answer), ANSWER));
+            watcher.join().unwrap()
+        });
+        assert_eq!(most, 1, "{mode}: one at a time");
+        let ends: BTreeSet<String> = gateway
+            .exits()
+            .iter()
+            .filter(|record| record["kind"] == "host")
+            .map(|record| record["initiator"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(ends, BTreeSet::from(["group".to_owned()]));
+    }
+}
+
+#[test]
+fn a_stop_ends_kept_programs_in_their_own_way_and_leaves_nothing() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &["fork:setsid:hang", "fork:daemon:hang"], ""))]);
+        let (name, text) = question(mode);
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        wait_until("its descendants", LIMIT, || marked(&gateway).len() == 3);
+        let log = gateway.state_dir().join("models/tiny.log");
+        let run = crate::hosts::run_id(&gateway);
+        let sockets = gateway.state_dir().join("hosts");
+        send(gateway.pid(), Signal::TERM);
+        let mut gateway = gateway;
+        assert_eq!(gateway.wait_exit(2 * LIMIT).code(), Some(0));
+        assert_eq!(crate::hosts::marked_of(&run), BTreeSet::new(), "{mode}");
+        assert_eq!(std::fs::read_dir(&sockets).unwrap().count(), 0);
+        if mode == "stdio" {
+            assert!(std::fs::read_to_string(log).unwrap().contains("err: drain"));
+        }
+    }
+}
+
+#[test]
+fn a_server_may_listen_at_a_socket_of_its_own() {
+    let argv = [&*adaptersim().display().to_string(), "serve:{socket}", "hang"].map(str::to_owned);
+    let own = format!("process = {{ mode = \"server\", argv = {argv:?}, health = \"/v1/models\" }}");
+    let gateway = gateway(&[("tiny", &own)]);
+    assert_eq!(said(&ask(&gateway, "tiny/ok", ANSWER, false)), ANSWER);
+    let host = hosts(&gateway)[0];
+    send(host, Signal::KILL);
+    wait_until("an answer of the next one", LIMIT, || is_answered(&ask(&gateway, "tiny/ok", ANSWER, false)));
+    let sockets = gateway.state_dir().join("hosts");
+    send(hosts(&gateway)[0], Signal::KILL);
+    send(gateway.pid(), Signal::TERM);
+    let mut gateway = gateway;
+    gateway.wait_exit(2 * LIMIT);
+    assert_eq!(std::fs::read_dir(&sockets).unwrap().count(), 0);
+}
+
+#[test]
+fn requests_are_filtered_on_their_way_to_a_server() {
+    let more = ", strip = [\"user\"], set = { temperature = 0.25 }";
+    let gateway = gateway(&[("tiny", &section("server", &[], more))]);
+    let more = json!({ "messages": [{ "role": "user", "content": "x" }], "user": "me", "temperature": 2, "seed": 7 });
+    let response = evergate_testkit::post_chat(&gateway.addr(), "tiny/echo-request", false, &more);
+    let body: Value = serde_json::from_str(response.json()["received"]["body"].as_str().unwrap()).unwrap();
+    assert_eq!(
+        (&body["model"], &body["temperature"], &body["seed"]),
+        (&json!("echo-request"), &json!(0.25), &json!(7))
+    );
+    assert!(body.get("user").is_none(), "{body}");
+}
+
+#[test]
+fn g23_a_server_that_lives_and_does_not_answer_is_replaced() {
+    let more = ", health_interval = \"200ms\", health_timeout = \"300ms\"";
+    let gateway = gateway(&[("tiny", &section("server", &[], more))]);
+    assert_eq!(said(&ask(&gateway, "tiny/ok", ANSWER, false)), ANSWER);
+    let pid = program(&gateway, "tiny");
+    send(pid, Signal::STOP);
+    let response = ask(&gateway, "tiny/ok", ANSWER, false);
+    assert_eq!(code(&response), (504, "adapter_timeout".into()));
+    assert_eq!(said(&ask(&gateway, "tiny/ok", ANSWER, false)), ANSWER);
+    assert_ne!(program(&gateway, "tiny"), pid);
+}
+
+#[test]
+fn what_a_kept_program_says_to_the_client_reaches_it() {
+    let gateway = gateway(&[("tiny", &section("stdio", &[], ""))]);
+    let response = ask(&gateway, "tiny/x", "fail=422", false);
+    assert_eq!(code(&response), (422, "unwilling".into()), "{}", response.text());
+    assert_eq!(response.json()["error"]["message"], "no wish to");
+    assert_eq!(code(&ask(&gateway, "tiny/x", "fail=500", false)), (502, "upstream_failed".into()));
+}
+
+#[test]
+fn a_start_that_takes_longer_than_a_request_has_is_told_at_its_time_and_goes_on() {
+    for mode in MODES {
+        let folder = tempfile::tempdir().unwrap();
+        let go = folder.path().join("go");
+        let wait = format!("await:{}", go.display());
+        let text = format!("{}[timeouts]\ntotal = \"1s\"\n", config(&[("tiny", &section(mode, &[&wait], ""))]));
+        let gateway = Evergate::builder(EXE).config(text).start();
+        wait_ready(&gateway, 2);
+        let (name, text) = question(mode);
+        let response = ask(&gateway, name, text, false);
+        assert_eq!(code(&response), (503, "model_loading".into()), "{}", response.text());
+        let host = hosts(&gateway);
+        assert_eq!(state(&gateway, "tiny"), "starting");
+        std::fs::write(&go, "").unwrap();
+        wait_until("an answer", LIMIT, || is_answered(&ask(&gateway, name, text, false)));
+        assert_eq!(hosts(&gateway), host, "{mode}: the start went on");
+    }
+}
