@@ -270,7 +270,7 @@ fn is_in_target(byte: u8) -> bool {
 }
 
 const TOKEN: [bool; 256] = table(b"!#$%&'*+-.^_`|~");
-const IN_TARGET: [bool; 256] = table(b"!\"$%&'()*+,-./:;=?@[\\]^_{|}~");
+const IN_TARGET: [bool; 256] = table(b"!$%&'()*+,-./:;=?@[\\]^_{|}~");
 
 /// Letters, digits and these.
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
@@ -351,6 +351,8 @@ mod tests {
             "/\u{e9}",
             "/a#b",
             "/<",
+            "/\"a\"",
+            "/?a=\"",
             "http://",
             "http:///",
             "http:/a",
