@@ -188,19 +188,19 @@ impl ModelCall {
         head_by: &mut Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
-        let (began, clock) = (Instant::now(), &self.app.clock);
+        let (began, clock, until) = (Instant::now(), &self.app.clock, attempt.first_by);
         if local.state() != HostState::Ready {
             pass.enter(InflightPhase::Start);
-            let started = local.ready(clock, attempt.first_by).await;
+            let started = local.ready(clock, until).await;
             pass.note_start_wait(began.elapsed());
             started?;
             pass.enter(InflightPhase::Wait);
             *head_by += began.elapsed();
         }
         if pass.record.is_stream {
-            local.watch(clock, self.stream(attempt, *head_by, pass)).await
+            local.watch(clock, until, self.stream(attempt, *head_by, pass)).await
         } else {
-            local.watch(clock, self.whole(attempt, pass)).await
+            local.watch(clock, until, self.whole(attempt, pass)).await
         }
     }
 

@@ -37,6 +37,13 @@ impl fmt::Debug for Local {
     }
 }
 
+/// Whether nobody needs to wait for a host that has failed: another start has failed since it had failed `known` times, or
+/// the next one comes too late.
+fn is_hopeless(row: &HostRow, known: u64, until: Deadline) -> bool {
+    let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
+    row.failures() > known || Instant::now() + pause >= until.at()
+}
+
 /// One more request that waits, until it is dropped.
 struct Parked<'a>(&'a AtomicU32);
 
@@ -90,8 +97,7 @@ impl Local {
                 Some((_, HostState::Ready)) => return Ok(()),
                 Some((row, HostState::Failed)) => {
                     let known = *failures.get_or_insert(row.failures());
-                    let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
-                    if row.failures() > known || now + pause >= until.at() {
+                    if is_hopeless(row, known, until) {
                         return Err(self.failed(row));
                     }
                     self.ask(row);
@@ -115,14 +121,15 @@ impl Local {
     /// last host went lies in its socket until there is another.
     ///
     /// # Errors
-    /// The call's own, or why there is no host; then the request has reached nobody.
+    /// The call's own, or why there is no host, as `ready`; then the request has reached nobody.
     pub async fn watch<T, E: From<Error>>(
         &self,
         clock: &Clock,
+        until: Deadline,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let mut call = pin!(call);
-        let mut looks = 0_u32;
+        let (mut looks, mut failures) = (0_u32, None);
         loop {
             tokio::select! {
                 biased;
@@ -133,8 +140,9 @@ impl Local {
             match self.look() {
                 Some((row, HostState::Failed)) => {
                     looks += 1;
-                    // At the first look its end may be on the way to us.
-                    if looks > 1 {
+                    let known = *failures.get_or_insert(row.failures());
+                    // At the first look the end of a call that it had may be on the way to us.
+                    if looks > 1 && is_hopeless(row, known, until) {
                         return Err(self.failed(row).into());
                     }
                     self.ask(row);

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::Response;
 use evergate_testkit::{Evergate, wait_for, wait_until};
 use rustix::process::Signal;
@@ -160,6 +161,28 @@ fn a_killed_host_takes_its_programs_with_it_and_is_replaced() {
     let exits = gateway.exits();
     let record = exits.iter().find(|record| record["kind"] == "host").unwrap();
     assert_eq!((&record["pid"], &record["signal"]), (&json!(host), &json!(9)));
+}
+
+/// G24: nobody knows yet that the host is gone: the request lies in its socket, and the next one takes it.
+#[test]
+fn g24_a_request_that_is_sent_to_a_dead_host_is_the_next_ones() {
+    let gateway = gateway(&[("shout", TR)]);
+    for round in 0..3 {
+        assert_eq!(said(&ask(&gateway, "shout/x", "hello", false)), "HELLO");
+        let host = hosts(&gateway)[0];
+        // Without its master nobody says on the board that it is gone.
+        send(gateway.pid(), Signal::STOP);
+        send(host, Signal::KILL);
+        let tasks = || std::fs::read_dir(format!("/proc/{host}/task")).map_or(0, Iterator::count);
+        wait_until("its end, of all its threads", LIMIT, || !is_alive(host) && tasks() <= 1);
+        let asker = asking(&gateway, "shout/x", "again");
+        let inflight = "evergate_inflight_requests{kind=\"unary\"} 1\n";
+        wait_until("the request at work", LIMIT, || gateway.metrics().contains(inflight));
+        send(gateway.pid(), Signal::CONT);
+        assert_eq!(said(&asker.join().unwrap()), "AGAIN", "round {round}");
+        let exits = gateway.wait_exits(round + 1, LIMIT, |record| record["kind"] == "host");
+        assert_eq!((&exits[round]["pid"], &exits[round]["signal"]), (&json!(host), &json!(9)));
+    }
 }
 
 #[test]
