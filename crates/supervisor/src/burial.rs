@@ -81,7 +81,11 @@ fn record(board: &Board, dead: &Running, upstream: &str, initiator: Initiator, l
             age_ms: ms_since(panicked),
         }),
         oom_kills: finding.and_then(|finding| finding.kills),
-        evidence: finding.map(|finding| finding.evidence.clone()).unwrap_or_default(),
+        evidence: match finding {
+            Some(finding) => finding.evidence.clone(),
+            None if dead.exit.is_none() => "it was killed and hangs in the kernel; nobody waits for it".to_owned(),
+            None => String::new(),
+        },
         connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),
         lost: lost.iter().map(|inflight| lost_line(board, inflight, now)).collect(),
         ..ExitRecord::new(dead.birth.kind, pid, status(dead.exit), initiator)

@@ -298,6 +298,9 @@ impl Master {
             Action::Send { epoch, signal } => self.send(epoch, signal),
             Action::Bury { epoch, initiator } => {
                 if let Some(dead) = self.children.remove(&epoch) {
+                    if dead.exit.is_none() {
+                        self.given_up.push(dead.pid);
+                    }
                     bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
                 }
             }

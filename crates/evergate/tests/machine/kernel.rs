@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use evergate_testkit::driver::state_of;
+use evergate_testkit::driver::{is_alive, state_of};
 use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::{Evergate, Raw, wait_until};
 use serde_json::{Value, json};
@@ -44,11 +44,15 @@ impl Drop for Freezer {
     }
 }
 
+const CONFIG: &str = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
+                      targets = [{ upstream = \"echo\" }]\n";
+
 fn start(hang_timeout: &str) -> Evergate {
-    let text = format!(
-        "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
-         targets = [{{ upstream = \"echo\" }}]\n[workers]\nmin = 2\nmax = 2\nhang_timeout = \"{hang_timeout}\"\n"
-    );
+    start_with(hang_timeout, "")
+}
+
+fn start_with(hang_timeout: &str, more: &str) -> Evergate {
+    let text = format!("{CONFIG}[workers]\nmin = 2\nmax = 2\nhang_timeout = \"{hang_timeout}\"\n{more}");
     let gateway = Evergate::builder(EXE).config(text).start();
     wait_phases(&gateway, 2, 0);
     gateway
@@ -130,5 +134,38 @@ pub fn a_killed_clerk_is_succeeded() -> Result<(), String> {
     let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == clerk).remove(0);
     assert_eq!((&record["kind"], &record["initiator"]), (&json!("clerk"), &json!("hang")), "{record}");
     assert!(scrape(&gateway).is_some());
+    Ok(())
+}
+
+/// A stop does not wait for it: two seconds after its KILL the master goes on, says so, and ends with 75. What it held is free
+/// for the next start.
+pub fn a_stop_does_not_wait() -> Result<(), String> {
+    let freezer = Freezer::make()?;
+    let stages = "[shutdown]\ndrain = \"500ms\"\ncancel = \"100ms\"\ncleanup = \"100ms\"\n";
+    let mut gateway = start_with("60s", stages);
+    let worker = gateway.workers()[0];
+    let address = gateway.addr();
+    freezer.freeze(worker);
+    let began = std::time::Instant::now();
+    gateway.signal(rustix::process::Signal::TERM);
+    assert_eq!(gateway.wait_exit(LIMIT).code(), Some(75), "{}", gateway.stderr());
+    let took = began.elapsed();
+    assert!(took < std::time::Duration::from_secs(10), "{took:?}");
+    assert_eq!(state_of(worker), Some('D'), "it cannot die yet");
+    let said = gateway.stderr();
+    assert!(said.contains("was killed and hangs in the kernel; the stop goes on without it"), "{said}");
+    let exits = gateway.exits();
+    let record = exits.iter().find(|record| record["pid"] == worker).unwrap();
+    assert_eq!(
+        (&record["code"], &record["signal"], &record["initiator"]),
+        (&Value::Null, &Value::Null, &json!("operator"))
+    );
+    assert!(record["evidence"].as_str().unwrap().contains("hangs in the kernel"), "{record}");
+    assert_eq!(exits.len(), 3, "one record each: {exits:?}");
+    let text = CONFIG.replace("127.0.0.1:0\"]", &format!("{address}\"]"));
+    let next = Evergate::builder(EXE).config(text).start();
+    assert_eq!(evergate_testkit::post_chat(&next.addr(), "echo", false, &Value::Null).status, 200);
+    freezer.thaw();
+    wait_until("its end", LIMIT, || !is_alive(worker));
     Ok(())
 }

@@ -11,9 +11,10 @@ mod ports;
 /// A case is run, or says why it cannot be.
 type Case = (&'static str, fn() -> Result<(), String>);
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
     ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
+    ("s21_a_stop_does_not_wait_for_who_hangs_in_the_kernel", kernel::a_stop_does_not_wait),
     ("s04_a_killed_clerk_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_clerk_is_succeeded),
     ("s10_a_memory_kill_is_told_from_an_operators_twenty_of_twenty", memory::twenty_of_twenty),
     ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),

@@ -5,7 +5,7 @@
 
 use evergate_core::exit::{Kind, Status};
 
-use super::{Action, Child, Ns, SECOND, State, life::Place, planted};
+use super::{Action, Child, Ns, Phase, SECOND, State, life::Place, planted};
 
 /// A KILL ends a process within milliseconds, or a second when the machine is full. Whoever is still there after two hangs
 /// in the kernel, and nobody knows for how long.
@@ -13,6 +13,8 @@ pub(crate) const GHOST_TIME: Ns = 2 * SECOND;
 /// Most ghosts whose work others have taken over. Where a successor hangs as well it is the machine that is ill, and every
 /// further one would only cost it a process more. The board has rows for so many (`evergate_board::Shape::for_plan`).
 pub(crate) const GHOSTS_MAX: usize = 4;
+/// What is said of one.
+const HANGS: &str = "it hangs in the kernel";
 
 impl State {
     /// Makes room for a successor wherever a ghost stands in the way: the ghost goes to those that leave, and its place is
@@ -32,8 +34,27 @@ impl State {
                 slot.row = row;
             }
             let killed = Status::Signal { number: 9, core: false };
-            self.vacated(&child, &place, (killed, "it hangs in the kernel"), now, out);
+            self.vacated(&child, &place, (killed, HANGS), now, out);
             self.leaving.push(child);
+        }
+    }
+
+    /// In a stop nobody waits for a ghost: it is recorded as what it is, and the stop goes on as at its burial.
+    pub(super) fn leave_ghosts(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let is_ghost = |child: &&Child| child.is_ghost(self.floor, now) && !planted!(WaitsForGhosts);
+        if matches!(&self.phase, Phase::Stopping(stop) if stop.is_settling()) {
+            return;
+        }
+        let ghosts: Vec<(u32, String)> =
+            self.children().filter(is_ghost).map(|child| (child.epoch, child.name())).collect();
+        for (epoch, name) in ghosts {
+            out.push(Action::Say(format!(
+                "the {name} was killed and hangs in the kernel; the stop goes on without it"
+            )));
+            self.exited(epoch, Status::Unknown, HANGS, now, out);
+            if let Phase::Stopping(stop) = &mut self.phase {
+                stop.force();
+            }
         }
     }
 

@@ -35,6 +35,7 @@ pub(crate) enum Mutant {
     ClosesTwice,
     AnnouncesTwice,
     WaitsForBurial,
+    WaitsForGhosts,
     GhostsWithoutEnd,
     IgnoresGroups,
     SkipsSweep,
@@ -79,6 +80,7 @@ const CAUGHT_BY: &[(Mutant, &str)] = &[
     (Mutant::EndsBusy, sim::NEEDED),
     (Mutant::HostsFirst, sim::NEEDED),
     (Mutant::WaitsForBurial, sim::GHOSTS_PLACE),
+    (Mutant::WaitsForGhosts, sim::ENDS_IN_TIME),
     (Mutant::GhostsWithoutEnd, sim::FEW_GHOSTS),
 ];
 

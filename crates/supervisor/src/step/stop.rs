@@ -49,6 +49,11 @@ impl Stop {
         }
     }
 
+    /// Whether everything goes on as before.
+    pub(super) fn is_settling(&self) -> bool {
+        matches!(self.stage, Stage::Settling { .. })
+    }
+
     /// While settling everything goes on as before; the clerk is needed until the last worker is gone.
     pub(super) fn fills(&self, kind: Kind) -> bool {
         match self.stage {
@@ -117,6 +122,7 @@ impl State {
         {
             self.drain(speed, code, now, out);
         }
+        self.leave_ghosts(now, out);
         self.close_listeners(now, out);
         self.finish_workers(now, out);
         self.finish_hosts(now, out);

@@ -3,6 +3,7 @@
 use evergate_core::exit::{Initiator, Status};
 use evergate_core::plan::Plan;
 
+use super::ghosts::GHOST_TIME;
 use super::{Action, Circumstances, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, step};
 
 pub(super) const T0: Ns = 100 * SECOND;
@@ -289,13 +290,34 @@ fn s09_a_ghost_that_was_told_to_go_is_recorded_as_that() {
     let mut state = serving(rules());
     step(&mut state, Event::Order(Order::Term), T0 + SECOND);
     let (mut now, mut sent) = (T0 + SECOND, Vec::new());
-    while now < T0 + 60 * SECOND {
+    while !sent.contains(&(3, Sig::Kill)) {
         now = state.due();
         // The other one beats, and neither ends.
         sent.extend(signals(&beat(&mut state, &[3], now)));
     }
-    assert!(!sent.contains(&(3, Sig::Abort)) && sent.contains(&(3, Sig::Kill)), "{sent:?}");
+    assert!(!sent.contains(&(3, Sig::Abort)), "{sent:?}");
     assert_eq!(initiator(&die(&mut state, 3, KILLED, now)), Some(Initiator::Operator));
+}
+
+/// Nobody ends, not even by KILL: the stop is over when its stages are, and two seconds after each KILL.
+#[test]
+fn s21_a_stop_ends_beside_processes_that_hang_in_the_kernel() {
+    let mut state = serving(rules());
+    let begun = T0 + SECOND;
+    step(&mut state, Event::Order(Order::Term), begun);
+    let (mut now, mut buried, mut code) = (begun, Vec::new(), None);
+    while code.is_none() {
+        now = state.due();
+        let actions = beat(&mut state, &[1, 2, 3], now);
+        buried.extend(initiator(&actions));
+        code = actions.iter().find_map(|action| match action {
+            Action::Exit(code) => Some(*code),
+            _ => None,
+        });
+    }
+    let stages = rules().graceful() + rules().last();
+    assert!(now - begun <= stages + 2 * GHOST_TIME + SECOND, "{} ms", (now - begun) / MS);
+    assert_eq!((buried.len(), code), (2, Some(75)), "{buried:?}");
 }
 
 /// Between two ticks there is more than a short limit leaves between ABRT and KILL.

@@ -41,7 +41,8 @@ fn try_live(seed: u64, is_logged: bool) -> Result<World, Failure> {
 fn live_or_unwind(seed: u64, is_logged: bool) -> World {
     let mut world = World::new(seed, is_logged);
     world.begin();
-    for _ in 0..world.roll(300) {
+    let turns = world.roll(300) * if world.gathers_ghosts() { 5 } else { 1 };
+    for _ in 0..turns {
         if world.exit.is_some() {
             break;
         }

@@ -130,8 +130,8 @@ pub(crate) struct World {
     pub(super) stalled: Ns,
     /// When it last did: no age is counted from before.
     pub(super) stalled_at: Ns,
-    /// When the last of those is dead that were killed and hang in the kernel.
-    pub(super) haunted_until: Ns,
+    /// Children that were given up for ghosts.
+    pub(super) taken_over: Vec<u32>,
     listeners_closed: bool,
     /// By epoch: when a child that was told to go will be killed.
     pub(super) patience: BTreeMap<u32, Ns>,
@@ -190,7 +190,7 @@ impl World {
             stop_began: None,
             stalled: 0,
             stalled_at: 0,
-            haunted_until: 0,
+            taken_over: Vec::new(),
             listeners_closed: false,
             patience: BTreeMap::new(),
             announced: 0,
@@ -226,6 +226,15 @@ impl World {
     /// Whether the kernel holds on to one that is killed: often, in a life where that happens at all.
     fn is_haunted(&mut self) -> bool {
         self.trouble > 0 && self.seed.is_multiple_of(4) && self.dice.roll(8) > 0
+    }
+
+    /// Whether many hang, and whoever is killed then hangs for ever: a longer life, in which ghosts gather.
+    pub(super) fn gathers_ghosts(&self) -> bool {
+        self.trouble > 0 && self.seed.is_multiple_of(8)
+    }
+
+    fn hang_time(&mut self) -> Ns {
+        if self.gathers_ghosts() { 100_000 * SECOND } else { self.dice.roll(120) * SECOND }
     }
 
     pub(super) fn begin(&mut self) {
@@ -333,7 +342,10 @@ impl World {
                 }
                 self.exit = Some(*code);
             }
-            Action::ShowGhost { .. } => self.sum.ghosts += 1,
+            Action::ShowGhost { epoch } => {
+                self.taken_over.push(*epoch);
+                self.sum.ghosts += 1;
+            }
             Action::Count(tally) => self.count(*tally),
             Action::Compile | Action::StopCompile | Action::Keep { .. } => self.carry_out_reload(action),
             Action::Adopt { .. } | Action::Forget { .. } => self.carry_out_reload(action),
@@ -412,7 +424,9 @@ impl World {
         }
         match self.living.get(&epoch) {
             None => self.fail(BURIALS, "nobody is buried"),
-            Some(process) if process.end.is_none_or(|(at, _)| at > self.now) => self.fail(BURIALS, "it is alive"),
+            Some(process) if process.end.is_none_or(|(at, _)| at > self.now) && !self.may_be_left(process) => {
+                self.fail(BURIALS, "it is alive");
+            }
             Some(_) => {}
         }
         self.sum.recycled += u32::from(matches!(initiator, Initiator::Requests | Initiator::Lifetime | Initiator::Rss));
@@ -493,7 +507,7 @@ impl World {
         let rules = self.rules_of[&generation];
         let work = self.dice.roll(rules.drain / MS + 1) * MS;
         // It hangs in the kernel: its death takes long.
-        let hangs = if signal == Sig::Kill && self.is_haunted() { self.dice.roll(120) * SECOND } else { 0 };
+        let hangs = if signal == Sig::Kill && self.is_haunted() { self.hang_time() } else { 0 };
         let is_clerk = |process: &Process| process.birth.kind == Kind::Clerk;
         let has_workers = self.living.values().any(|process| !is_clerk(process));
         let is_too_soon = self.stop_began.is_some() && has_workers && is_clerk(&self.living[&epoch]);
@@ -514,7 +528,6 @@ impl World {
                 process.killed.get_or_insert(now);
                 (process.is_frozen, process.frozen_at) = (true, process.frozen_at.max(now));
                 told(&mut process.end, now + hangs, Status::Signal { number: 9, core: false });
-                self.haunted_until = self.haunted_until.max(now + hangs);
             }
             Sig::Usr1 => {}
             Sig::Term | Sig::Quit => {

@@ -256,7 +256,7 @@ impl World {
             let yields = others.any(|other| other.row != row && own.is_some_and(|own| exclude(&other.rules, own)));
             let is_unloaded = matches!(event, Event::Order(Order::Unload { name, .. })
                 if self.programs.section(row).is_some_and(|rules| rules.name_hash() == *name));
-            let is_worker = |p: &Process| p.birth.kind == Kind::Worker && !p.is_over(self.now);
+            let is_worker = |p: &Process| p.birth.kind == Kind::Worker && !p.is_over(self.now) && !self.may_be_left(p);
             let is_end = self.stop_began.is_some() && !self.living.values().any(is_worker);
             let is_hastened = matches!(event, Event::Order(_)) && self.stop_began.is_some();
             if is_needed && !has_asked && !yields && !is_unloaded && !is_end && !is_hastened {

@@ -89,11 +89,13 @@ impl World {
         let is_gentle = self.trouble == 0;
         match self.dice.roll(22) {
             0 | 1 if !is_gentle => {
-                if let Some(process) = chosen.and_then(|epoch| self.living.get_mut(&epoch)) {
+                // Whoever hangs in the kernel ends when that lets go.
+                let chosen = chosen.and_then(|epoch| self.living.get_mut(&epoch));
+                if let Some(process) = chosen.filter(|process| process.killed.is_none()) {
                     process.end = Some((now, Status::Signal { number, core: false }));
                 }
             }
-            2 if !is_gentle => {
+            kind @ (2 | 15 | 21) if self.gathers_ghosts() || (kind == 2 && !is_gentle) => {
                 if let Some(process) = chosen.and_then(|epoch| self.living.get_mut(&epoch)).filter(|p| !p.is_frozen) {
                     (process.is_frozen, process.frozen_at) = (true, now);
                 }
