@@ -9,7 +9,8 @@ use evergate_testkit::{FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
 use crate::support::{
-    CHAT, LIMIT, ONE_WORKER, assert_alive, assert_error, assert_good_stream, before, chat, echo, echo_with, open,
+    CHAT, LIMIT, ONE_WORKER, assert_alive, assert_counted, assert_error, assert_good_stream, before, chat, echo,
+    echo_with, open,
 };
 
 /// Small limits, so that a test sees them pass.
@@ -79,17 +80,30 @@ fn a_connection_that_idles_after_a_slow_answer_is_closed() {
     }
 }
 
-/// A9.
+/// A9: long before the whole body's time is over, and nobody is called for it.
 #[test]
-fn a_stalled_body_is_answered_408() {
-    let gateway = echo_with(SHORT);
+fn a9_a_body_that_stalls_is_answered_408_and_reaches_no_upstream() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[timeouts]\nbody_idle = \"300ms\"\nbody = \"10m\"\n");
     let mut raw = Raw::connect(&gateway.addr());
-    raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{{\"model\"").as_bytes());
+    let body = chat_body("fake/ok", false, &Value::Null);
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nx-request-id: stalled\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let began = Instant::now();
+    raw.send(format!("{head}{}", &body[..body.len() - 1]).as_bytes());
     let response = raw.read_response(LIMIT);
     assert_error(&response, 408, "request_timeout");
     assert!(response.text().contains("within timeouts.body_idle"), "{}", response.text());
     assert!(raw.read_to_close(LIMIT).0.is_empty());
-    assert_alive(&gateway);
+    assert!(began.elapsed() >= Duration::from_millis(300), "{:?}", began.elapsed());
+    let record = gateway.wait_access("stalled", LIMIT);
+    assert_eq!((&record["cause"], &record["status"]), (&json!("request_timeout"), &json!(408)), "{record}");
+    assert_eq!(record["attempts"], 0, "{record}");
+    assert_counted(&gateway, 408, "request_timeout", 1);
+    assert_eq!((fake.connections().len(), fake.request_count()), (0, 0));
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
 }
 
 /// A9: each pause is short, the whole is too long.

@@ -2,8 +2,8 @@
 
 use evergate_testkit::fake::Then;
 use evergate_testkit::raw::{chat_body, post_request};
-use evergate_testkit::{FakeUpstream, Raw, Response, post_chat};
-use serde_json::Value;
+use evergate_testkit::{FakeUpstream, Raw, Response, post_chat, wait_until};
+use serde_json::{Value, json};
 
 use crate::support::{CHAT, LIMIT, before, chat, via};
 
@@ -214,11 +214,16 @@ fn e14_a_poisoned_connection_is_never_used_again() {
         let response = post_chat(&gateway.addr(), &via(name), false, &Value::Null);
         crate::support::assert_error(&response, 502, "upstream_bad_response");
         assert!(!response.text().contains("poison"));
+        let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
+        assert_eq!((&record["cause"], &record["attempts"]), (&json!("upstream_bad_response"), &json!(1)), "{record}");
         // On another connection, and its own answer.
         let next = chat(&gateway, "ok", false);
         assert_eq!(next.content(), evergate_testkit::fake::TEXT, "{name}");
         let last = fake.requests().pop().unwrap();
         let poisoned = fake.requests().into_iter().rev().find(|recorded| recorded.request.model() == name).unwrap();
         assert_ne!(last.connection, poisoned.connection, "{name}: {used} connections before");
+        let is_over = || fake.connections()[poisoned.connection].end.is_some();
+        wait_until("the end of its connection", LIMIT, is_over);
     }
+    crate::support::assert_counted(&gateway, 502, "upstream_bad_response", 5);
 }

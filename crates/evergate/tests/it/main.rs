@@ -54,6 +54,7 @@ mod stages;
 mod streams;
 mod streams_broken;
 mod streams_odd;
+mod streams_split;
 mod support;
 mod systemd;
 mod targets;

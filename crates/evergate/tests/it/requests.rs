@@ -7,7 +7,8 @@ use evergate_testkit::{FakeUpstream, Raw, Response, gateway_config};
 use serde_json::{Value, json};
 
 use crate::support::{
-    CHAT, EXE, LIMIT, assert_alive, assert_error, assert_error_shape, assert_request_id, before, echo, echo_with,
+    CHAT, EXE, LIMIT, assert_alive, assert_counted, assert_error, assert_error_shape, assert_request_id, before, echo,
+    echo_with,
 };
 
 fn post_bytes(path: &str, fields: &str, body: &[u8]) -> Vec<u8> {
@@ -67,6 +68,85 @@ fn bad_bodies_are_told_what_is_wrong() {
     }
     raw.send(&chat_request("echo", false, &Value::Null));
     assert_eq!(raw.read_response(LIMIT).status, 200);
+}
+
+/// What is refused by its body is on record and counted, and reaches no upstream.
+#[track_caller]
+fn assert_refused(bodies: &[(&[u8], &str)], status: u16, code: &str, check: impl Fn(&Response)) {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[models.hidden]\ntargets = [{ upstream = \"fake\", model = \"ok\" }]\n");
+    let mut raw = Raw::connect(&gateway.addr());
+    for (n, (body, words)) in bodies.iter().enumerate() {
+        let id = format!("refused-{n}");
+        raw.send(&post_bytes(CHAT, &format!("{JSON}x-request-id: {id}\r\n"), body));
+        let response = raw.read_response(LIMIT);
+        assert_error(&response, status, code);
+        let message = response.error_message();
+        assert!(message.contains(words), "{message:?} does not say {words:?}");
+        assert!(!message.contains("CANARY"), "{message:?}");
+        check(&response);
+        let record = gateway.wait_access(&id, LIMIT);
+        assert_eq!((&record["cause"], &record["status"]), (&json!(code), &json!(status)), "{record}");
+        assert_eq!(record["attempts"], 0, "{record}");
+    }
+    assert_counted(&gateway, status, code, bodies.len() as u64);
+    assert_eq!(fake.connections().len(), 0, "nobody is called for a refused body");
+    raw.send(&chat_request("hidden", false, &Value::Null));
+    assert_eq!((raw.read_response(LIMIT).status, fake.request_count()), (200, 1));
+}
+
+/// C1: what is wrong and at which byte, without a word of the body.
+#[test]
+fn c1_a_body_that_is_no_json_is_refused_at_its_byte() {
+    let utf16: Vec<u8> = r#"{"model":"hidden"}"#.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let bodies: &[(&[u8], &str)] = &[
+        (br#"{"model":"hidden","user":"CANARY"#, "byte 32"),
+        (br#"{"model":"hidden","messages":[{"role":"user","content":"CANARY"}]"#, "byte 65"),
+        (br#"{"model":"hidden","messages":[]} CANARY"#, "byte 33"),
+        (br#"{"model":"hidden",CANARY}"#, "byte 18"),
+        (b"\xef\xbb\xbf{\"model\":\"hidden\",\"messages\":[]}", "byte 0"),
+        (&utf16, "byte 1"),
+        (b"", "is empty"),
+    ];
+    assert_refused(bodies, 400, "invalid_json", |_| ());
+}
+
+/// C6: told its name and where the list is; not what else there is.
+#[test]
+fn c6_an_unknown_model_is_refused_and_no_other_is_named() {
+    let bodies: &[(&[u8], &str)] = &[
+        (br#"{"model":"hiddem","messages":[]}"#, "'hiddem'"),
+        (br#"{"model":"hidden ","messages":[]}"#, "'hidden '"),
+        (br#"{"model":"other/ok","messages":[]}"#, "'other/ok'"),
+        (br#"{"model":"fake/","messages":[]}"#, "'fake/'"),
+    ];
+    assert_refused(bodies, 404, "model_not_found", |response| {
+        assert_eq!(response.json()["error"]["param"], "model");
+        assert!(!response.error_message().contains("hidden'"), "{}", response.text());
+    });
+}
+
+/// C8: what we do not know is the upstream's to judge: it arrives as it was written, down to spaces and digits.
+#[test]
+fn c8_fields_that_nobody_knows_arrive_as_they_were_written() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let body = |model: &str| {
+        let fields =
+            r#""x_new" : {"b":1, "a":[1.50, 1e2,-0], "\u0061":null}, "top_k":40 ,"seed":12345678901234567890123"#;
+        format!(r#" {{ "messages":[{{"role":"user","content":"hi","x":true}}],"model" :"{model}", {fields} }} "#)
+    };
+    for stream in ["", ",\"stream\":true"] {
+        let written = |model: &str| body(model).trim_end().strip_suffix('}').unwrap().to_owned() + stream + "}";
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&post_request(CHAT, "x-request-id: unknown-fields\r\n", &written("fake/ok")));
+        let response = raw.read_response(LIMIT);
+        assert_eq!(response.status, 200, "{}", response.text());
+        let arrived = fake.requests().pop().unwrap().request.body;
+        assert_eq!(String::from_utf8(arrived).unwrap(), written("ok"));
+    }
+    assert_counted(&gateway, 200, "ok", 2);
+    assert_eq!(gateway.wait_access("unknown-fields", LIMIT)["cause"], "ok");
 }
 
 #[test]

@@ -109,6 +109,18 @@ pub fn rest_of(raw: &mut Raw) -> Vec<Event> {
     events
 }
 
+/// Waits until that many requests are counted with that status and cause, over all models.
+#[track_caller]
+pub fn assert_counted(gateway: &Evergate, status: u16, cause: &str, count: u64) {
+    let end = format!(",status=\"{status}\",cause=\"{cause}\"}} ");
+    let counted = || {
+        let text = gateway.metrics();
+        let lines = text.lines().filter(|line| line.starts_with("evergate_requests_total{"));
+        lines.filter_map(|line| line.split_once(&end)?.1.parse::<u64>().ok()).sum::<u64>()
+    };
+    wait_until(&format!("{count} counted as {status} {cause}"), LIMIT, || counted() == count);
+}
+
 /// What the error table promises about a code: type, `x-should-retry`, whether waiting helps, whether the connection
 /// ends.
 fn promise(code: &str) -> (&'static str, &'static str, bool, bool) {

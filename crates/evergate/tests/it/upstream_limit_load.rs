@@ -6,9 +6,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use evergate_testkit::driver::state_of;
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::wait::try_wait_for;
-use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -307,6 +308,18 @@ fn l1_killed_workers_leak_no_permit() {
     assert_usable(&gateway, &fake, MAX);
 }
 
+/// Freezes the first worker when it does not have that many permits, which would be all of them.
+fn freeze_with_less_than(gateway: &Evergate, permits: usize) -> Frozen {
+    let pid = gateway.workers()[0];
+    wait_for("a moment in which the other one has a permit", LIMIT, || {
+        let frozen = Frozen::new(pid);
+        wait_until("it stands still", LIMIT, || state_of(pid) == Some('T'));
+        let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
+        let is_call = |one: &&Value| one["pid"] == pid && one["phase"] != "queued" && one["phase"] != "body";
+        (status["inflight"].as_array().unwrap().iter().filter(is_call).count() < permits).then_some(frozen)
+    })
+}
+
 /// One of two workers stands still with permits and a line: what it holds is gone until it goes on, the rest serves.
 #[test]
 fn l1_a_frozen_worker_costs_what_it_holds_and_no_more() {
@@ -323,7 +336,7 @@ fn l1_a_frozen_worker_costs_what_it_holds_and_no_more() {
             least as f64 / began.elapsed().as_secs_f64()
         };
         let calm = pace("load", 300);
-        let frozen = Frozen::new(gateway.workers()[0]);
+        let frozen = freeze_with_less_than(&gateway, 8);
         let (one, two) = (pace("load beside the frozen one", 100), pace("more of it", 200));
         drop(frozen);
         let after = pace("load of both", 300);
