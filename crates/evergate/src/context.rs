@@ -1,7 +1,7 @@
 //! What belongs to one request and is passed along explicitly: its ids, its cancel token, its clock.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context as Task, Waker};
 
 use evergate_core::cancel::CauseCell;
@@ -14,6 +14,7 @@ pub struct Token {
     cause: CauseCell,
     waker: Mutex<Option<Waker>>,
     is_accounted: AtomicBool,
+    tenant: OnceLock<Arc<str>>,
     note: OnceLock<&'static str>,
 }
 
@@ -25,6 +26,17 @@ impl Token {
         {
             waker.wake();
         }
+    }
+
+    /// Says whose request it is, for a record that its handler cannot write. The first word counts.
+    pub fn set_tenant(&self, tenant: &Arc<str>) {
+        let _ = self.tenant.set(Arc::clone(tenant));
+    }
+
+    /// What was said; empty if nothing was.
+    #[must_use]
+    pub fn tenant(&self) -> Arc<str> {
+        self.tenant.get().cloned().unwrap_or_default()
     }
 
     /// The request has its record, or a pass that will write it.

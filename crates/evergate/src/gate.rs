@@ -62,7 +62,7 @@ pub struct Arrival {
     /// The client's well-formed request id, or empty.
     pub client_id: String,
     /// Name of the key it came with.
-    pub tenant: String,
+    pub tenant: Arc<str>,
     /// Method.
     pub method: &'static str,
     /// Path as labelled.

@@ -77,7 +77,7 @@ pub struct Call {
     pub deadline: Deadline,
     /// How long the response head may take once the request is written; none leaves it to `deadline`.
     pub first_byte: Option<Duration>,
-    /// Set when the request is handed to a connection: from then on the upstream may work for it.
+    /// True while the request is a connection's, and the upstream may work for it.
     pub begun: Option<Arc<AtomicBool>>,
 }
 
@@ -252,13 +252,17 @@ impl Client {
             });
             match self.settings.clock.timeout_at(until.at(), head).await {
                 Ok(Ok(response)) => break response,
-                // A pooled connection that closed under our hands, and the request is still ours: nothing was written.
-                Ok(Err(mut failed)) => match failed.take_message().filter(|_| is_reused) {
-                    Some(message) => {
+                // Closed under our hands, and the request is still ours: nothing was written.
+                Ok(Err(mut failed)) => match failed.take_message() {
+                    Some(message) if is_reused => {
                         request = message;
+                        if let Some(begun) = &call.begun {
+                            begun.store(false, Ordering::Relaxed);
+                        }
                         connection = Box::pin(self.open(call.deadline)).await?;
                         is_reused = false;
                     }
+                    Some(_) => return Err(unsent(name, failed.error())),
                     None => return Err(sent(broken(name, failed.error()))),
                 },
                 Err(_) => return Err(sent(until.limit().overrun(name, "did not answer within"))),
@@ -375,6 +379,13 @@ async fn is_usable(connection: &mut Connection) -> bool {
         Poll::Ready(driver.is_some() && sender.is_ready())
     })
     .await
+}
+
+/// The failure of a new connection that ended before a byte of the request was written.
+fn unsent(name: &str, error: &hyper::Error) -> Failure {
+    let message = format!("the upstream \"{name}\" closed the connection before the request was sent");
+    let error = Error::new(Fault::UpstreamConnectFailed, message).detail(format!("connect: {error}"));
+    Failure { error, phase: Phase::Connect }
 }
 
 /// The error of a connection that failed after the request was handed to it.

@@ -227,6 +227,7 @@ impl ModelCall {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
+            self.left.iter().for_each(Left::rest);
             let fault = error.fault;
             pass.end_attempt(if how == How::Full { FULL } else { fault.row().code });
             let next = next(&Ended {

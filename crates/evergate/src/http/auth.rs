@@ -1,5 +1,7 @@
 //! Who may come in: keys, or, while auth is off, only who is not a web page.
 
+use std::sync::Arc;
+
 use evergate_core::config::{Auth, Sealed};
 use evergate_core::{Error, Fault};
 use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN};
@@ -21,7 +23,7 @@ pub enum Door {
 }
 
 /// Known keys. They have no `Debug` form.
-pub struct Keys(Vec<(String, Vec<u8>)>);
+pub struct Keys(Vec<(Arc<str>, Vec<u8>)>);
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -38,7 +40,7 @@ impl Door {
         let config = &sealed.config;
         if config.server.auth == Auth::Keys {
             let keys = config.keys.iter().map(|(name, reference)| match sealed.secret(reference) {
-                Some(secret) if !secret.is_empty() => Ok((name.clone(), secret.as_bytes().to_vec())),
+                Some(secret) if !secret.is_empty() => Ok((name.as_str().into(), secret.as_bytes().to_vec())),
                 _ => Err(format!("the secret {reference} of key {name} was not handed over")),
             });
             return Ok(Self::Keys(Keys(keys.collect::<Result<_, _>>()?)));
@@ -52,19 +54,19 @@ impl Door {
     ///
     /// # Errors
     /// `invalid_api_key` or `origin_not_allowed`.
-    pub fn enter(&self, head: &Parts, is_listed: bool) -> Result<&str, Error> {
+    pub fn enter(&self, head: &Parts, is_listed: bool) -> Result<Arc<str>, Error> {
         match self {
             Self::Keys(keys) => keys.find(&head.headers),
             Self::Open { hosts } => {
                 let authority = our_host(hosts, head)?;
-                if is_listed { Ok("") } else { no_page(authority, head).map(|()| "") }
+                if is_listed { Ok(Arc::default()) } else { no_page(authority, head).map(|()| Arc::default()) }
             }
         }
     }
 }
 
 impl Keys {
-    fn find(&self, headers: &HeaderMap) -> Result<&str, Error> {
+    fn find(&self, headers: &HeaderMap) -> Result<Arc<str>, Error> {
         let missing = || {
             let message = "a key is required: send it as \"Authorization: Bearer KEY\"";
             Error::new(Fault::InvalidApiKey, message)
@@ -80,10 +82,10 @@ impl Keys {
         // Every key is compared, in constant time for its length: how long it takes tells nothing about any of them.
         for (name, key) in &self.0 {
             if bool::from(key.as_slice().ct_eq(given)) {
-                found = Some(name.as_str());
+                found = Some(name);
             }
         }
-        found.ok_or_else(|| Error::new(Fault::InvalidApiKey, "the key is not known here"))
+        found.cloned().ok_or_else(|| Error::new(Fault::InvalidApiKey, "the key is not known here"))
     }
 }
 
@@ -164,7 +166,7 @@ mod tests {
         let keys = Keys(vec![("a".into(), b"secret-a".to_vec()), ("b".into(), b"secret-b".to_vec())]);
         let find = |value: &str| {
             let parts = parts(&[("authorization", value)]);
-            keys.find(&parts.headers).map(str::to_owned).map_err(|error| error.fault)
+            keys.find(&parts.headers).map(|name| name.to_string()).map_err(|error| error.fault)
         };
         assert_eq!(find("Bearer secret-b"), Ok("b".into()));
         assert_eq!(find("bearer secret-a"), Ok("a".into()));

@@ -33,7 +33,7 @@ pub struct Left {
     token: Arc<Token>,
     /// The request's own number, for the board.
     seq: u32,
-    /// Whether a call was sent.
+    /// Whether the call under way was sent.
     begun: Arc<AtomicBool>,
     /// Whether it goes on without its client.
     gone: Arc<AtomicBool>,
@@ -62,10 +62,15 @@ impl Left {
         }
     }
 
-    /// Set when a call is sent.
+    /// Set while a call is sent that has no end yet.
     #[must_use]
     pub fn begun(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.begun)
+    }
+
+    /// An attempt has failed: until the next one is sent, there is nothing to go on with.
+    pub fn rest(&self) {
+        self.begun.store(false, Ordering::Relaxed);
     }
 
     /// Whether the client has left, so that nothing more is begun.

@@ -116,13 +116,16 @@ impl Service {
     ) -> Response<Body> {
         let (head, body) = request.into_parts();
         let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
-        let mut arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
+        let mut arrival = Arrival { client_id, tenant: Arc::default(), method, route: path.label() };
         let judged = match refusal {
             Some(error) => Judged::Refused(error),
             None => self.judge(&head, path),
         };
         let (served, mut pass) = match judged {
             Judged::Served(tenant) => {
+                if !tenant.is_empty() {
+                    token.set_tenant(&tenant);
+                }
                 arrival.tenant = tenant;
                 let call = (arrival.clone(), started, Arc::clone(&token));
                 self.dispatch(head, body, path, (id, own_id), call).await
@@ -166,11 +169,11 @@ impl Service {
     }
 
     /// Gives the key's name.
-    fn admit(&self, head: &http::request::Parts, path: Path) -> Result<String, Error> {
+    fn admit(&self, head: &http::request::Parts, path: Path) -> Result<Arc<str>, Error> {
         if matches!(path, Path::Healthz | Path::Readyz) {
-            return Self::check_method(head, path).map(|()| String::new());
+            return Self::check_method(head, path).map(|()| Arc::default());
         }
-        let tenant = self.app.door.enter(head, self.app.cors.listed(&head.headers).is_some())?.to_owned();
+        let tenant = self.app.door.enter(head, self.app.cors.listed(&head.headers).is_some())?;
         if path == Path::Unknown && head.method == Method::CONNECT {
             return Self::check_method(head, path).map(|()| tenant);
         }
@@ -265,7 +268,7 @@ fn percent_decoded(text: &str) -> String {
 
 impl hyper::service::Service<Request<Incoming>> for Service {
     type Response = Response<Body>;
-    type Error = std::convert::Infallible;
+    type Error = Gone;
     type Future = Bounded;
 
     fn call(&self, request: Request<Incoming>) -> Bounded {
@@ -294,10 +297,23 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     }
 }
 
+/// The client has left while its request was read: nobody is there to be answered. The HTTP library ends the connection,
+/// or the stream, at that.
+#[derive(Debug)]
+pub struct Gone;
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the client has left")
+    }
+}
+
+impl std::error::Error for Gone {}
+
 /// What a request's head comes to.
 enum Judged {
     /// It is served, for the key of that name.
-    Served(String),
+    Served(Arc<str>),
     /// The head was all of it.
     Answered(Response<Body>),
     Refused(Error),
@@ -333,7 +349,7 @@ impl Bounded {
         let Seen { id, path, method, started } = self.seen;
         let echoed = self.echoed.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
         let client_id = if echoed == id.text().as_str() { "" } else { echoed }.to_owned();
-        let arrival = Arrival { client_id, tenant: String::new(), method, route: path.label() };
+        let arrival = Arrival { client_id, tenant: self.token.tenant(), method, route: path.label() };
         self.token.account();
         self.app.gate.record_unadmitted(id, arrival, started, end, error);
     }
@@ -370,7 +386,7 @@ impl Drop for Bounded {
 }
 
 impl Future for Bounded {
-    type Output = Result<Response<Body>, std::convert::Infallible>;
+    type Output = Result<Response<Body>, Gone>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut response = if let Some(cause) = self.token.check(cx) {
@@ -384,6 +400,9 @@ impl Future for Bounded {
                 Err(_) => self.lost(),
             }
         };
+        if self.token.cause() == Some(Cause::ClientGone) {
+            return Poll::Ready(Err(Gone));
+        }
         // The library writes the head in this very turn. Probes tell nothing of what was served.
         if !matches!(self.seen.path, Path::Healthz | Path::Readyz) {
             self.app.gate.count_first_byte(self.seen.started.elapsed());

@@ -68,6 +68,8 @@ pub struct ClientIo {
     /// Read from the socket, not yet judged.
     raw: BytesMut,
     searched: usize,
+    /// Bytes of empty lines thrown away before the head that is awaited.
+    blank: usize,
     /// Judged, not yet taken by the HTTP library.
     ready: Bytes,
     head_since: Option<Instant>,
@@ -96,6 +98,7 @@ impl ClientIo {
             reading: Reading::Head,
             raw: BytesMut::new(),
             searched: 0,
+            blank: 0,
             ready: Bytes::new(),
             head_since: None,
             active_at: Instant::now(),
@@ -311,8 +314,22 @@ impl ClientIo {
         self.reading = Reading::Refused;
     }
 
+    /// Throws away empty lines before a head (RFC 9112, 2.2): who sends one behind a body and then nothing is idle, and has
+    /// begun no request. No more of them than a head may have bytes.
+    fn skip_blank(&mut self) {
+        while self.raw.starts_with(b"\r\n") && self.blank < self.limits.head.bytes {
+            self.raw.advance(2);
+            self.blank += 2;
+            self.searched = 0;
+        }
+        if self.raw.is_empty() {
+            self.head_since = None;
+        }
+    }
+
     /// Judges `raw` if it holds a whole head; says whether there is something to deliver now.
     fn judge_head(&mut self) -> bool {
+        self.skip_blank();
         let limit = self.limits.head.bytes;
         let Some(length) = head::complete(&self.raw, self.searched) else {
             self.searched = self.raw.len();
@@ -335,7 +352,7 @@ impl ClientIo {
             Ok(framing) => {
                 self.ready = self.raw.split_to(length).freeze();
                 self.shared.deliver();
-                self.searched = 0;
+                (self.searched, self.blank) = (0, 0);
                 self.head_since = (!self.raw.is_empty()).then(Instant::now);
                 self.reading = match framing {
                     Framing::Length(0) => Reading::Head,

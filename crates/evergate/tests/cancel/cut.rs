@@ -65,7 +65,7 @@ impl Future for CutFuture {
             return Poll::Ready(Err(dropped()));
         }
         let serving = self.serving.as_mut().expect("not polled after its end");
-        let Ok(response) = std::task::ready!(serving.as_mut().poll(cx));
+        let response = std::task::ready!(serving.as_mut().poll(cx)).map_err(io::Error::other)?;
         let polls = Arc::clone(&self.polls);
         Poll::Ready(Ok(response.map(|body| CutBody { body: Some(body), polls })))
     }

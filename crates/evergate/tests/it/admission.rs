@@ -4,13 +4,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evergate_testkit::raw::chat_body;
-use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use http_body_util::Full;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::balance::{h2_connect, h2_stream, run, workers};
 use crate::processes::lost_ids;
-use crate::support::{CHAT, LIMIT, assert_error, before, chat, open, open_as, open_stream, rest_of, via};
+use crate::support::{
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_error, before, chat, open, open_as, open_stream, rest_of, via,
+};
 use crate::until::until;
 
 /// One worker with one place, and this before it.
@@ -168,4 +170,25 @@ fn nobody_waits_longer_than_the_request_may_take() {
     assert!(response.text().contains("timeouts.total"), "{}", response.text());
     assert!(took >= Duration::from_millis(390) && took < Duration::from_secs(3), "{took:?}");
     wait_waiting(&gateway, 0);
+}
+
+/// Who leaves before he has a place is on record with his key, too.
+#[test]
+fn whoever_leaves_the_line_is_on_record_with_its_key() {
+    let fake = FakeUpstream::start();
+    let more = format!("{ONE_WORKER}slots = 1\n[keys.team-a]\nsecret = {{ env = \"TEAM_A\" }}\n");
+    let config = gateway_config(fake.base_url(), &[], &more).replace("[server]\n", "[server]\nauth = \"keys\"\n");
+    let gateway = Evergate::builder(EXE).config(config).env("TEAM_A", "secret-of-team-a").start();
+    let open = |id: &str| {
+        let fields = format!("authorization: Bearer secret-of-team-a\r\nx-request-id: {id}\r\n");
+        open_as(&gateway, "hold", false, &fields)
+    };
+    let first = open("served");
+    let _ = fake.wait_request(0, LIMIT);
+    let second = open("left-the-line");
+    wait_waiting(&gateway, 1);
+    second.close();
+    let record = gateway.wait_access("left-the-line", LIMIT);
+    assert_eq!((&record["cause"], &record["tenant"]), (&json!("client_gone"), &json!("team-a")), "{record}");
+    drop(first);
 }

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::link::Wait;
+use evergate_testkit::link::{Gone, Wait};
 use evergate_testkit::raw::{chat_body, chat_request, get_request, post_request};
 use evergate_testkit::sse::text_of;
-use evergate_testkit::{FakeUpstream, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
 use crate::support::{
-    CHAT, LIMIT, ONE_WORKER, assert_alive, assert_counted, assert_error, assert_good_stream, before, chat, echo,
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_counted, assert_error, assert_good_stream, before, chat, echo,
     echo_with, open,
 };
 
@@ -253,7 +253,7 @@ fn a_unix_socket_serves_the_same() {
          [models.echo]\ntargets = [{{ upstream = \"echo\" }}]\n",
         socket.display()
     );
-    let gateway = evergate_testkit::Evergate::builder(crate::support::EXE).config(text).start();
+    let gateway = Evergate::builder(EXE).config(text).start();
     assert_eq!(gateway.addrs().len(), 2);
     for address in gateway.addrs() {
         assert_eq!(evergate_testkit::post_chat(&address, "echo", false, &Value::Null).content(), "Say hello");
@@ -272,6 +272,69 @@ fn a_client_that_leaves_in_its_body_causes_no_call() {
     let record = gateway.wait_access("left-in-body", LIMIT);
     assert_eq!((&record["cause"], &record["status"]), (&json!("client_gone"), &json!(499)), "{record}");
     assert_eq!(fake.request_count(), 0);
+}
+
+/// A1: the same for one that only ends its own half: nobody is told anything, and a connection without an end would be.
+#[test]
+fn a1_a_client_that_half_closes_in_its_body_hears_nothing() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    let chunked = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n");
+    for (n, framing) in ["length", "chunked"].into_iter().enumerate() {
+        let (id, body) = (format!("half-{n}"), chat_body("fake/ok", false, &Value::Null));
+        let field = format!("x-request-id: {id}\r\n");
+        let mut raw = Raw::connect(&gateway.addr());
+        // An answer before it is its client's all the same.
+        raw.send(&get_request("/healthz", ""));
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        match framing {
+            "length" => {
+                let request = post_request(CHAT, &field, &body);
+                raw.send(&request[..request.len() - 5]);
+            }
+            _ => raw.send(format!("{chunked}{field}\r\n4\r\n{}\r\n", &body[..4]).as_bytes()),
+        }
+        raw.half_close();
+        let record = gateway.wait_access(&id, LIMIT);
+        assert_eq!((&record["cause"], &record["status"]), (&json!("client_gone"), &json!(499)), "{record}");
+        let (bytes, _) = raw.read_to_close(LIMIT);
+        assert_eq!(String::from_utf8_lossy(&bytes), "", "{framing}");
+    }
+    assert_eq!(fake.request_count(), 0);
+}
+
+/// RFC 9112, 2.2: empty lines before a request are nothing, also when none follows them: the connection is idle then, and
+/// ends as such, without a word.
+#[test]
+fn empty_lines_behind_a_body_are_no_request() {
+    let gateway = echo_with("[timeouts]\nheader = \"300ms\"\nclient_idle = \"1200ms\"\n");
+    for lines in ["\r\n", "\r\n\r\n\r\n"] {
+        let mut request = post_request(CHAT, "", &chat_body("echo", false, &Value::Null));
+        request.extend_from_slice(lines.as_bytes());
+        let mut raw = Raw::connect(&gateway.addr());
+        for _ in 0..2 {
+            raw.send(&request);
+            assert_eq!(raw.read_response(LIMIT).status, 200);
+            // Longer than a head may take, within what an idle connection has.
+            let began = Instant::now();
+            wait_until("more than the time of a head", LIMIT, || began.elapsed() > Duration::from_millis(500));
+        }
+        assert_eq!(raw.read_to_close(LIMIT), (Vec::new(), Gone::Eof), "{lines:?}");
+        // And on a new connection, before anything.
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(lines.as_bytes());
+        assert_eq!(raw.read_to_close(LIMIT), (Vec::new(), Gone::Eof), "{lines:?}");
+    }
+}
+
+/// But no more of them than a head may have bytes.
+#[test]
+fn endless_empty_lines_are_refused() {
+    let gateway = echo_with("[limits]\nheader = \"8KiB\"\n");
+    let mut raw = Raw::connect(&gateway.addr());
+    // More than what is thrown away and what a head may have.
+    let _ = raw.try_send("\r\n".repeat(12 * 1024).as_bytes());
+    assert_error(&raw.read_response(LIMIT), 400, "malformed_request");
 }
 
 /// A client stall that a test sees pass.

@@ -3,13 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::fake::{How, PROMPT_TOKENS};
+use evergate_testkit::fake::{How, PROMPT_TOKENS, mute};
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, LIMIT, ONE_WORKER, before, send};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, send};
+use crate::targets::config;
 
 /// A model `m` that is this script of the upstream, with that policy.
 fn with(fake: &FakeUpstream, script: &str, policy: &str, more: &str) -> Evergate {
@@ -115,6 +116,31 @@ fn what_a_client_leaves_is_read_on_for_its_usage() {
     }
 }
 
+/// What goes on is a call that was sent. Its first target has failed and the second one is still being connected to: that one
+/// is not called for a client that has left.
+#[test]
+fn a_second_target_that_was_not_sent_anything_is_left_with_the_client() {
+    let (fake, (silent, address)) = (FakeUpstream::start(), mute());
+    let text =
+        config(&[fake.base_url(), &format!("https://{address}/v1")], &["status-500>m|on_disconnect = \"finish\""], "");
+    let gateway = Evergate::builder(EXE).config(text).start();
+    for (n, stream) in [false, true].into_iter().enumerate() {
+        let (id, mut raw) = (format!("second-{n}"), Raw::connect(&gateway.addr()));
+        let body = chat_body("status-500>m", stream, &Value::Null);
+        raw.send(&post_request(CHAT, &format!("x-request-id: {id}\r\n"), &body));
+        // It waits in a TLS handshake that nobody answers.
+        let (mut second, _) = silent.accept().unwrap();
+        let left = Instant::now();
+        leave(raw, n);
+        second.set_read_timeout(Some(LIMIT)).unwrap();
+        let _ = std::io::copy(&mut second, &mut std::io::sink());
+        assert!(left.elapsed() < Duration::from_secs(3), "{:?}: it went on connecting", left.elapsed());
+        let record = gateway.wait_access(&id, LIMIT);
+        assert_left(&record, 499, "", false);
+    }
+    assert_clean(&gateway);
+}
+
 /// No longer than the model allows.
 #[test]
 fn what_a_client_leaves_is_read_no_longer_than_allowed() {
@@ -184,13 +210,13 @@ fn nothing_new_is_begun_for_a_client_that_is_gone() {
     assert_left(&gateway.wait_access("no-next", LIMIT), 499, "on_disconnect: upstream_disconnected", false);
     assert_eq!(fake.request_count(), 1);
 
-    let (_mute, address) = evergate_testkit::fake::mute();
+    let (_mute, address) = mute();
     let config = evergate_testkit::gateway_config(
         &format!("https://{address}/v1"),
         &[],
         &format!("{ONE_WORKER}[models.m]\non_disconnect = \"finish\"\ntargets = [{{ upstream = \"fake\" }}]\n"),
     );
-    let gateway = Evergate::builder(crate::support::EXE).config(config).start();
+    let gateway = Evergate::builder(EXE).config(config).start();
     let mut raw = Raw::connect(&gateway.addr());
     raw.send(&post_request(CHAT, "x-request-id: unsent\r\n", &chat_body("m", false, &Value::Null)));
     wait_until("it is connecting", LIMIT, || {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::fake::{TEXT, mute, refused_address};
+use evergate_testkit::fake::{Slam, TEXT, mute, refused_address};
 use evergate_testkit::raw::{post, post_chat};
 use evergate_testkit::sse::{Event, text_of};
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Response, wait_until};
@@ -182,6 +182,26 @@ fn d9_a_stale_connection_is_no_failed_attempt() {
         first.close_connections();
         wait_until("the end of the kept connection", LIMIT, || first.open_connections() == 0);
     }
+}
+
+/// A new connection that ends before a byte of the request is written: nothing was sent, so the next target is asked; alone
+/// it is told as a connection that did not come about.
+#[test]
+fn d9_a_new_connection_that_ends_at_once_was_sent_nothing() {
+    let identity = Identity::generate();
+    let (slam, second) = (Slam::start(&identity, 6), FakeUpstream::start());
+    let text = config(&[slam.base_url(), second.base_url()], &["ok>ok", "ok"], "");
+    let text = text.replace("[upstreams.second]", "[upstreams.first.roots]\nfile = \"ca.pem\"\n[upstreams.second]");
+    let gateway = Evergate::builder(EXE).config(text).file("ca.pem", &identity.cert_pem).start();
+    for stream in [false, true, false, true] {
+        let response = ask(&gateway, "ok>ok", stream);
+        assert_right(&response, stream, "slammed");
+        assert_path(&record_of(&gateway, &response), &[("first", "upstream_connect_failed"), ("second", "ok")]);
+    }
+    for stream in BOTH {
+        assert_error(&ask(&gateway, "ok", stream), 502, "upstream_connect_failed");
+    }
+    assert_eq!(slam.join(), 0, "bytes of requests");
 }
 
 /// The upstream may have worked, and billed: nobody else is asked, unless the operator says that this is right.

@@ -6,6 +6,7 @@ mod connection;
 mod log;
 mod request;
 mod script;
+mod slam;
 mod steps;
 
 use std::io;
@@ -24,6 +25,7 @@ pub use answer::{CREATED, MANY_BYTES_TEXT, PROMPT_TOKENS, TEXT};
 pub use log::{Connection, End, How, Recorded};
 pub use request::Request;
 pub use script::Script;
+pub use slam::Slam;
 
 use crate::link::Link;
 use crate::tls::Identity;
