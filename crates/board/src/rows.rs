@@ -205,6 +205,12 @@ row! {
         loop_lag_us set_loop_lag_us u32;
         /// Resident set, KiB.
         rss_kib set_rss_kib u64;
+        /// How much it gives up for want of memory (`core::memory::Rung`).
+        memory_rung set_memory_rung u32;
+        /// Descriptors it has open.
+        descriptors set_descriptors u32;
+        /// Whether it has so many that nothing accounts for that it should be replaced.
+        is_leaking set_leaking bool;
         /// Number (`seq`) of the request that is being polled at this moment; 0 for none.
         running set_running u64;
         /// Requests it has taken since its start.
@@ -274,6 +280,9 @@ impl ChildRow {
         self.set_waiting_since_ns(0);
         self.set_loop_lag_us(0);
         self.set_rss_kib(0);
+        self.set_memory_rung(0);
+        self.set_descriptors(0);
+        self.set_leaking(false);
         self.set_running(0);
         self.set_requests(0);
         self.set_inflight_high(0);

@@ -20,6 +20,8 @@ pub enum Cause {
     Operator = 5,
     /// The client has read nothing for `client_stall`.
     ClientStalled = 6,
+    /// Memory is short, and it held more of it than any other.
+    Memory = 7,
 }
 
 impl Cause {
@@ -33,6 +35,7 @@ impl Cause {
             Self::LostRace => "lost_race",
             Self::Operator => "operator",
             Self::ClientStalled => "client_stalled",
+            Self::Memory => "memory",
         }
     }
 
@@ -42,13 +45,14 @@ impl Cause {
         match self {
             Self::DeadlinePassed => Fault::DeadlineExceeded,
             Self::Draining => Fault::ServerShuttingDown,
+            Self::Memory => Fault::Overloaded,
             Self::ClientGone | Self::ClientStalled | Self::LostRace | Self::Operator => Fault::OperatorCancelled,
         }
     }
 
     fn from_byte(byte: u8) -> Option<Self> {
-        use Cause::{ClientGone, ClientStalled, DeadlinePassed, Draining, LostRace, Operator};
-        let all = [ClientGone, DeadlinePassed, Draining, LostRace, Operator, ClientStalled];
+        use Cause::{ClientGone, ClientStalled, DeadlinePassed, Draining, LostRace, Memory, Operator};
+        let all = [ClientGone, DeadlinePassed, Draining, LostRace, Operator, ClientStalled, Memory];
         all.into_iter().find(|cause| *cause as u8 == byte)
     }
 }

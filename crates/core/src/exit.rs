@@ -79,6 +79,8 @@ pub enum Initiator {
     Lifetime,
     /// Recycled for its memory.
     Rss,
+    /// Recycled because it lost descriptors.
+    Descriptors,
     /// A host that nobody has asked anything for long enough.
     Idle,
     /// A host that had to go for another one of its group.
@@ -110,6 +112,7 @@ impl Initiator {
             Self::Requests => "requests",
             Self::Lifetime => "lifetime",
             Self::Rss => "rss",
+            Self::Descriptors => "descriptors",
             Self::Idle => "idle",
             Self::Group => "group",
             Self::Hang => "hang",

@@ -6,6 +6,7 @@
 
 pub mod attempts;
 pub mod cancel;
+pub mod cgroup;
 pub mod chat;
 pub mod chunked;
 pub mod config;
@@ -18,6 +19,7 @@ pub mod head;
 pub mod ids;
 pub mod inherit;
 pub mod json;
+pub mod memory;
 pub mod plan;
 pub mod record;
 pub mod redact;

@@ -239,6 +239,7 @@ mod tests {
                 event_bytes: 1,
                 upstream_idle: 1,
                 queue: 1,
+                memory_guard: true,
             },
             timeouts: Timeouts {
                 total: second,

@@ -93,6 +93,7 @@ answer = "1GiB"
 event = "1MiB"
 upstream_idle = 0
 queue = 12
+memory_guard = false
 
 [timeouts]
 total = "10m"
@@ -186,6 +187,7 @@ fn defaults_are_those_of_the_design() {
     assert_eq!(sizes, ["20MiB", "32KiB", "8KiB", "32MiB", "4MiB"]);
     let counts = [l.headers, l.json_depth, l.choices, l.connections, l.h2_streams, l.upstream_idle, l.queue];
     assert_eq!(counts, [100, 128, 128, 4096, 100, 64, 256]);
+    assert!(l.memory_guard);
     let times =
         [t.total, t.stream_total, t.connect, t.dns, t.write, t.first_token, t.idle, t.head_hold].map(duration_text);
     assert_eq!(times, ["5m", "1h", "5s", "2s", "30s", "1m", "2m", "10s"]);
@@ -211,6 +213,7 @@ fn a_full_file_is_read_to_the_last_key() {
     assert_eq!((config.workers.min, config.workers.max, config.workers.slots), (3, 6, 1000));
     assert_eq!(config.workers.hang_timeout, Duration::from_millis(2500));
     assert_eq!((config.limits.body_bytes, config.limits.upstream_idle, config.limits.queue), (1_000_000, 0, 12));
+    assert!(!config.limits.memory_guard);
     assert_eq!(
         [config.timeouts.connect, config.timeouts.dns, config.timeouts.write],
         [500, 250, 9000].map(Duration::from_millis)

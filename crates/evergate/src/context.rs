@@ -1,6 +1,6 @@
 //! What belongs to one request and is passed along explicitly: its ids, its cancel token, its clock.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context as Task, Waker};
 
@@ -15,6 +15,8 @@ pub struct Token {
     waker: Mutex<Option<Waker>>,
     is_accounted: AtomicBool,
     tenant: OnceLock<Arc<str>>,
+    /// Bytes of its body and its answer that lie in memory, if they are many.
+    held: AtomicU64,
     note: OnceLock<&'static str>,
 }
 
@@ -37,6 +39,17 @@ impl Token {
     #[must_use]
     pub fn tenant(&self) -> Arc<str> {
         self.tenant.get().cloned().unwrap_or_default()
+    }
+
+    /// It holds so many bytes more.
+    pub fn hold(&self, bytes: u64) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that go when it ends.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// The request has its record, or a pass that will write it.
@@ -87,6 +100,7 @@ pub fn cancelled(cause: Cause) -> Error {
         Cause::Draining => "the gateway is stopping and the time to finish (shutdown.drain) is over; try again",
         Cause::DeadlinePassed => "the request's time is over",
         Cause::ClientGone | Cause::ClientStalled | Cause::LostRace => "the request was cancelled",
+        Cause::Memory => "the gateway is short of memory and has ended the request that held the most; try again",
         Cause::Operator => "an operator ended the request",
     };
     Error::new(cause.fault(), message)

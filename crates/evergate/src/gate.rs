@@ -2,6 +2,7 @@
 
 pub mod admission;
 pub mod load;
+pub mod memory;
 pub mod pass;
 pub mod permits;
 
@@ -179,6 +180,14 @@ impl Gate {
                 token.cancel(Cause::Draining);
             }
         }
+    }
+
+    /// Ends the live request that holds the most memory, if one holds much; says whether there was one.
+    pub fn end_most(&self) -> bool {
+        let live = self.lock_live();
+        let open = live.values().filter(|token| token.cause().is_none());
+        let most = open.max_by_key(|token| token.held()).filter(|token| token.held() > memory::LARGE_BYTES);
+        most.inspect(|token| token.cancel(Cause::Memory)).is_some()
     }
 
     /// Live requests.

@@ -189,6 +189,7 @@ impl Master {
                 lag: u64::from(row.loop_lag_us()).saturating_mul(1_000),
                 requests: row.requests(),
                 rss_kib: row.rss_kib(),
+                is_leaking: row.is_leaking(),
             })
         };
         let children: Vec<Seen> = self.children.iter().filter_map(seen).collect();

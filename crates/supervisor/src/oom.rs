@@ -10,8 +10,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use evergate_core::count;
 use evergate_core::exit::Initiator;
+use evergate_core::{cgroup, count};
 
 use crate::step::{Ns, SECOND};
 
@@ -133,7 +133,7 @@ impl Counter {
         let read =
             |path: &str| std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read ({error})"));
         let (own, mounts) = (read("/proc/self/cgroup")?, read("/proc/self/mountinfo")?);
-        for folder in folders(&own, &mounts) {
+        for folder in cgroup::folders(&own, &mounts) {
             // The first is this cgroup's own, the second sums up those below it, the third is cgroup v1's.
             for name in ["memory.events.local", "memory.events", "memory.oom_control"] {
                 if let Ok(counter) = Self::open(&folder, name) {
@@ -165,36 +165,7 @@ impl Counter {
 
 /// The value of `oom_kill` among lines of a key and a value.
 fn kills(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
-}
-
-/// Folders in which the memory controller of our own cgroup may be, cgroup v2 first (cgroups(7), proc_pid_mountinfo(5)).
-fn folders(own: &str, mounts: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for is_v2 in [true, false] {
-        let path = own.lines().find_map(|line| {
-            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-            let is_it = if is_v2 { controllers.is_empty() } else { controllers.split(',').any(|one| one == "memory") };
-            is_it.then_some(path)
-        });
-        let Some(path) = path else { continue };
-        for line in mounts.lines() {
-            let Some((before, after)) = line.split_once(" - ") else { continue };
-            let (mut before, mut after) = (before.split(' ').skip(3), after.split(' '));
-            let (Some(root), Some(point)) = (before.next(), before.next()) else { continue };
-            let (kind, options) = (after.next().unwrap_or_default(), after.nth(1).unwrap_or_default());
-            let is_it = match is_v2 {
-                true => kind == "cgroup2",
-                false => kind == "cgroup" && options.split(',').any(|one| one == "memory"),
-            };
-            // A container often sees only its own part of the tree, mounted as the whole.
-            let below = path.strip_prefix(root.trim_end_matches('/')).unwrap_or(path);
-            if is_it {
-                found.push(Path::new(point).join(below.trim_start_matches('/')));
-            }
-        }
-    }
-    found
+    cgroup::value(text, "oom_kill")
 }
 
 #[cfg(test)]
@@ -231,22 +202,6 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.note(1, 1);
         assert_eq!(ledger.judge(1, 0, 1 + DYING), (0, None));
-    }
-
-    #[test]
-    fn the_own_cgroup_is_found_in_every_arrangement() {
-        let v2 = folders(
-            "0::/system.slice/evergate.service\n",
-            "31 23 0:28 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n",
-        );
-        assert_eq!(v2, [Path::new("/sys/fs/cgroup/system.slice/evergate.service")]);
-        let own = "4:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n0::/\n";
-        let mounts = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory,cpu\n\
-                      41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
-                      42 31 0:39 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset\n";
-        let both = folders(own, mounts);
-        assert_eq!(both, [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup/memory/")]);
-        assert!(folders("", "nonsense\n - \n").is_empty());
     }
 
     #[test]

@@ -55,7 +55,8 @@ fn numbers(out: &mut String, config: &Config) -> fmt::Result {
     writeln!(out, "choices = {}", limits.choices)?;
     writeln!(out, "connections = {}\nh2_streams = {}", limits.connections, limits.h2_streams)?;
     writeln!(out, "answer = \"{}\"\nevent = \"{}\"", size_text(limits.answer_bytes), size_text(limits.event_bytes))?;
-    writeln!(out, "upstream_idle = {}\nqueue = {}", limits.upstream_idle, limits.queue)
+    writeln!(out, "upstream_idle = {}\nqueue = {}", limits.upstream_idle, limits.queue)?;
+    writeln!(out, "memory_guard = {}", limits.memory_guard)
 }
 
 fn times(out: &mut String, config: &Config) -> fmt::Result {

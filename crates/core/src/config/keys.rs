@@ -58,6 +58,7 @@ pub(super) static LIMITS: Shape = Shape {
         "event",
         "upstream_idle",
         "queue",
+        "memory_guard",
     ],
     later: &[],
 };

@@ -165,6 +165,8 @@ pub struct Limits {
     pub upstream_idle: u32,
     /// Requests per worker that wait for a slot; default 256, 0 for none.
     pub queue: u32,
+    /// Whether things are given up when memory is short; default true.
+    pub memory_guard: bool,
 }
 
 /// `[timeouts]`.

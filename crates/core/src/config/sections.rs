@@ -254,6 +254,7 @@ pub(super) fn limits(root: &Section<'_>) -> Limits {
         event_bytes: section.size("event", 4 * MIB, KIB..=256 * MIB),
         upstream_idle: section.u32("upstream_idle", 64, 0..=4096),
         queue: section.u32("queue", 256, 0..=65_536),
+        memory_guard: section.bool("memory_guard", true),
     }
 }
 

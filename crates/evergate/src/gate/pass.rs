@@ -283,6 +283,9 @@ impl Drop for Pass {
         if self.record.end.is_some_and(|(_, end)| end == End::ClientStalled) && self.record.detail.is_empty() {
             self.record.detail = "timeouts.client_stall".into();
         }
+        if self.token.cause() == Some(Cause::Memory) && self.record.detail.is_empty() {
+            self.record.detail = "memory".into();
+        }
         if let Some(end) = self.token.noted() {
             self.record.detail = format!("on_disconnect: {end}");
         }

@@ -9,6 +9,7 @@ use evergate_core::Error;
 use evergate_core::chat::Listed;
 use evergate_core::config::{BaseUrl, Roots, Sealed, Transport, Upstream};
 use evergate_core::inherit::{HOSTS_DIR_VARIABLE, host_socket};
+use evergate_core::memory::Rung;
 use evergate_core::redact::Redactor;
 use evergate_core::router::Router;
 use evergate_upstream::clock::Clock;
@@ -21,6 +22,7 @@ use super::cors::Cors;
 use super::local::{Local, Wake};
 use super::model_call::Endpoint;
 use crate::gate::Gate;
+use crate::gate::memory::Memory;
 use crate::gate::permits::Limit;
 use crate::lives::dns_fault;
 use crate::tasks::Tasks;
@@ -44,6 +46,8 @@ pub struct App {
     pub cors: Cors,
     /// Admits requests.
     pub gate: Arc<Gate>,
+    /// What is given up when memory is short.
+    pub memory: Arc<Memory>,
     /// Unix seconds of the process's start; `created` of models.
     pub started_s: u64,
     /// Watches over limits; somebody must run it.
@@ -88,6 +92,9 @@ impl App {
             clients.insert(name.clone(), Arc::new(client(name, upstream, &sealed, (&clock, &resolver))?));
         }
         let limits = limits(&sealed, &gate, &clock)?;
+        let (board, (rss_max, is_on)) =
+            (gate.board().clone(), (sealed.config.workers.rss_max, sealed.config.limits.memory_guard));
+        let memory = Arc::new(Memory::new(board, gate.row(), rss_max, is_on));
         Ok(Self {
             router: Router::new(&sealed.config),
             door: Door::new(&sealed)?,
@@ -95,6 +102,7 @@ impl App {
             clients,
             locals,
             limits,
+            memory,
             gate,
             started_s: evergate_sys::unix_ms() / 1000,
             sealed,
@@ -112,6 +120,12 @@ impl App {
     pub fn listed<'a>(&self, name: &'a str) -> Listed<'a> {
         let local = self.router.first_upstream(name).and_then(|upstream| self.locals.get(upstream));
         Listed { name, state: local.map(|local| local.state().name()) }
+    }
+
+    /// Whether descriptors or memory are short, so that no connection is kept beyond its answer.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.gate.is_short() || self.memory.rung() >= Rung::Close
     }
 
     /// Open connections to all upstreams.

@@ -121,6 +121,7 @@ impl ModelCall {
             if first.is_empty() && rest.is_empty() {
                 first = data;
             } else {
+                self.token.hold(data.len() as u64);
                 // One piece needs no copy; the second begins one.
                 if !first.is_empty() {
                     rest.extend_from_slice(&std::mem::take(&mut first));

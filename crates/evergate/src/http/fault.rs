@@ -30,6 +30,8 @@ pub enum Planted {
     Exit(u8),
     /// `eat`: take memory until somebody ends the process, at most [`EAT_BYTES_MAX`].
     Eat,
+    /// `lose-N`: open so many descriptors and forget them.
+    Lose(u16),
     /// `stuck-stream`: never go on after the first piece, cancelled or not.
     StuckStream,
     /// `spin`: hold the event loop for ever.
@@ -147,6 +149,7 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,
         "spin-stream" => Planted::SpinStream,
+        other if let Some(count) = other.strip_prefix("lose-") => Planted::Lose(count.parse().ok()?),
         other => match other.strip_prefix("panic-") {
             Some(place) => Planted::PanicAt(Place::of(place)?),
             None => Planted::Exit(other.strip_prefix("exit-")?.parse().ok()?),
@@ -177,6 +180,7 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
         (Some(Planted::AbortBooks), Moment::Handler) => BOOKS.store(2, Ordering::Relaxed),
         (Some(Planted::Exit(code)), Moment::Handler) => std::process::exit(code.into()),
         (Some(Planted::Eat), Moment::Handler) => eat(),
+        (Some(Planted::Lose(count)), Moment::Handler) => lose(count),
         (Some(Planted::Spin), Moment::Handler) | (Some(Planted::SpinStream), Moment::Stream) => spin(),
         _ => {}
     }
@@ -204,6 +208,11 @@ fn eat() {
         eaten.push(vec![1; 1 << 20]);
     }
     spin();
+}
+
+/// What cannot be opened any more is not lost.
+fn lose(count: u16) {
+    (0..count).filter_map(|_| std::fs::File::open("/dev/null").ok()).for_each(std::mem::forget);
 }
 
 fn spin() -> ! {

@@ -11,15 +11,17 @@ use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use crate::gate::memory::{LARGE_BYTES, Memory};
+
 fn too_large(limit: u64) -> Error {
     Error::new(Fault::RequestTooLarge, format!("the request body is larger than {limit} bytes (limits.body)"))
 }
 
-/// Refuses by the head alone what need not be read.
+/// Refuses by the head alone what need not be read; gives the body's length, if it says one.
 ///
 /// # Errors
 /// `request_too_large`, `unsupported_media_type`.
-pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
+pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<Option<u64>, Error> {
     let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > config.limits.body_bytes) {
         return Err(too_large(config.limits.body_bytes));
@@ -45,7 +47,7 @@ pub fn check_head(headers: &HeaderMap, config: &Config) -> Result<(), Error> {
     {
         return Err(Error::new(Fault::UnsupportedMediaType, "this endpoint takes application/json, not a form"));
     }
-    Ok(())
+    Ok(length)
 }
 
 /// How long the client is ready to wait, if it says so.
@@ -90,10 +92,11 @@ impl From<hyper::Error> for Stopped {
 /// Reads the whole body.
 ///
 /// # Errors
-/// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks; or the client
-/// is gone.
-pub async fn read(mut body: Incoming, config: &Config, clock: &Clock) -> Result<Bytes, Stopped> {
+/// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks, `overloaded` when
+/// one that said no length grows and memory is short; or the client is gone.
+pub async fn read(mut body: Incoming, config: &Config, (clock, memory): (&Clock, &Memory)) -> Result<Bytes, Stopped> {
     let limit = config.limits.body_bytes;
+    let mut looked = if body.size_hint().exact().is_some() { u64::MAX } else { LARGE_BYTES };
     let end = Instant::now() + config.timeouts.body;
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
@@ -110,8 +113,13 @@ pub async fn read(mut body: Incoming, config: &Config, clock: &Clock) -> Result<
             }
         };
         let Ok(data) = frame.into_data() else { continue };
-        if (first.len() + rest.len() + data.len()) as u64 > limit {
+        let bytes = (first.len() + rest.len() + data.len()) as u64;
+        if bytes > limit {
             return Err(Stopped::Refused(too_large(limit)));
+        }
+        if bytes > looked {
+            memory.admit_large(0).map_err(Stopped::Refused)?;
+            looked = bytes.saturating_add(LARGE_BYTES);
         }
         if first.is_empty() {
             // Most bodies are one piece, and need no copy.

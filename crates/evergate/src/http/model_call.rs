@@ -24,6 +24,7 @@ use super::relay::Relay;
 use super::scan::scan;
 use super::{intake, respond};
 use crate::context::{Token, cancelled};
+use crate::gate::memory::{Coming, LARGE_BYTES};
 use crate::gate::pass::{IsCall, Pass};
 use crate::gate::{Arrival, Stage};
 use crate::telemetry::names::End;
@@ -100,9 +101,10 @@ impl ModelCall {
     pub async fn run(mut self, body: Incoming) -> Outcome {
         let planted = planted(&self.headers);
         strike(planted, Moment::Head);
-        if let Err(error) = self.check_head() {
-            return (Err(error), None);
-        }
+        let coming = match self.check_head() {
+            Ok(coming) => coming,
+            Err(error) => return (Err(error), None),
+        };
         let announced = self.app.gate.announce(self.id, &self.arrival);
         let body = match self.read(body).await {
             Ok(body) => body,
@@ -112,6 +114,7 @@ impl ModelCall {
                 return (Err(cancelled(Cause::ClientGone)), None);
             }
         };
+        drop(coming);
         let deadline = match self.deadline() {
             Ok(deadline) => deadline,
             Err(error) => return (Err(error), None),
@@ -122,6 +125,9 @@ impl ModelCall {
             Err(error) => return (Err(error), None),
         };
         pass.record.bytes_in = body.len() as u64;
+        if body.len() as u64 > LARGE_BYTES {
+            self.token.hold(body.len() as u64);
+        }
         strike(planted, Moment::Handler);
         let bomb = Bomb::new(planted, Planted::PanicDrop);
         let served = match self.serve(&body, deadline, &mut pass).await {
@@ -134,11 +140,11 @@ impl ModelCall {
         (served, Some(pass))
     }
 
-    fn check_head(&mut self) -> Result<(), Error> {
-        intake::check_head(&self.headers, &self.app.sealed.config)?;
+    fn check_head(&mut self) -> Result<Option<Coming>, Error> {
+        let length = intake::check_head(&self.headers, &self.app.sealed.config)?;
         let by = intake::client_timeout(&self.headers)?;
         self.client_by = by.map(|time| Deadline::new(self.started, time, Limit::Client));
-        Ok(())
+        self.app.memory.admit(length)
     }
 
     /// The request's one deadline; its client may have gone beyond its own by now.
@@ -159,7 +165,7 @@ impl ModelCall {
             // Most bodies are there already. The loser is dropped, and the request with it; waiting for a stage is
             // cancel-safe.
             biased;
-            read = intake::read(body, &self.app.sealed.config, &self.app.clock) => read,
+            read = intake::read(body, &self.app.sealed.config, (&self.app.clock, &self.app.memory)) => read,
             _ = stage.wait_for(|stage| *stage == Stage::Cancelling) => {
                 Err(intake::Stopped::Refused(cancelled(Cause::Draining)))
             }

@@ -369,7 +369,7 @@ impl Bounded {
             if gate.is_far_above_peers() {
                 self.shared.send_elsewhere();
             }
-        } else if gate.is_draining() || gate.is_far_above_peers() || gate.is_short() {
+        } else if gate.is_draining() || gate.is_far_above_peers() || self.app.is_short() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }

@@ -1,7 +1,10 @@
-//! How many client connections a worker takes, for the descriptors that it may have (J2).
+//! Descriptors: how many client connections a worker takes for those that it may have (J2), and whether it loses some (H9).
 
+use evergate_board::ChildRow;
 use evergate_core::config::Config;
 use rustix::process::{Resource, getrlimit};
+
+use crate::http::app::App;
 
 /// Descriptors that a worker has besides connections: what it inherits, its runtime, name look-ups, files that it reads.
 const OWN: u64 = 64;
@@ -59,9 +62,55 @@ pub fn warning(config: &Config) -> Option<String> {
     Wanted::of(config).warning(limit())
 }
 
+/// What of a worker's descriptors nothing accounts for (H9).
+#[derive(Debug, Default)]
+pub(super) struct Strays {
+    /// What it had at the first look, connections aside.
+    own: Option<u32>,
+}
+
+/// Descriptors that a request may have under way that are not counted as connections yet: two addresses that are tried.
+const PER_REQUEST: u32 = 2;
+
+impl Strays {
+    /// Shows how many descriptors are open, and asks for a successor when too many of them are nobody's.
+    pub(super) fn look(&mut self, app: &App, child: &ChildRow) {
+        let Some(open) = open() else { return };
+        child.set_descriptors(open);
+        let live = u32::try_from(app.gate.live()).unwrap_or(u32::MAX);
+        let known = child.connections().saturating_add(app.upstream_connections());
+        let known = known.saturating_add(live.saturating_mul(PER_REQUEST));
+        let own = *self.own.get_or_insert(open.saturating_sub(known));
+        child.set_leaking(is_leaking(open.saturating_sub(known.saturating_add(own)), limit()));
+    }
+}
+
+/// Whether so many strays are a leak, of so many descriptors that there may be: a fifth of them, so that the rest lasts until a
+/// successor is there; 4,096 where there may be a million.
+fn is_leaking(strays: u32, limit: u64) -> bool {
+    u64::from(strays) >= (limit / 5).clamp(OWN, 4096)
+}
+
+/// Descriptors that are open in this process; none where procfs does not say.
+fn open() -> Option<u32> {
+    // Since Linux 6.2 the folder's size is their number; before, they are counted.
+    let said = std::fs::metadata("/proc/self/fd").ok()?.len();
+    let open = if said > 0 { said } else { std::fs::read_dir("/proc/self/fd").ok()?.count() as u64 };
+    u32::try_from(open).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn h9_a_fifth_of_what_there_may_be_is_a_leak() {
+        assert_eq!([203, 204].map(|strays| is_leaking(strays, 1024)), [false, true]);
+        // What it has by itself is none, however low the limit.
+        assert_eq!([63, 64].map(|strays| is_leaking(strays, 100)), [false, true]);
+        assert_eq!([4095, 4096].map(|strays| is_leaking(strays, 1 << 20)), [false, true]);
+        assert!(open().is_some_and(|open| open > 2));
+    }
 
     #[test]
     fn j2_connections_fit_what_there_is() {

@@ -21,6 +21,7 @@ mod descriptors;
 pub(crate) mod dns_fault;
 pub mod host;
 pub mod serve;
+mod thrift;
 pub mod worker;
 
 /// Names the state folder to a child, absolute.

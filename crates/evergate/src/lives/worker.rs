@@ -11,7 +11,9 @@ use evergate_core::redact::Redactor;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
-use super::{ChildArgs, Inherited, descriptors, kick, master_gone, rss_kib};
+use super::descriptors::{self, Strays};
+use super::thrift::Thrift;
+use super::{ChildArgs, Inherited, kick, master_gone, rss_kib};
 use crate::gate::{Gate, Stage};
 use crate::http::app::App;
 use crate::http::fault::{Place, pass_by};
@@ -300,7 +302,7 @@ async fn closed(gate: &Arc<Gate>) {
 /// Shows that the runtime turns, how late it is, and what it weighs.
 async fn beat(row: u32, app: Arc<App>) {
     let (load, board) = (app.gate.load(), app.gate.board());
-    let mut ticks = 0_u32;
+    let (mut ticks, mut thrift, mut strays) = (0_u32, Thrift::default(), Strays::default());
     loop {
         let pause = if load.is_idle() { BEAT_IDLE } else { BEAT };
         let before = Instant::now();
@@ -318,8 +320,10 @@ async fn beat(row: u32, app: Arc<App>) {
         app.limits.values().for_each(|limit| limit.settle_max());
         child.set_upstream_connections(app.upstream_connections());
         child.set_tasks(tasks::alive());
+        thrift.look(&app);
         if ticks.is_multiple_of(RSS_BEATS) {
             child.set_rss_kib(rss_kib());
+            strays.look(&app, child);
         }
         ticks = ticks.wrapping_add(1);
     }

@@ -144,6 +144,36 @@ impl ProgramEnd {
     }
 }
 
+/// What was given up for want of memory: what (a, a `Spared`).
+pub const SPARED: u8 = 42;
+
+/// What is given up for want of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Spared {
+    /// A request with a large body was refused.
+    LargeBody = 0,
+    /// Any request was refused.
+    Request = 1,
+    /// A request under way was ended.
+    UnderWay = 2,
+}
+
+impl Spared {
+    /// All of them, in their order.
+    pub const ALL: [Self; 3] = [Self::LargeBody, Self::Request, Self::UnderWay];
+
+    /// The label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LargeBody => "large_body",
+            Self::Request => "request",
+            Self::UnderWay => "under_way",
+        }
+    }
+}
+
 /// Upper bounds of the lateness buckets, milliseconds; one more bucket follows for everything above. A timer is up to a
 /// millisecond late by its own granularity.
 pub const LOOP_LAG_BUCKETS_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 250, 1_000, 5_000];
@@ -153,7 +183,7 @@ pub const FIRST_TOKEN_BUCKETS_MS: [u64; 14] =
     [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000];
 
 /// Initiators by their label index.
-pub const INITIATORS: [Initiator; 15] = [
+pub const INITIATORS: [Initiator; 16] = [
     Initiator::Operator,
     Initiator::Reload,
     Initiator::ScaleDown,
@@ -169,6 +199,7 @@ pub const INITIATORS: [Initiator; 15] = [
     Initiator::OutOfMemorySuspected,
     Initiator::Orphan,
     Initiator::Unknown,
+    Initiator::Descriptors,
 ];
 
 /// How a request ended.

@@ -239,6 +239,7 @@ impl Page<'_> {
         let help = "Accepts that failed for want of descriptors or memory; the connection waited.";
         self.single("evergate_accept_failures_total", "counter", help, failures);
         self.look_ups(sums);
+        self.spared(sums);
         let overflows = self.board.master().queue_overflows();
         let help = "Connects that a full accept queue turned away; their clients tried again a second later.";
         self.single("evergate_listen_overflows_total", "counter", help, overflows);
@@ -252,6 +253,15 @@ impl Page<'_> {
         for (index, result) in (0_u16..).zip(names::LOOK_UPS) {
             let found = sums.of(names::DNS_LOOK_UPS).find(|(key, _)| key.a == index);
             self.sample(name, &[("result", result)], found.map_or(0, |(_, value)| value));
+        }
+    }
+
+    fn spared(&mut self, sums: &Sums) {
+        let name = "evergate_memory_spared_total";
+        self.head(name, "counter", "Requests refused or ended because memory was short.");
+        for what in names::Spared::ALL {
+            let found = sums.of(names::SPARED).find(|(key, _)| key.a == what as u16);
+            self.sample(name, &[("what", what.name())], found.map_or(0, |(_, value)| value));
         }
     }
 
@@ -283,6 +293,11 @@ impl Page<'_> {
         for (slot, load) in &alive.loads {
             self.sample(loads, &[("worker", &slot.to_string())], load);
         }
+        let rungs = "evergate_memory_rung";
+        self.head(rungs, "gauge", "How much is given up for want of memory: 0 nothing to 4, requests under way.");
+        self.sample(rungs, &[], alive.memory_rung);
+        let help = "Descriptors that workers have open.";
+        self.single("evergate_worker_descriptors", "gauge", help, alive.descriptors);
         let help = "Requests that wait for a slot of their worker.";
         self.single("evergate_waiting_requests", "gauge", help, alive.waiting);
         let oldest = "evergate_waiting_oldest_seconds";
@@ -315,6 +330,9 @@ struct Alive {
     connections: u64,
     upstream_connections: u64,
     tasks: u64,
+    descriptors: u64,
+    /// The highest.
+    memory_rung: u32,
     waiting: u64,
     oldest_wait_ns: u64,
     /// By slot: while one worker drains, its successor may have the same.
@@ -331,6 +349,8 @@ impl Alive {
             connections: 0,
             upstream_connections: 0,
             tasks: 0,
+            descriptors: 0,
+            memory_rung: 0,
             waiting: 0,
             oldest_wait_ns: 0,
             loads: BTreeMap::new(),
@@ -342,6 +362,8 @@ impl Alive {
             alive.connections = alive.connections.saturating_add(child.connections().into());
             alive.upstream_connections = alive.upstream_connections.saturating_add(child.upstream_connections().into());
             alive.tasks = alive.tasks.saturating_add(child.tasks().into());
+            alive.descriptors = alive.descriptors.saturating_add(child.descriptors().into());
+            alive.memory_rung = alive.memory_rung.max(child.memory_rung().min(4));
             alive.waiting = alive.waiting.saturating_add(child.waiting().into());
             alive.oldest_wait_ns = alive.oldest_wait_ns.max(oldest_wait_ns(child, monotonic_ns()));
             if kind == Kind::Worker {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::{Evergate, Raw, wait_until};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{CHAT, EXE, LIMIT};
 
@@ -105,4 +105,31 @@ fn j1_a_worker_without_a_descriptor_left_does_not_spin_and_makes_room() {
     send(&mut last);
     assert_eq!(last.read_response(LIMIT).status, 200);
     assert_eq!(gateway.workers(), [pid]);
+}
+
+/// H9: a worker that loses descriptors is replaced before it has none left, by one that is ready before it goes.
+#[test]
+fn h9_a_worker_that_loses_descriptors_is_replaced() {
+    let limit = ["/bin/sh", "-c", "ulimit -n 512; exec \"$@\"", "sh"];
+    let gateway = Evergate::builder(EXE).config(TEXT).env("EVERGATE_FAULT", "1").wrapper(&limit).start();
+    let pid = gateway.workers()[0];
+    let ask = |fields: &str| {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&post_request(CHAT, fields, &chat_body("echo", false, &Value::Null)));
+        raw.read_response(LIMIT).status
+    };
+    let of_worker = || metric(&gateway, "evergate_worker_descriptors");
+    wait_until("its own are seen", LIMIT, || of_worker() > 0);
+    // Connections are none of those, as long as they are open: no more than the worker takes.
+    let kept: Vec<Raw> = (0..150).map(|_| Raw::connect(&gateway.addr())).collect();
+    wait_until("the connections are seen", LIMIT, || of_worker() > 150);
+    assert_eq!(ask("x-evergate-fault: lose-80\r\n"), 200);
+    wait_until("the lost ones are seen", LIMIT, || of_worker() > 230);
+    drop(kept);
+    assert_eq!(ask("x-evergate-fault: lose-30\r\n"), 200);
+    // Not in its first ten seconds.
+    let gone = gateway.wait_exits(1, 2 * LIMIT, |record| record["initiator"] == "descriptors");
+    assert_eq!((&gone[0]["pid"], &gone[0]["code"], &gone[0]["lost"]), (&json!(pid), &json!(0), &json!([])), "{gone:?}");
+    assert_eq!(ask(""), 200);
+    assert_ne!(gateway.wait_workers(1), [pid]);
 }

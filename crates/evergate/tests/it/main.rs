@@ -34,6 +34,7 @@ mod hosts_kept;
 mod http2;
 mod limits;
 mod limits_named;
+mod memory;
 mod metrics;
 mod models;
 mod overload;

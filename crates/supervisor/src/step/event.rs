@@ -219,6 +219,8 @@ pub struct Seen {
     pub requests: u64,
     /// Resident set, KiB.
     pub rss_kib: u64,
+    /// Whether it loses descriptors and asks for a successor.
+    pub is_leaking: bool,
 }
 
 /// A host as the board shows it.

@@ -1,9 +1,9 @@
 //! The number of workers under load, and recycling, on a virtual clock. Numbers are lines of the specification.
 
-use evergate_core::exit::{Initiator, Status};
+use evergate_core::exit::{Initiator, Kind, Status};
 
 use super::tests::{GIVEN, T0, beat, die, initiator, rules, signals, spawned};
-use super::{Action, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, step};
+use super::{Action, Event, MS, Ns, Order, Rules, SECOND, Seen, Sig, State, Tally, step};
 
 /// A gateway with a load that the test sets, whose children do at once what they are told.
 struct Gateway {
@@ -290,6 +290,23 @@ fn s16_workers_are_recycled_one_at_a_time_with_their_own_shares_of_the_limit() {
     assert_eq!(initiator(&actions), Some(Initiator::Requests));
     // Now it is the other one's turn.
     assert_eq!((spawned(&actions).len(), signals(&actions).len()), (1, 0));
+}
+
+/// H9.
+#[test]
+fn h9_a_worker_that_loses_descriptors_is_recycled_when_it_is_old_enough() {
+    let mut state = State::new(rules(), GIVEN, T0);
+    step(&mut state, Event::Start, T0);
+    beat(&mut state, &[1, 2, 3], T0 + MS);
+    let mut look = |now: Ns| {
+        let seen = |epoch| Seen { epoch, is_ready: true, beat: now, is_leaking: epoch == 3, ..Seen::default() };
+        step(&mut state, Event::Seen { children: [1, 2, 3].map(seen).into(), queue: 0 }, now)
+    };
+    assert!(spawned(&look(T0 + 9 * SECOND)).is_empty(), "not in its first ten seconds");
+    let actions = look(T0 + 11 * SECOND);
+    assert_eq!((spawned(&actions).len(), signals(&actions).len()), (1, 0), "the old one serves on");
+    let tally = Tally::Respawn { kind: Kind::Worker, cause: Initiator::Descriptors };
+    assert!(actions.iter().any(|action| matches!(action, Action::Count(counted) if *counted == tally)), "{actions:?}");
 }
 
 #[test]

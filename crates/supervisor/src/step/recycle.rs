@@ -1,4 +1,4 @@
-//! Recycling: a worker that has served its requests, its time or its memory is replaced by one that is ready before the
+//! Recycling: a worker that has served its requests, its time or its memory, or loses descriptors, is replaced by one that is ready before the
 //! old one is told to finish. One at a time, and none that was not ready for ten seconds.
 
 use evergate_core::exit::{Initiator, Kind};
@@ -95,6 +95,9 @@ impl Child {
         let age = now.saturating_sub(self.ready_at?);
         if age < LIFE_MIN && !planted!(RecyclesYoung) {
             return None;
+        }
+        if self.seen.is_leaking {
+            return Some(Initiator::Descriptors);
         }
         let rules = &self.rules;
         let reasons = [

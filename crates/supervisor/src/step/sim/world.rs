@@ -429,7 +429,8 @@ impl World {
             }
             Some(_) => {}
         }
-        self.sum.recycled += u32::from(matches!(initiator, Initiator::Requests | Initiator::Lifetime | Initiator::Rss));
+        let recycled = [Initiator::Requests, Initiator::Lifetime, Initiator::Rss, Initiator::Descriptors];
+        self.sum.recycled += u32::from(recycled.contains(&initiator));
         self.living.remove(&epoch);
         self.buried.push(epoch);
     }

@@ -73,6 +73,7 @@ impl World {
                 lag,
                 requests: process.requests,
                 rss_kib: process.rss_kib,
+                is_leaking: false,
             });
         }
         self.tell(&Event::Seen { children, queue: self.queue });

@@ -1,0 +1,236 @@
+//! How near this worker is to a limit of memory, and what it refuses for that (J3). The rungs are `core/memory.rs`'s; here
+//! the limits are looked at: those of the cgroups that the process is in, and its own.
+//!
+//! A look costs a few short reads of files that are open. It is taken with each beat, and before a large body is let in,
+//! since bodies come faster than beats.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use evergate_board::{Board, monotonic_ns};
+use evergate_core::memory::{Rung, Usage};
+use evergate_core::{Error, Fault, cgroup};
+
+use crate::lives::rss_kib;
+use crate::telemetry::names::{self, Spared};
+
+/// A body is large beyond this: the others are no more than what a connection costs anyway.
+pub const LARGE_BYTES: u64 = 64 * 1024;
+/// How long a look is good for.
+const FRESH_NS: u64 = 5_000_000;
+/// Below this share of the limit, in percent, nobody asks what of it the kernel could take back: the answer is not cheap.
+const ASK_PERCENT: u64 = 80;
+
+/// A worker's view of its memory.
+#[derive(Debug)]
+pub struct Memory {
+    board: Board,
+    row: u32,
+    sources: Vec<Source>,
+    rung: AtomicU8,
+    used: AtomicU64,
+    limit: AtomicU64,
+    looked_ns: AtomicU64,
+    /// Bytes of large bodies that were let in and have not come yet.
+    coming: AtomicU64,
+}
+
+/// Something with a limit.
+#[derive(Debug)]
+enum Source {
+    Cgroup(Cgroup),
+    /// This process: half as much again as the resident set at which it is replaced. A successor is on its way then; who
+    /// grows on all the same has to save itself.
+    Own(u64),
+}
+
+/// The files of one cgroup.
+#[derive(Debug)]
+struct Cgroup {
+    current: File,
+    limits: Vec<File>,
+    stat: File,
+    inactive: &'static str,
+}
+
+/// Names of a cgroup's files: what is used, its limits, and the key of what the kernel takes back first. Version 2 before 1.
+const FILES: [(&str, &[&str], &str); 2] = [
+    ("memory.current", &["memory.max", "memory.high"], "inactive_file"),
+    ("memory.usage_in_bytes", &["memory.limit_in_bytes"], "total_inactive_file"),
+];
+
+fn read(file: &File) -> Option<String> {
+    // Of the longest, memory.stat, what is asked for stands in the first kilobytes.
+    let mut bytes = [0; 4096];
+    let count = file.read_at(&mut bytes, 0).ok()?;
+    Some(String::from_utf8_lossy(bytes.get(..count)?).into_owned())
+}
+
+impl Cgroup {
+    fn open(folder: &Path) -> Option<Self> {
+        FILES.into_iter().find_map(|(current, limits, inactive)| {
+            let open = |name: &str| File::open(folder.join(name)).ok();
+            Some(Self {
+                current: open(current)?,
+                limits: limits.iter().filter_map(|name| open(name)).collect(),
+                stat: open("memory.stat")?,
+                inactive,
+            })
+        })
+    }
+
+    /// The limit is read each time: it can be changed while the process runs.
+    fn usage(&self) -> Usage {
+        let Some(limit) = self.limits.iter().filter_map(|file| cgroup::limit(&read(file)?)).min() else {
+            return Usage::default();
+        };
+        let used = read(&self.current).and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        let all = Usage { used, limit };
+        if all.percent() < ASK_PERCENT {
+            return all;
+        }
+        // Files that were read once count as used, and go before anybody is killed.
+        let inactive = read(&self.stat).and_then(|text| cgroup::value(&text, self.inactive)).unwrap_or(0);
+        Usage { used: used.saturating_sub(inactive), limit }
+    }
+}
+
+impl Source {
+    fn usage(&self) -> Usage {
+        match self {
+            Self::Cgroup(group) => group.usage(),
+            Self::Own(limit) => Usage { used: rss_kib().saturating_mul(1024), limit: *limit },
+        }
+    }
+}
+
+/// Our own cgroup and those above it. In debug builds `EVERGATE_FAULT_MEMORY` names a folder with such files instead.
+fn folders() -> Vec<PathBuf> {
+    if let Some(planted) = std::env::var_os("EVERGATE_FAULT_MEMORY").filter(|_| cfg!(debug_assertions)) {
+        return vec![planted.into()];
+    }
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let own = cgroup::folders(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
+    own.iter().flat_map(|folder| folder.ancestors().map(Path::to_path_buf)).collect()
+}
+
+impl Memory {
+    /// Of the child that owns `row`. `rss_max` is `workers.rss_max`; unless `is_on`, nothing is ever looked at.
+    #[must_use]
+    pub fn new(board: Board, row: u32, rss_max: u64, is_on: bool) -> Self {
+        let mut sources: Vec<Source> = Vec::new();
+        if is_on {
+            sources.extend(folders().iter().filter_map(|folder| Cgroup::open(folder)).map(Source::Cgroup));
+            sources.extend((rss_max > 0).then(|| Source::Own(rss_max.saturating_add(rss_max / 2))));
+        }
+        Self {
+            board,
+            row,
+            sources,
+            rung: AtomicU8::new(0),
+            used: AtomicU64::new(0),
+            limit: AtomicU64::new(0),
+            looked_ns: AtomicU64::new(0),
+            coming: AtomicU64::new(0),
+        }
+    }
+
+    /// As of the last look.
+    #[must_use]
+    pub fn rung(&self) -> Rung {
+        Rung::from_number(self.rung.load(Ordering::Relaxed))
+    }
+
+    /// As of the last look.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        Usage { used: self.used.load(Ordering::Relaxed), limit: self.limit.load(Ordering::Relaxed) }
+    }
+
+    /// Looks, and shows the rung on the board.
+    pub fn look(&self) -> Rung {
+        let usage = self.sources.iter().map(Source::usage).fold(Usage::default(), Usage::max);
+        self.used.store(usage.used, Ordering::Relaxed);
+        self.limit.store(usage.limit, Ordering::Relaxed);
+        self.looked_ns.store(monotonic_ns(), Ordering::Relaxed);
+        let rung = usage.rung();
+        self.rung.store(rung as u8, Ordering::Relaxed);
+        if let Some(child) = self.board.child(self.row) {
+            child.set_memory_rung(rung as u32);
+        }
+        rung
+    }
+
+    /// Lets a request in whose body is that long, as far as its head says.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn admit(self: &Arc<Self>, length: Option<u64>) -> Result<Option<Coming>, Error> {
+        if self.rung() >= Rung::New {
+            return Err(self.refuse(Spared::Request));
+        }
+        match length {
+            Some(bytes) if bytes > LARGE_BYTES => self.admit_large(bytes).map(|()| {
+                self.coming.fetch_add(bytes, Ordering::Relaxed);
+                Some(Coming { memory: Arc::clone(self), bytes })
+            }),
+            // One without a length is looked at while it grows.
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether there is room for so many bytes of a large body, beside those that are on their way.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn admit_large(&self, bytes: u64) -> Result<(), Error> {
+        if self.sources.is_empty() {
+            return Ok(());
+        }
+        if monotonic_ns().saturating_sub(self.looked_ns.load(Ordering::Relaxed)) > FRESH_NS {
+            self.look();
+        }
+        let then = self.usage().with(bytes.saturating_add(self.coming.load(Ordering::Relaxed)));
+        if then.rung() >= Rung::Large { Err(self.refuse(Spared::LargeBody)) } else { Ok(()) }
+    }
+
+    /// Counts what was given up.
+    pub fn count(&self, spared: Spared) {
+        if let Some(series) = self.board.series(self.row) {
+            series.add(names::key(names::SPARED, spared as u16, 0, 0), 1);
+        }
+    }
+
+    fn refuse(&self, spared: Spared) -> Error {
+        self.count(spared);
+        let message = match spared {
+            Spared::LargeBody => "the gateway is short of memory and takes no large request body now; try again",
+            Spared::Request | Spared::UnderWay => "the gateway is short of memory and takes no request now; try again",
+        };
+        Error::new(Fault::Overloaded, message).detail(self)
+    }
+}
+
+/// For the records.
+impl std::fmt::Display for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let usage = self.usage();
+        write!(f, "memory: {} % of {} MiB used", usage.percent(), usage.limit >> 20)
+    }
+}
+
+/// A large body that is on its way.
+#[derive(Debug)]
+pub struct Coming {
+    memory: Arc<Memory>,
+    bytes: u64,
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.memory.coming.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
