@@ -34,14 +34,14 @@ pub fn run(state_dir: &Path, name: &str, follows: bool) -> u8 {
 }
 
 fn show(path: &Path, follows: bool) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = Out { to: io::stdout().lock(), begun: Vec::new() };
     let mut file = File::open(path)?;
     if let Some(mut old) = older(path)? {
         copy(&mut old, &mut out)?;
     }
     loop {
         copy(&mut file, &mut out)?;
-        out.flush()?;
+        out.to.flush()?;
         if !follows {
             return Ok(());
         }
@@ -75,13 +75,51 @@ fn older(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-fn copy(from: &mut File, to: &mut impl Write) -> io::Result<()> {
+fn copy(from: &mut File, out: &mut Out<impl Write>) -> io::Result<()> {
     let mut bytes = vec![0; 64 << 10];
     loop {
         let count = from.read(&mut bytes)?;
         if count == 0 {
             return Ok(());
         }
-        to.write_all(bytes.get(..count).unwrap_or_default())?;
+        out.show(bytes.get(..count).unwrap_or_default())?;
+    }
+}
+
+/// Shows lines. What a program says may be a client's words: nothing in them may move the cursor of whoever reads.
+struct Out<W> {
+    to: W,
+    /// The beginning of a line whose end has not come.
+    begun: Vec<u8>,
+}
+
+impl<W: Write> Out<W> {
+    fn show(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.begun.extend_from_slice(bytes);
+        let Some(end) = memchr::memrchr(b'\n', &self.begun) else { return Ok(()) };
+        let rest = self.begun.split_off(end + 1);
+        let lines = std::mem::replace(&mut self.begun, rest);
+        let is_plain = |letter: &char| !letter.is_control() || matches!(letter, '\n' | '\t');
+        let plain: String = String::from_utf8_lossy(&lines)
+            .chars()
+            .map(|letter| if is_plain(&letter) { letter } else { ' ' })
+            .collect();
+        self.to.write_all(plain.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_shown_whole_and_without_what_drives_a_terminal() {
+        let text = "a\tb\u{1b}[2J\n\u{9b}31m\u{e4}\r\nhalf";
+        for at in 0..=text.len() {
+            let mut out = Out { to: Vec::new(), begun: Vec::new() };
+            out.show(&text.as_bytes()[..at]).unwrap();
+            out.show(&text.as_bytes()[at..]).unwrap();
+            assert_eq!(String::from_utf8(out.to).unwrap(), "a\tb [2J\n 31m\u{e4} \n", "split at {at}");
+        }
     }
 }

@@ -125,11 +125,13 @@ pub enum ProgramEnd {
     Unknown = 3,
     /// It could not be started.
     Boot = 4,
+    /// With its host, which was told to go.
+    Stopped = 5,
 }
 
 impl ProgramEnd {
     /// All of them, in their order.
-    pub const ALL: [Self; 5] = [Self::Done, Self::Crash, Self::Host, Self::Unknown, Self::Boot];
+    pub const ALL: [Self; 6] = [Self::Done, Self::Crash, Self::Host, Self::Unknown, Self::Boot, Self::Stopped];
 
     /// The label, and the initiator in the record.
     #[must_use]
@@ -140,6 +142,7 @@ impl ProgramEnd {
             Self::Host => "host",
             Self::Unknown => "unknown",
             Self::Boot => "boot",
+            Self::Stopped => "stopped",
         }
     }
 }

@@ -119,6 +119,7 @@ fn ends_of_programs_are_counted_by_cause_and_the_last_is_shown() {
         wait_until(&line, LIMIT, || has(&gateway, &line));
         wait_until("its record", LIMIT, || model(&gateway, upstream)["last_exit"]["initiator"] == cause);
     }
+    assert_eq!(model(&gateway, "crash")["program_pid"], Value::Null, "what has ended is not shown");
     let last = model(&gateway, "crash")["last_exit"].clone();
     assert_eq!((&last["kind"], &last["code"], &last["note"]), (&json!("program"), &json!(3), &json!("out of paper")));
     assert_eq!(

@@ -5,13 +5,13 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use evergate_board::{Board, HostRow};
+use evergate_board::{Board, ChildRow, HostRow, Phase};
 use evergate_core::redact::Redactor;
 use evergate_host::Report;
 use evergate_host::program::{Ended, Failed, Ladder};
@@ -36,6 +36,8 @@ pub(crate) const OLD_SUFFIX: &str = ".1";
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Lines that wait for the disk; more are counted and left out.
 const LINES: usize = 1024;
+/// Records of ends that may wait beyond them: no flood of lines costs one.
+const ENDS: usize = 4096;
 /// Bytes of a program's last words in a record of its end.
 const TAIL_SHOWN: usize = 4096;
 
@@ -56,7 +58,9 @@ pub(crate) struct Ear {
     redactor: Arc<Redactor>,
     shown: Mutex<Shown>,
     lines: Mutex<Option<SyncSender<Entry>>>,
-    dropped: AtomicU64,
+    /// Entries that wait for the disk, and those that were left out since the last line.
+    queued: Arc<AtomicUsize>,
+    dropped: AtomicUsize,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -83,11 +87,14 @@ impl Ear {
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         let open = |suffix| Output::open(folder.join(format!("{}{suffix}", place.name)));
         let (log, exits) = (open(LOG_SUFFIX)?, open(EXITS_SUFFIX)?);
-        let (lines, from) = sync_channel(LINES);
-        let writer = std::thread::Builder::new().name("models".into()).spawn(move || write(&from, log, exits))?;
+        let (lines, from) = sync_channel(LINES + ENDS);
+        let queued = Arc::new(AtomicUsize::new(0));
+        let written = Arc::clone(&queued);
+        let writer =
+            std::thread::Builder::new().name("models".into()).spawn(move || write(&from, &written, (log, exits)))?;
         let (lines, writer) = (Mutex::new(Some(lines)), Mutex::new(Some(writer)));
         let shown = Shown { pids: Vec::new(), vacant: 0, restarts: 0, is_busy: false, idle_since: Instant::now() };
-        Ok(Self { place, redactor, shown: Mutex::new(shown), lines, dropped: AtomicU64::new(0), writer })
+        Ok(Self { place, redactor, shown: Mutex::new(shown), lines, queued, dropped: AtomicUsize::new(0), writer })
     }
 
     /// Its programs can be used: from now on it can be idle.
@@ -131,8 +138,14 @@ impl Ear {
     }
 
     fn send(&self, entry: Entry) {
-        let is_sent = lock(&self.lines).as_ref().is_some_and(|lines| lines.try_send(entry).is_ok());
-        self.dropped.fetch_add(u64::from(!is_sent), Ordering::Relaxed);
+        // Before it is sent: the writer takes it off again.
+        let before = self.queued.fetch_add(1, Ordering::Relaxed);
+        let is_full = matches!(entry, Entry::Log(_)) && before >= LINES;
+        let is_sent = !is_full && lock(&self.lines).as_ref().is_some_and(|lines| lines.try_send(entry).is_ok());
+        if !is_sent {
+            self.queued.fetch_sub(1, Ordering::Relaxed);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Counts on the host's own row of the board.
@@ -140,6 +153,20 @@ impl Ear {
         if let Some(series) = self.place.board.series(self.place.child.row) {
             let label = self.place.board.label(&self.place.name);
             series.add(names::key(metric, label, end.map_or(0, |end| end as u16), 0), 1);
+        }
+    }
+
+    fn end(&self, ended: &Ended) -> ProgramEnd {
+        let phase = self.place.board.child(self.place.child.row).map(ChildRow::phase);
+        let is_stopping = matches!(phase, Some(Phase::Draining | Phase::Cancelling | Phase::Cleaning));
+        match (ended.ladder, ended.exit.status) {
+            (Ladder::Term | Ladder::Kill, _) if is_stopping => ProgramEnd::Stopped,
+            (Ladder::Term | Ladder::Kill, _) => ProgramEnd::Host,
+            (Ladder::Untouched, Status::Code(0)) => ProgramEnd::Done,
+            (Ladder::Untouched, Status::Code(_)) => ProgramEnd::Crash,
+            // Those that a process raises by its own mistake.
+            (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ProgramEnd::Crash,
+            (Ladder::Untouched, Status::Signal { .. }) => ProgramEnd::Unknown,
         }
     }
 
@@ -178,14 +205,15 @@ impl Report for Ear {
     }
 
     fn ended(&self, ended: &Ended) {
-        let end = end(ended);
+        let end = self.end(ended);
         self.count(names::PROGRAM_EXITS, Some(end));
         self.show(|shown| {
             shown.pids.retain(|pid| *pid != ended.pid);
             shown.vacant += 1;
         });
         // That one which ended as it should is no news.
-        if ended.exit.status == Status::Code(0) && ended.strays == 0 && ended.left == 0 {
+        let has_obeyed = end == ProgramEnd::Stopped && ended.ladder == Ladder::Term;
+        if (has_obeyed || ended.exit.status == Status::Code(0)) && ended.strays == 0 && ended.left == 0 {
             return;
         }
         let (code, signal, core) = match ended.exit.status {
@@ -209,7 +237,7 @@ impl Report for Ear {
             "core": core, "initiator": end.name(), "sent": sent,
             "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
             "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "request_id": ended.request,
-            "note": last, "stderr": tail,
+            "note": last.trim(), "stderr": tail,
         });
         self.send(Entry::Exit(format!("{record}\n")));
     }
@@ -247,17 +275,6 @@ impl Report for Ear {
     }
 }
 
-fn end(ended: &Ended) -> ProgramEnd {
-    match (ended.ladder, ended.exit.status) {
-        (Ladder::Term | Ladder::Kill, _) => ProgramEnd::Host,
-        (Ladder::Untouched, Status::Code(0)) => ProgramEnd::Done,
-        (Ladder::Untouched, Status::Code(_)) => ProgramEnd::Crash,
-        // Those that a process raises by its own mistake.
-        (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ProgramEnd::Crash,
-        (Ladder::Untouched, Status::Signal { .. }) => ProgramEnd::Unknown,
-    }
-}
-
 /// A file that is bounded.
 struct Output {
     path: PathBuf,
@@ -286,9 +303,10 @@ impl Output {
     }
 }
 
-fn write(from: &Receiver<Entry>, mut log: Output, mut exits: Output) {
+fn write(from: &Receiver<Entry>, queued: &AtomicUsize, (mut log, mut exits): (Output, Output)) {
     let mut has_failed = false;
     for entry in from {
+        queued.fetch_sub(1, Ordering::Relaxed);
         let written = match &entry {
             Entry::Log(text) => log.write(text),
             Entry::Exit(text) => exits.write(text),
@@ -305,6 +323,35 @@ fn write(from: &Receiver<Entry>, mut log: Output, mut exits: Output) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_flood_of_lines_costs_the_record_of_an_end() {
+        let (lines, from) = sync_channel(LINES + ENDS);
+        let shape = evergate_board::Shape { children: 1, slots: 1, series: 8, labels: 8 };
+        let child = ChildArgs { row: 0, epoch: 1, generation: 1, listeners: 1 };
+        let board = Board::create(shape, 1).unwrap();
+        let ear = Ear {
+            place: Place { board, host: 0, child, name: "m".into(), is_kept: false },
+            redactor: Arc::new(Redactor::new(std::iter::empty::<&str>())),
+            shown: Mutex::new(Shown {
+                pids: vec![],
+                vacant: 0,
+                restarts: 0,
+                is_busy: false,
+                idle_since: Instant::now(),
+            }),
+            lines: Mutex::new(Some(lines)),
+            queued: Arc::new(AtomicUsize::new(0)),
+            dropped: AtomicUsize::new(0),
+            writer: Mutex::new(None),
+        };
+        for _ in 0..LINES + 7 {
+            ear.send(Entry::Log("line".into()));
+        }
+        ear.send(Entry::Exit("end".into()));
+        assert_eq!((ear.dropped.load(Ordering::Relaxed), ear.queued.load(Ordering::Relaxed)), (7, LINES + 1));
+        assert!(matches!(from.try_iter().last(), Some(Entry::Exit(_))));
+    }
 
     #[test]
     fn files_are_bounded() {
