@@ -4,10 +4,10 @@
 It answers with the last message. A message that begins with one of these words ends it, as such gateways end in real life:
 
     exit        sys.exit in a handler (which only ends the handler's thread: the client gets nothing)
-    thread      an unhandled exception in a thread of its own, after which nothing answers any more
+    thread      an unhandled exception in the only thread that does the work
     os-exit     os._exit(3)
     segfault    a write to address 0
-    memory      more memory than it may have
+    memory      more memory than it may have, which it meets as a native library does: abort
     hang        a lock that is never given back
 
 Behind Evergate: process = { mode = "server", argv = ["python3", "chat_gateway.py", "{port}"], limits = { memory = "1GiB" } }
@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 lock = threading.Lock()
@@ -58,8 +59,13 @@ def die(text):
         ctypes.memset(0, 1, 1)
     if text.startswith("memory"):
         hoard = []
-        while True:
-            hoard.append(bytearray(64 << 20))
+        try:
+            while True:
+                hoard.append(bytearray(64 << 20))
+        except MemoryError:
+            hoard.clear()
+            traceback.print_exc()
+            os.abort()
     if text.startswith("hang"):
         lock.acquire()
 
@@ -69,7 +75,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         with lock:
-            self.reply({"status": "ok"})
+            if worker.is_alive():
+                self.reply({"status": "ok"})
+            else:
+                self.send_error(503)
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -111,5 +120,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    threading.Thread(target=backend, args=(jobs,), daemon=True).start()
+    worker = threading.Thread(target=backend, args=(jobs,), daemon=True)
+    worker.start()
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -8,6 +8,7 @@
 // A test that meets something unexpected should stop there and say so; that is what a panic does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+pub mod cases;
 pub mod corpus;
 pub mod driver;
 pub mod fake;

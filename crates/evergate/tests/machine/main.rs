@@ -8,8 +8,7 @@ mod packaging;
 mod pid_one;
 mod ports;
 
-/// A case is run, or says why it cannot be.
-type Case = (&'static str, fn() -> Result<(), String>);
+use evergate_testkit::cases::{self, Case};
 
 const CASES: [Case; 9] = [
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
@@ -24,33 +23,7 @@ const CASES: [Case; 9] = [
 ];
 
 fn main() {
-    let filter = std::env::args().nth(1).filter(|text| !text.starts_with('-'));
-    if std::env::args().any(|arg| arg == "--list") {
-        return;
-    }
-    let chosen = CASES.iter().filter(|(name, _)| filter.as_ref().is_none_or(|text| name.contains(text.as_str())));
-    let (mut passed, mut failed, mut ignored) = (0, 0, 0);
-    for (name, case) in chosen {
-        match std::panic::catch_unwind(case) {
-            Ok(Ok(())) => {
-                println!("test {name} ... ok");
-                passed += 1;
-            }
-            Ok(Err(why)) => {
-                println!("test {name} ... ignored, {why}");
-                ignored += 1;
-            }
-            Err(_) => {
-                println!("test {name} ... FAILED");
-                failed += 1;
-            }
-        }
-    }
-    let word = if failed == 0 { "ok" } else { "FAILED" };
-    println!("test result: {word}. {passed} passed; {failed} failed; {ignored} ignored");
-    if failed > 0 {
-        std::process::exit(101);
-    }
+    cases::run(&CASES);
 }
 
 /// The binary under test.
