@@ -87,6 +87,8 @@ pub(super) struct Attempt<'a> {
     pub(super) first_by: Deadline,
     /// Whether a stream ends with a chunk of usage.
     pub(super) wants_usage: bool,
+    /// Whether the upstream is a program of this machine, whose host is told how much time there is.
+    pub(super) is_local: bool,
 }
 
 /// One target's turn.
@@ -118,7 +120,8 @@ impl ModelCall {
         pass.set_backend(name, IsCall::Yes);
         pass.enter(InflightPhase::Wait);
         let (deadline, wants_usage) = (asked.deadline, asked.request.wants_usage);
-        Ok(Attempt { client, name, body, deadline, permit: None, first_by: deadline, wants_usage })
+        let (first_by, is_local) = (deadline, false);
+        Ok(Attempt { client, name, body, deadline, permit: None, first_by, wants_usage, is_local })
     }
 
     /// The right to call an upstream; none is needed where it has no limit. Only the last target's line is waited in.
@@ -184,7 +187,7 @@ impl ModelCall {
     async fn attempt_local(
         &self,
         local: &Local,
-        attempt: Attempt<'_>,
+        mut attempt: Attempt<'_>,
         head_by: &mut Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
@@ -197,6 +200,8 @@ impl ModelCall {
             pass.enter(InflightPhase::Wait);
             *head_by += began.elapsed();
         }
+        attempt.is_local = true;
+        let until = attempt.first_by;
         if pass.record.is_stream {
             local.watch(clock, until, self.stream(attempt, *head_by, pass)).await
         } else {

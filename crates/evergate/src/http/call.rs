@@ -15,7 +15,7 @@ use super::attempts::{Attempt, Failure};
 use super::body::Body;
 use super::left::Left;
 use super::model_call::ModelCall;
-use super::{refusal, respond};
+use super::{local, refusal, respond};
 use crate::gate::pass::Pass;
 
 /// Client headers that travel on to an upstream; all others stay here.
@@ -63,8 +63,12 @@ impl ModelCall {
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by, .. } = attempt;
-        let mut answer = client.call(self.call(body, first_by)).await?;
+        let Attempt { client, name, body, deadline, permit, first_by, is_local, .. } = attempt;
+        let mut call = self.call(body, first_by);
+        if is_local {
+            local::tell_time(&mut call, deadline);
+        }
+        let mut answer = client.call(call).await?;
         if let Some(permit) = permit {
             answer.body.hold(permit);
         }
@@ -142,6 +146,11 @@ impl ModelCall {
         {
             // Nothing has reached the program, whatever its host has seen; a mistake of the client's stays one.
             let is_undone = !is_dispatched && !status.is_client_error();
+            if error.fault == Fault::DeadlineExceeded {
+                // It knows the time that there was, and not whose limit that is.
+                let error = deadline.limit().overrun(name, "did not answer within");
+                return Failure { error, how: How::OutOfTime };
+            }
             return Failure { error, how: if is_undone { How::NotReached } else { How::Status(status.as_u16()) } };
         }
         let error = refusal::of(&self.app, name, status, &headers, &read);

@@ -9,13 +9,29 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use evergate_board::{Board, HostRow, HostState, monotonic_ns};
-use evergate_core::{Deadline, Error, Fault};
+use evergate_core::{Deadline, Error, Fault, request_timeout};
+use evergate_upstream::Call;
 use evergate_upstream::clock::Clock;
+use http::header::{HeaderName, HeaderValue};
 
 /// Between two looks of a request that waits for its host.
 const LOOK: Duration = Duration::from_millis(10);
+/// After a start that failed, the next one is waited for if it comes so soon; another target may serve otherwise.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Between two looks of one that waits for an answer.
 const WATCH: Duration = Duration::from_millis(100);
+
+/// A host's own word about the time comes so much before ours: it knows better what it was spent on.
+const AHEAD: Duration = Duration::from_millis(20);
+
+/// Tells a host how much time the request has: it holds its program to that, whatever becomes of this worker.
+pub(super) fn tell_time(call: &mut Call, deadline: Deadline) {
+    let left = deadline.left(Instant::now());
+    let left = left.saturating_sub(AHEAD.min(left / 2)).as_millis().max(1);
+    if let Ok(value) = HeaderValue::try_from(format!("{left}ms")) {
+        call.headers.insert(HeaderName::from_static(request_timeout::NAME), value);
+    }
+}
 
 /// Wakes the master.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
@@ -35,13 +51,6 @@ impl fmt::Debug for Local {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Local").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-/// Whether nobody needs to wait for a host that has failed: another start has failed since it had failed `known` times, or
-/// the next one comes too late.
-fn is_hopeless(row: &HostRow, known: u64, until: Deadline) -> bool {
-    let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
-    row.failures() > known || Instant::now() + pause >= until.at()
 }
 
 /// One more request that waits, until it is dropped.
@@ -81,8 +90,8 @@ impl Local {
     /// Waits until the host takes requests, for whoever has seen that it does not. Cancel-safe.
     ///
     /// # Errors
-    /// Why it does not: as soon as a start has failed that this request has waited for, at once when the next try comes too
-    /// late for it, else when its time is over; or that too many wait already.
+    /// Why it does not: as soon as a start has failed that this request has waited for, at once when the next try after one
+    /// comes in more than a second or too late for it, else when its time is over; or that too many wait already.
     pub async fn ready(&self, clock: &Clock, until: Deadline) -> Result<(), Error> {
         let before = self.parked.fetch_add(1, Ordering::Relaxed);
         let _parked = Parked(&self.parked);
@@ -90,20 +99,14 @@ impl Local {
             let message = format!("too many requests wait for the program of \"{}\" to start", self.name);
             return Err(Error::new(Fault::Overloaded, message));
         }
-        let mut failures = None;
+        let mut known = None;
         loop {
             let now = Instant::now();
             match self.look() {
                 Some((_, HostState::Ready)) => return Ok(()),
-                Some((row, HostState::Failed)) => {
-                    let known = *failures.get_or_insert(row.failures());
-                    if is_hopeless(row, known, until) {
-                        return Err(self.failed(row));
-                    }
-                    self.ask(row);
-                }
+                Some((row, HostState::Failed)) => self.weigh(row, &mut known, until)?,
                 Some((row, state)) => {
-                    failures.get_or_insert(row.failures());
+                    known.get_or_insert(row.failures());
                     if state != HostState::Starting {
                         self.ask(row);
                     }
@@ -115,6 +118,24 @@ impl Local {
             }
             clock.sleep(LOOK).await;
         }
+    }
+
+    /// A host that has failed: whether it is worth waiting for the next one. Somebody asks for that in any case.
+    fn weigh(&self, row: &HostRow, known: &mut Option<u64>, until: Deadline) -> Result<(), Error> {
+        self.ask(row);
+        let failures = row.failures();
+        let has_come_up = row.ready_epoch() != 0;
+        let is_new = known.is_some_and(|known| failures > known);
+        let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
+        let is_far = pause > PAUSE_MAX && !has_come_up;
+        if (is_new && !has_come_up) || is_far || Instant::now() + pause >= until.at() {
+            return Err(self.failed(row));
+        }
+        // One that served until it died says nothing about the next.
+        if known.is_none() || has_come_up {
+            *known = Some(failures);
+        }
+        Ok(())
     }
 
     /// Waits for what a call comes to, and sees to it that somebody serves it: a connection that was made just before the
@@ -129,7 +150,7 @@ impl Local {
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let mut call = pin!(call);
-        let (mut looks, mut failures) = (0_u32, None);
+        let (mut looks, mut known) = (0_u32, None);
         loop {
             tokio::select! {
                 biased;
@@ -138,15 +159,12 @@ impl Local {
                 () = clock.sleep(WATCH) => {}
             }
             match self.look() {
-                Some((row, HostState::Failed)) => {
-                    looks += 1;
-                    let known = *failures.get_or_insert(row.failures());
-                    // At the first look the end of a call that it had may be on the way to us.
-                    if looks > 1 && is_hopeless(row, known, until) {
-                        return Err(self.failed(row).into());
-                    }
+                // At the first look the end of a call that it had may be on the way to us.
+                Some((row, HostState::Failed)) if looks == 0 => {
+                    looks = 1;
                     self.ask(row);
                 }
+                Some((row, HostState::Failed)) => self.weigh(row, &mut known, until)?,
                 Some((row, HostState::Cold | HostState::Wanted)) => self.ask(row),
                 _ => looks = 0,
             }

@@ -68,6 +68,24 @@ pub fn of_host(app: &App, status: StatusCode, headers: &HeaderMap, body: &[u8]) 
     Some((error, headers.get(DISPATCHED).is_none_or(|value| value != "0")))
 }
 
+/// The error of an event by which a host ends a stream, as it stands in its own table; none if that is no host's, but
+/// what a program has written.
+#[must_use]
+pub fn of_host_event(app: &App, event: &[u8]) -> Option<Error> {
+    const OWN: [Fault; 5] = [
+        Fault::AdapterExited,
+        Fault::AdapterProtocolError,
+        Fault::AdapterTimeout,
+        Fault::DeadlineExceeded,
+        Fault::ServerShuttingDown,
+    ];
+    let said = serde_json::from_slice::<Value>(event).ok()?;
+    let text = |key: &str| said.pointer(key).and_then(Value::as_str);
+    let code = text("/error/code")?;
+    let fault = OWN.into_iter().find(|fault| fault.row().code == code)?;
+    Some(Error::new(fault, clean(app, text("/error/message")?)))
+}
+
 /// A 4xx that is the client's to mend: its status, and its words if they are in OpenAI's shape.
 fn passed_on(app: &App, upstream: &str, status: StatusCode, body: &[u8]) -> Error {
     let said = serde_json::from_slice::<Value>(body).unwrap_or_default();

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use evergate_core::attempts::{How, Reached};
 use evergate_core::chat::Chunks;
 use evergate_core::deadline::Limit;
-use evergate_core::json::{Chunk, Usage, scan_answer, scan_chunk};
+use evergate_core::json::{Chunk, Usage, scan_chunk};
 use evergate_core::sse::{Splitter, TooLarge};
 use evergate_core::{Deadline, Error, Fault};
 use evergate_upstream::AnswerBody;
@@ -47,7 +47,7 @@ pub enum Called {
 }
 
 /// Makes the client's error of an error event's message, with every secret taken out of it.
-pub type OnErrorEvent = Box<dyn Fn(Option<&str>) -> Error + Send>;
+pub type OnErrorEvent = Box<dyn Fn(&[u8]) -> Error + Send>;
 
 /// The limits of one stream.
 #[derive(Clone, Debug)]
@@ -106,8 +106,8 @@ struct Seen {
     finish: bool,
     done: bool,
     usage: Option<Usage>,
-    /// An error object, with its message; the bytes before it in the same piece end here.
-    error: Option<(Option<String>, usize)>,
+    /// What an error object stands for; the bytes before it in the same piece end here.
+    error: Option<(Box<Error>, usize)>,
     /// Where `[DONE]` ends.
     done_at: usize,
 }
@@ -128,7 +128,7 @@ impl Relay {
     /// A stream of the built-in model.
     #[must_use]
     pub fn echo(chunks: Chunks, limits: Limits) -> Self {
-        let never = Box::new(|_: Option<&str>| Error::new(Fault::Internal, "echo reported an error"));
+        let never = Box::new(|_: &[u8]| Error::new(Fault::Internal, "echo reported an error"));
         Self::from_source(Source::Made(Box::new(chunks)), "echo".into(), never, limits)
     }
 
@@ -274,7 +274,7 @@ impl Relay {
     }
 
     fn take_bytes(&mut self, data: Bytes) {
-        let seen = &mut self.seen;
+        let (seen, on_error_event) = (&mut self.seen, &self.on_error_event);
         let pushed = self.splitter.push(data, &mut |event| {
             if event.is_comment || seen.done || seen.error.is_some() {
                 return;
@@ -292,9 +292,8 @@ impl Relay {
             let chunk: Chunk = scan_chunk(&event.data);
             let is_error_event = event.event == Some(b"error");
             if chunk.has_error || is_error_event {
-                let message = scan_answer(&event.data).ok().and_then(|answer| answer.error_message);
                 // Not begun, if nothing came before: a comment in the same piece does not cost the real status.
-                seen.error = Some((message, event.raw.start));
+                seen.error = Some((Box::new(on_error_event(&event.data)), event.raw.start));
                 return;
             }
             seen.any = true;
@@ -322,8 +321,8 @@ impl Relay {
         if !bytes.is_empty() {
             self.ready.push_back(Ok(bytes));
         }
-        if let Some((message, _)) = self.seen.error.take() {
-            self.ready.push_back(Err((self.on_error_event)(message.as_deref())));
+        if let Some((error, _)) = self.seen.error.take() {
+            self.ready.push_back(Err(*error));
         } else if self.seen.done {
             self.finish_reading();
         } else if let Some(bytes_max) = overflow {
@@ -405,7 +404,7 @@ mod tests {
             Limits { total: never, first_token: never, stream_total: never, idle, clock, event_bytes: 1 << 20 };
         let chunk = || format!("data: {{\"choices\":[],\"x\":\"{}\"}}\n\n", "y".repeat(1_000));
         let made = Source::Made(Box::new((0..1_000).map(move |_| chunk())));
-        let on_error_event = Box::new(|_: Option<&str>| Error::new(Fault::Internal, "none comes"));
+        let on_error_event = Box::new(|_: &[u8]| Error::new(Fault::Internal, "none comes"));
         let mut relay = Relay::from_source(made, "echo".into(), on_error_event, limits);
         let (mut bytes, mut turns, mut in_turn) = (0, 1, 0);
         loop {

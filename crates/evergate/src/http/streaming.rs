@@ -17,7 +17,7 @@ use super::body::{Body, Stream};
 use super::fault::{Bomb, Planted, planted};
 use super::model_call::{Endpoint, ModelCall};
 use super::relay::{Called, Calling, Limits, Relay};
-use super::{refusal, respond};
+use super::{local, refusal, respond};
 use crate::gate::Arrival;
 use crate::gate::pass::Pass;
 
@@ -43,9 +43,13 @@ impl ModelCall {
         head_by: Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by, wants_usage } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by, wants_usage, is_local } = attempt;
         let limits = self.limits(first_by);
-        let call = self.call(body, first_by.min(limits.stream_total));
+        let mut call = self.call(body, first_by.min(limits.stream_total));
+        let stream_total = limits.stream_total;
+        if is_local {
+            local::tell_time(&mut call, stream_total);
+        }
         let asking = Self {
             app: Arc::clone(&self.app),
             headers: HeaderMap::new(),
@@ -73,7 +77,17 @@ impl ModelCall {
             asking.told_as_events(&upstream, body, deadline, wants_usage).await
         });
         let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
-        let on_error_event = Box::new(move |message: Option<&str>| refusal::of_object(&app, &upstream, message));
+        let on_error_event =
+            Box::new(move |event: &[u8]| match is_local.then(|| refusal::of_host_event(&app, event)).flatten() {
+                Some(Error { fault: Fault::DeadlineExceeded, .. }) => {
+                    stream_total.limit().overrun(&upstream, "did not finish within")
+                }
+                Some(error) => error,
+                None => {
+                    let message = scan_answer(event).ok().and_then(|seen| seen.error_message);
+                    refusal::of_object(&app, &upstream, message.as_deref())
+                }
+            });
         self.hold_head(Relay::new(calling, name.to_owned(), on_error_event, limits), head_by, pass).await
     }
 

@@ -9,14 +9,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use evergate_board::{Board, HostRow, Phase, monotonic_ns};
+use evergate_board::{Board, ChildRow, HostRow, Phase, monotonic_ns};
 use evergate_core::config::process::Process;
 use evergate_core::config::{Sealed, Shutdown};
+use evergate_core::exit::Kind;
 use evergate_core::inherit::{self, code};
 use evergate_core::redact::Redactor;
 use evergate_core::{Fault, json};
 use evergate_host::service::{self, Stage};
 use evergate_host::{Cause, Programs};
+use evergate_sys::is_alive;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -39,6 +41,8 @@ use model::{Model, Parts};
 const BEAT: Duration = Duration::from_millis(250);
 /// Beats between two looks at the resident set.
 const BEATS_PER_RSS: u32 = 8;
+/// Between two looks for workers when the master is gone. They leave within their own drain.
+const WORKERS_LOOK: Duration = Duration::from_millis(50);
 /// However short `idle_stop` is, who has waited for the start gets to it.
 const STAY: Duration = Duration::from_secs(1);
 
@@ -108,9 +112,16 @@ enum Order {
 }
 
 impl Orders {
-    fn new(life: OwnedFd) -> io::Result<Self> {
+    fn new(life: OwnedFd, board: Board, shutdown: &Shutdown) -> io::Result<Self> {
         let (term, quit) = (signal(SignalKind::terminate())?, signal(SignalKind::quit())?);
-        Ok(Self { term, quit, gone: Box::pin(master_gone(life)) })
+        let workers_time = shutdown.drain + shutdown.cancel + shutdown.cleanup;
+        let gone = async move {
+            let gone = master_gone(life).await;
+            // One that is frozen is not waited for.
+            let _ = tokio::time::timeout(workers_time, workers_gone(&board)).await;
+            gone
+        };
+        Ok(Self { term, quit, gone: Box::pin(gone) })
     }
 
     /// Cancel-safe: `recv` loses no signal, and the rest stays what it is. To be called once.
@@ -124,6 +135,17 @@ impl Orders {
 
     async fn cut(&mut self) {
         self.quit.recv().await;
+    }
+}
+
+/// Waits until no worker is left who could ask: without a master, nobody else tells that they went first.
+async fn workers_gone(board: &Board) {
+    let is_there = |child: &ChildRow| {
+        let pid = rustix::process::Pid::from_raw(child.pid());
+        child.kind() == Some(Kind::Worker) && pid.is_some_and(|pid| is_alive(pid, child.start_ticks()))
+    };
+    while board.children().any(|(_, child)| is_there(child)) {
+        tokio::time::sleep(WORKERS_LOOK).await;
     }
 }
 
@@ -145,7 +167,8 @@ struct Host {
 
 async fn live(args: &HostArgs, inherited: Inherited) -> Result<u8, Ended> {
     let Inherited { board, sealed, life, kick, listeners, .. } = inherited;
-    let mut orders = Orders::new(life).map_err(|error| broken(error.to_string()))?;
+    let mut orders =
+        Orders::new(life, board.clone(), &sealed.config.shutdown).map_err(|error| broken(error.to_string()))?;
     super::boot_fault::meet_host().map_err(broken)?;
     let (host, model) = Host::new(args, board, &sealed, kick).map_err(broken)?;
     drop(sealed);

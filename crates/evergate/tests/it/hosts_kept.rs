@@ -12,10 +12,10 @@ use crate::hosts::{ask, asking, code, config, gateway, hosts, marked, programs_e
 use crate::support::{EXE, LIMIT, is_full, send, wait_ready};
 
 /// Both modes, by their names.
-const MODES: [&str; 2] = ["stdio", "server"];
+pub const MODES: [&str; 2] = ["stdio", "server"];
 
 /// A program that serves in a mode, with more keys of its section, and more steps before it does.
-fn section(mode: &str, steps: &[&str], more: &str) -> String {
+pub fn section(mode: &str, steps: &[&str], more: &str) -> String {
     let own = match mode {
         "stdio" => vec!["model:places=8".to_owned()],
         _ => ["pid", "serve:127.0.0.1:{port}", "hang"].map(str::to_owned).to_vec(),
@@ -32,35 +32,35 @@ fn section(mode: &str, steps: &[&str], more: &str) -> String {
 }
 
 /// What the scripted upstream says, and what the stdio model is asked to say.
-const ANSWER: &str = "Hello from the fake upstream";
+pub const ANSWER: &str = "Hello from the fake upstream";
 
 /// A question whose answer is that.
-fn question(mode: &str) -> (&'static str, &'static str) {
+pub fn question(mode: &str) -> (&'static str, &'static str) {
     match mode {
         "stdio" => ("tiny/x", "say=Hello ;text=from the fake upstream"),
         _ => ("tiny/ok", "hi"),
     }
 }
 
-fn is_answered(response: &Response) -> bool {
+pub fn is_answered(response: &Response) -> bool {
     response.status == 200 && response.json()["choices"][0]["message"]["content"].is_string()
 }
 
-fn models(gateway: &Evergate) -> Vec<Value> {
+pub fn models(gateway: &Evergate) -> Vec<Value> {
     let out = gateway.cli(&["models", "--json"]);
     assert!(out.status.success(), "{out:?}");
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
-fn model(gateway: &Evergate, name: &str) -> Value {
+pub fn model(gateway: &Evergate, name: &str) -> Value {
     models(gateway).into_iter().find(|model| model["model"] == name).unwrap()
 }
 
-fn state(gateway: &Evergate, name: &str) -> String {
+pub fn state(gateway: &Evergate, name: &str) -> String {
     model(gateway, name)["state"].as_str().unwrap().to_owned()
 }
 
-fn program(gateway: &Evergate, name: &str) -> i32 {
+pub fn program(gateway: &Evergate, name: &str) -> i32 {
     wait_for("its program", LIMIT, || i32::try_from(model(gateway, name)["program_pid"].as_i64()?).ok())
 }
 

@@ -12,6 +12,7 @@
 //! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows; it says `request N` on standard
 //!   error when the Nth POST is there
 //! - `serve-one:HOST:PORT` one request after another: GET is well, anything else a stream of 30 events in three seconds
+//! - `serve-hold:HOST:PORT`: GET is well, anything else is held until its client leaves; says `here` and `gone` to standard error
 //! - `model:OPTIONS` speaks the stdio protocol (`model.rs`), until it is drained
 //! - `obey` the steps on its input, one a line
 //! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
@@ -108,7 +109,8 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
         // For as long as the program lives.
         "serve" if value.starts_with('/') => tell(FakeUpstream::start_unix(std::path::Path::new(value))),
         "serve" => tell(FakeUpstream::start_at(value)),
-        "serve-one" => serve_one(value)?,
+        "serve-one" => serve_one(value, stream_slowly)?,
+        "serve-hold" => serve_one(value, hold)?,
         "model" => evergate_testkit::model::serve(value),
         "fork" => fork(value)?,
         "setsid" => {
@@ -175,15 +177,18 @@ fn tell(fake: FakeUpstream) {
 }
 
 /// As simple servers do that have one thread.
-fn serve_one(address: &str) -> std::io::Result<()> {
+fn serve_one(address: &str, answer: fn(std::net::TcpStream) -> std::io::Result<()>) -> std::io::Result<()> {
     for stream in std::net::TcpListener::bind(address)?.incoming() {
         // Whoever leaves is no reason to end.
-        let _ = answer_one(stream?);
+        let _ = answer_one(stream?, answer);
     }
     Ok(())
 }
 
-fn answer_one(mut stream: std::net::TcpStream) -> std::io::Result<()> {
+fn answer_one(
+    mut stream: std::net::TcpStream,
+    answer: fn(std::net::TcpStream) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     // A test's GET ends with its head, and anything else with an object.
     while !(bytes.ends_with(b"}") || bytes.starts_with(b"GET ") && bytes.ends_with(b"\r\n\r\n")) {
@@ -197,6 +202,17 @@ fn answer_one(mut stream: std::net::TcpStream) -> std::io::Result<()> {
     if bytes.starts_with(b"GET ") {
         return stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
     }
+    answer(stream)
+}
+
+fn hold(mut stream: std::net::TcpStream) -> std::io::Result<()> {
+    eprintln!("here");
+    let _ = stream.read(&mut [0; 100]);
+    eprintln!("gone");
+    Ok(())
+}
+
+fn stream_slowly(mut stream: std::net::TcpStream) -> std::io::Result<()> {
     stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")?;
     for _ in 0..30 {
         stream.write_all(b"data: {}\n\n")?;
