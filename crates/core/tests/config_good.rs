@@ -284,7 +284,7 @@ fn programs_are_read_to_the_last_key() {
     assert_eq!((shout.in_flight_max, shout.limits.memory, shout.limits.cpu_s), (4, Some(1 << 30), Some(5)));
     let Mode::Stdio(stdio) = &embed.mode else { panic!("{embed:?}") };
     assert_eq!((stdio.min, stdio.max, stdio.frames, stdio.requests_max), (1, 3, Frames::Length, 1000));
-    assert_eq!((embed.dir.as_deref(), embed.in_flight_max), (Some("conf/models"), 3));
+    assert_eq!((embed.dir.as_deref(), embed.in_flight_max), (Some("conf/models"), 1024));
     assert_eq!(embed.env.get("TOKEN"), Some(&EnvValue::Secret(SecretRef::Env("KEY_A".into()))));
     assert_eq!(embed.user, Some(Ids { uid: 1000, gid: 1000 }));
     let Mode::Server(server) = &tiny.mode else { panic!("{tiny:?}") };

@@ -119,6 +119,8 @@ mod tests {
         assert_eq!(judge("slots=16", "slots=8").unwrap().rules.slots, 8);
         assert_eq!(judge("max=4", "max=31").unwrap().rules.workers_max, 31);
         assert!(judge("127.0.0.1:0", "127.0.0.1:81").is_ok(), "the port that the system chose");
+        let host = "host=a 0000000000000001 0 0 1 1 \n";
+        assert!(judge("admin", &format!("{}admin", host.repeat(8))).is_ok());
         for (from, to, key) in [
             ("127.0.0.1:0", "127.0.0.1:3", "[server] listen"),
             ("127.0.0.1:0", "127.0.0.1:81\nlisten=127.0.0.1:82", "[server] listen"),
@@ -126,6 +128,7 @@ mod tests {
             ("slots=16", "slots=17", "[workers] slots"),
             ("max=4", "max=32", "[workers] max"),
             ("admin", "tls=1\nadmin", "[server] tls"),
+            ("admin", &*format!("{}admin", host.repeat(9)), "the number of [upstreams.NAME.process]"),
         ] {
             let refusal = judge(from, to).unwrap_err();
             assert!(refusal.code == 78 && refusal.why.contains(key), "{refusal:?}");

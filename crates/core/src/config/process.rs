@@ -25,7 +25,8 @@ pub struct Process {
     pub grace: Duration,
     /// From its start until it can take a request; default 10 s for `command`'s exec, 60 s for the others.
     pub start_timeout: Duration,
-    /// Requests it works on at once; default 4 for `command`, 1 per process for `stdio`, 8 for `server`; at most 1,024.
+    /// Requests it works on at once; default 4 for `command`, 8 for `server`, for `stdio` what its processes take; at most
+    /// 1,024.
     pub in_flight_max: u32,
     /// Requests that wait for a place, at most as long as each one's own deadline; default 64.
     pub queue: u32,

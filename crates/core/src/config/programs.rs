@@ -59,7 +59,8 @@ pub(super) fn process<'a>(upstream: &Section<'a>, vault: &Vault<'a>) -> Option<P
     };
     let (places, idle_stop) = match &mode {
         Mode::Command(_) => (4, Duration::ZERO),
-        Mode::Stdio(stdio) => (stdio.max, Duration::ZERO),
+        // What its processes say that they take.
+        Mode::Stdio(_) => (1024, Duration::ZERO),
         Mode::Server(_) => (8, 600 * SECOND),
     };
     let start = if letter == 'c' { 10 } else { 60 };

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use evergate_core::Error;
 use evergate_core::chat::Listed;
 use evergate_core::config::{BaseUrl, Roots, Sealed, Transport, Upstream};
 use evergate_core::inherit::{HOSTS_DIR_VARIABLE, host_socket};
 use evergate_core::memory::Rung;
 use evergate_core::redact::Redactor;
 use evergate_core::router::Router;
+use evergate_core::{Error, Fault};
 use evergate_upstream::clock::Clock;
 use evergate_upstream::{Client, Resolver, Settings, Trust};
 use http::HeaderValue;
@@ -119,13 +119,25 @@ impl App {
     #[must_use]
     pub fn listed<'a>(&self, name: &'a str) -> Listed<'a> {
         let local = self.router.first_upstream(name).and_then(|upstream| self.locals.get(upstream));
-        Listed { name, state: local.map(|local| local.state().name()) }
+        Listed { name, state: local.map(|local| local.place().1.name()) }
     }
 
     /// Whether descriptors or memory are short, so that no connection is kept beyond its answer.
     #[must_use]
     pub fn is_short(&self) -> bool {
         self.gate.is_short() || self.memory.rung() >= Rung::Close
+    }
+
+    /// For calls to the host of another section of an upstream's name, after a reload has replaced its own.
+    ///
+    /// # Errors
+    /// `Internal`: what worked at the start does not any more.
+    pub fn client_of_section(&self, name: &str, fingerprint: u64) -> Result<Arc<Client>, Error> {
+        let broken = |why: String| Error::new(Fault::Internal, "the program's socket cannot be used").detail(why);
+        let upstream = self.sealed.config.upstreams.get(name).ok_or_else(|| broken("no such upstream".into()))?;
+        let upstream = at_socket(upstream, fingerprint).map_err(broken)?;
+        let client = client(name, &upstream, &self.sealed, (&self.clock, &self.resolver)).map_err(broken)?;
+        Ok(Arc::new(client))
     }
 
     /// Open connections to all upstreams.

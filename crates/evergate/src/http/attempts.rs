@@ -192,20 +192,23 @@ impl ModelCall {
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
         let (began, clock, until) = (Instant::now(), &self.app.clock, attempt.first_by);
-        if local.state() != HostState::Ready {
+        let (mut section, state) = local.place();
+        if state != HostState::Ready {
             pass.enter(InflightPhase::Start);
             let started = local.ready(clock, until).await;
             pass.note_start_wait(began.elapsed());
-            started?;
+            section = started?;
             pass.enter(InflightPhase::Wait);
             *head_by += began.elapsed();
         }
+        if section != local.fingerprint() {
+            attempt.client = self.app.client_of_section(attempt.name, section)?;
+        }
         attempt.is_local = true;
-        let until = attempt.first_by;
         if pass.record.is_stream {
-            local.watch(clock, until, self.stream(attempt, *head_by, pass)).await
+            local.watch((clock, until), section, self.stream(attempt, *head_by, pass)).await
         } else {
-            local.watch(clock, until, self.whole(attempt, pass)).await
+            local.watch((clock, until), section, self.whole(attempt, pass)).await
         }
     }
 

@@ -69,15 +69,32 @@ impl Local {
         Self { board, wake, name: name.to_owned(), fingerprint, queue, parked: AtomicU32::new(0) }
     }
 
-    /// The row and what the host is to be taken for; none before the master has made one for this generation.
-    fn look(&self) -> Option<(&HostRow, HostState)> {
-        self.board.hosts().find_map(|(_, row)| Some((row, row.look(self.fingerprint)?)))
+    /// Its own section's.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
     }
 
-    /// What its host is to be taken for.
+    fn look_at(&self, fingerprint: u64) -> Option<(&HostRow, HostState)> {
+        self.board.hosts().find_map(|(_, row)| Some((row, row.look(fingerprint)?)))
+    }
+
+    /// The row and what the host is to be taken for; none before the master has made one for this generation. Of a section
+    /// that a reload has replaced no host is started any more: then it is the row of the one that has its name now.
+    fn look(&self) -> Option<(&HostRow, HostState)> {
+        let own = self.look_at(self.fingerprint)?;
+        if !own.0.is_retired() || matches!(own.1, HostState::Ready | HostState::Starting) {
+            return Some(own);
+        }
+        let mut rows = self.board.hosts().map(|(_, row)| row);
+        let successor = rows.find(|row| row.fingerprint() != 0 && !row.is_retired() && row.name() == self.name);
+        Some(successor.and_then(|row| Some((row, row.look(row.fingerprint())?))).unwrap_or(own))
+    }
+
+    /// The section whose host is to be asked, and what that is to be taken for.
     #[must_use]
-    pub fn state(&self) -> HostState {
-        self.look().map_or(HostState::Cold, |(_, state)| state)
+    pub fn place(&self) -> (u64, HostState) {
+        self.look().map_or((self.fingerprint, HostState::Cold), |(row, state)| (row.fingerprint(), state))
     }
 
     fn ask(&self, row: &HostRow) {
@@ -87,12 +104,12 @@ impl Local {
         }
     }
 
-    /// Waits until the host takes requests, for whoever has seen that it does not. Cancel-safe.
+    /// Waits until the host takes requests, for whoever has seen that it does not; gives its section. Cancel-safe.
     ///
     /// # Errors
     /// Why it does not: as soon as a start has failed that this request has waited for, at once when the next try after one
     /// comes in more than a second or too late for it, else when its time is over; or that too many wait already.
-    pub async fn ready(&self, clock: &Clock, until: Deadline) -> Result<(), Error> {
+    pub async fn ready(&self, clock: &Clock, until: Deadline) -> Result<u64, Error> {
         let before = self.parked.fetch_add(1, Ordering::Relaxed);
         let _parked = Parked(&self.parked);
         if before >= self.queue {
@@ -103,7 +120,7 @@ impl Local {
         loop {
             let now = Instant::now();
             match self.look() {
-                Some((_, HostState::Ready)) => return Ok(()),
+                Some((row, HostState::Ready)) => return Ok(row.fingerprint()),
                 Some((row, HostState::Failed)) => self.weigh(row, &mut known, until)?,
                 Some((row, state)) => {
                     known.get_or_insert(row.failures());
@@ -138,15 +155,15 @@ impl Local {
         Ok(())
     }
 
-    /// Waits for what a call comes to, and sees to it that somebody serves it: a connection that was made just before the
-    /// last host went lies in its socket until there is another.
+    /// Waits for what a call to a section's host comes to, and sees to it that somebody serves it: a connection that was
+    /// made just before the last host went lies in its socket until there is another.
     ///
     /// # Errors
     /// The call's own, or why there is no host, as `ready`; then the request has reached nobody.
     pub async fn watch<T, E: From<Error>>(
         &self,
-        clock: &Clock,
-        until: Deadline,
+        (clock, until): (&Clock, Deadline),
+        section: u64,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let mut call = pin!(call);
@@ -158,14 +175,23 @@ impl Local {
                 outcome = &mut call => return outcome,
                 () = clock.sleep(WATCH) => {}
             }
-            match self.look() {
+            match self.look_at(section) {
                 // At the first look the end of a call that it had may be on the way to us.
                 Some((row, HostState::Failed)) if looks == 0 => {
                     looks = 1;
                     self.ask(row);
                 }
                 Some((row, HostState::Failed)) => self.weigh(row, &mut known, until)?,
-                Some((row, HostState::Cold | HostState::Wanted)) => self.ask(row),
+                // Nobody will ever serve that socket again.
+                None if looks > 0 => return Err(self.replaced().into()),
+                Some((_, HostState::Cold | HostState::Wanted)) if looks > 0 && self.place().0 != section => {
+                    return Err(self.replaced().into());
+                }
+                None => looks = 1,
+                Some((row, HostState::Cold | HostState::Wanted)) => {
+                    looks = 1;
+                    self.ask(row);
+                }
                 _ => looks = 0,
             }
         }
@@ -183,8 +209,13 @@ impl Local {
         error.detail(row.cause())
     }
 
+    fn replaced(&self) -> Error {
+        let message = format!("the program of \"{}\" was replaced before it had taken the request", self.name);
+        Error::new(Fault::ModelLoading, message)
+    }
+
     fn late(&self) -> Error {
-        let state = self.state().name();
+        let state = self.place().1.name();
         let message = format!("the program of \"{}\" was not ready in time", self.name);
         Error::new(Fault::ModelLoading, message).detail(format!("its host is {state}"))
     }

@@ -372,3 +372,41 @@ fn a_start_that_takes_longer_than_a_request_has_is_told_at_its_time_and_goes_on(
         assert_eq!(hosts(&gateway), host, "{mode}: the start went on");
     }
 }
+
+#[test]
+fn a_process_is_given_as_many_requests_as_it_says_that_it_takes() {
+    let own = section("stdio", &[], "").replace("in_flight_max = 8", "queue = 0");
+    let gateway = gateway(&[("tiny", &own)]);
+    assert!(gateway.cli(&["models", "load", "tiny"]).status.success());
+    let held: Vec<_> = (0..8).map(|_| asking(&gateway, "tiny/x", "sleep=3000;text=done")).collect();
+    wait_until("all of them at it", LIMIT, || model(&gateway, "tiny")["in_flight"] == 8);
+    assert_eq!(marked(&gateway).len(), 1);
+    for held in held {
+        assert_eq!(said(&held.join().unwrap()), "done");
+    }
+}
+
+#[test]
+fn a_late_request_of_an_old_worker_goes_to_the_program_that_has_replaced_its_own() {
+    for mode in MODES {
+        let gateway = gateway(&[("tiny", &section(mode, &[], ""))]);
+        let (name, text) = question(mode);
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        let first = program(&gateway, "tiny");
+        // Its worker cannot know before its last byte whose request it is.
+        let body = json!({ "model": name, "messages": [{ "role": "user", "content": text }] }).to_string();
+        let request = evergate_testkit::raw::post_request("/v1/chat/completions", "", &body);
+        let (begin, end) = request.split_at(request.len() - 1);
+        let mut late = evergate_testkit::Raw::connect(&gateway.addr());
+        late.send(begin);
+        wait_until("it has been accepted", LIMIT, || gateway.metrics().contains("evergate_client_connections 1\n"));
+        gateway.write("evergate.toml", &config(&[("tiny", &section(mode, &[], ", queue = 7"))]));
+        assert!(gateway.cli(&["reload"]).status.success());
+        assert_eq!(said(&ask(&gateway, name, text, false)), ANSWER);
+        let is_gone = || !marked(&gateway).contains(&first);
+        wait_until("the end of the old program", LIMIT, is_gone);
+        late.send(end);
+        assert_eq!(said(&late.read_response(LIMIT)), ANSWER, "{mode}");
+        assert_eq!(marked(&gateway).len(), 1);
+    }
+}

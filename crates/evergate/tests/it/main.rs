@@ -31,6 +31,7 @@ mod healing;
 mod hostile;
 mod hosts;
 mod hosts_chaos;
+mod hosts_confined;
 mod hosts_kept;
 mod hosts_limits;
 mod http2;

@@ -6,7 +6,8 @@
 //!
 //! - `exit:CODE`, `signal:NUMBER` to itself, `hang`, `spin`, `sleep:MS`, `await:FILE` until there is one
 //! - `read` all input, `read-some` of it, `echo` it, `close-in`, `close-out`
-//! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON
+//! - `out:TEXT`, `err:TEXT`, `hex:BYTES`, `pid` to standard error, `dump` what it was given, as JSON; `dump:FILE` into one
+//! - `try:PATH`, one after the other parted by commas: whether each can be read and written, as JSON, into `tried.json`
 //! - `flood:BYTES` lines to standard output, `flood-err:BYTES`, `line:BYTES` without an end, `drip:COUNT:MS` lines
 //! - `alloc:BYTES` and touch them
 //! - `serve:ADDRESS`, `HOST:PORT` or a socket's path: a `FakeUpstream`, beside what follows; it says `request N` on standard
@@ -92,7 +93,12 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
             out.flush()?;
         }
         "pid" => writeln!(err, "pid {}", getpid().as_raw_nonzero())?,
-        "dump" => writeln!(out, "{}", dump())?,
+        "dump" if value.is_empty() => writeln!(out, "{}", dump())?,
+        "dump" => std::fs::write(value, dump().to_string())?,
+        "try" => {
+            let tried: Map<String, Value> = value.split(',').map(|path| (path.to_owned(), reach(path))).collect();
+            std::fs::write("tried.json", Value::from(tried).to_string())?;
+        }
         "flood" => flood(&mut out, number(), b"all work and no play makes a dull model\n")?,
         "flood-err" => flood(&mut err, number(), b"all work and no play makes a dull model\n")?,
         "line" => flood(&mut out, number(), b"x")?,
@@ -243,6 +249,14 @@ fn hex(text: &str) -> Vec<u8> {
         .chunks(2)
         .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).expect("hex"), 16).expect("hex"))
         .collect()
+}
+
+/// Whether a place can be read, and written.
+fn reach(path: &str) -> Value {
+    let is_folder = std::path::Path::new(path).is_dir();
+    let can_read = if is_folder { std::fs::read_dir(path).is_ok() } else { std::fs::File::open(path).is_ok() };
+    let new = std::path::Path::new(path).join("new");
+    json!([can_read, is_folder && std::fs::write(new, "").is_ok()])
 }
 
 /// Environment, arguments, descriptors, limits and the kernel's account of it.
