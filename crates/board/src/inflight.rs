@@ -38,9 +38,12 @@ pub(crate) struct InflightRow {
     name: [AtomicU64; MODEL_WORDS],
 }
 
-/// In [`InflightRow::end`]: an end is there, and it was counted.
+/// In [`InflightRow::end`]: an end is there; it was counted; it is being counted, and the lower half of what its counter was
+/// before stands in the upper half.
 const ENDED: u64 = 1 << 16;
 const COUNTED: u64 = 1 << 17;
+const COUNTING: u64 = 1 << 18;
+const LOWER_HALF: u64 = 0xffff_ffff;
 
 /// What a request was doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,8 +118,10 @@ pub struct Inflight {
     pub model_name: String,
     /// How it ended, in the owner's own code, once that is known; the last byte may still be on its way.
     pub end: Option<u16>,
-    /// Whether the owner has added it to its counters.
+    /// Whether the owner has added it to its counters and said so.
     pub is_counted: bool,
+    /// The lower half of what its counter was before the owner began to add it.
+    pub counter_before: Option<u32>,
     /// What it was doing.
     pub phase: InflightPhase,
     /// Whether it is a stream.
@@ -126,10 +131,16 @@ pub struct Inflight {
 }
 
 impl Inflight {
-    /// Whether it was over but for its record: the last byte of its answer is the kernel's, or it has been counted.
+    /// Whether it was over but for its books: the last byte of its answer is the kernel's, or it was being counted.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.phase == InflightPhase::Write || self.is_counted
+        self.phase == InflightPhase::Write || self.is_counted || self.counter_before.is_some()
+    }
+
+    /// Whether a dead owner has added it to its counter, which stands at `now`.
+    #[must_use]
+    pub fn was_counted(&self, now: u64) -> bool {
+        self.is_counted || self.counter_before.is_some_and(|before| u64::from(before) != now & LOWER_HALF)
     }
 
     /// Our own id of it.
@@ -213,6 +224,7 @@ impl InflightRow {
             model_name: load_text(&self.name, name_length),
             end: (end & ENDED != 0).then(|| u16::try_from(end & 0xffff).unwrap_or(0)),
             is_counted: end & COUNTED != 0,
+            counter_before: (end & COUNTING != 0).then(|| u32::try_from(end >> 32).unwrap_or(0)),
             phase: InflightPhase::from_word(self.phase.load(Ordering::Relaxed)),
             is_stream: self.is_stream.load(Ordering::Relaxed) == 1,
             started_ns: self.started_ns.load(Ordering::Relaxed),
@@ -347,11 +359,18 @@ impl Ticket {
         }
     }
 
+    /// Says how it ended, and that it is being counted: its counter stands at `before`.
+    pub fn set_counting(&self, end: u16, before: u64) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.end.store(before << 32 | COUNTING | ENDED | u64::from(end), Ordering::Relaxed);
+        }
+    }
+
     /// Says that it is in the counters now.
     pub fn set_counted(&self) {
         if let Some(row) = self.rows.0.slot(self.index) {
-            // One writer, so this is no lost update.
-            row.end.store(row.end.load(Ordering::Relaxed) | COUNTED, Ordering::Relaxed);
+            // One writer, so this is no lost update; not before what was added.
+            row.end.store(row.end.load(Ordering::Relaxed) | COUNTED, Ordering::Release);
         }
     }
 

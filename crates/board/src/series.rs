@@ -74,7 +74,26 @@ impl<'a> Series<'a> {
     /// Counts. Meant for the row's owner (its child; the master once that is buried); more than one writer at a time is
     /// slower and still exact.
     pub fn add(&self, key: SeriesKey, n: u64) {
-        let word = u64::from(key);
+        match self.cell(u64::from(key)) {
+            Some(cell) => cell.value.fetch_add(n, Ordering::Release),
+            None => self.head.dropped.fetch_add(1, Ordering::Release),
+        };
+    }
+
+    /// Counts one. Before that `note` is told where the counter stands, so that whoever finds this process dead in between
+    /// can see whether it came to it; that needs one writer.
+    pub fn add_one(&self, key: SeriesKey, note: impl FnOnce(u64)) {
+        let cell = self.cell(u64::from(key));
+        note(cell.map_or(0, |cell| cell.value.load(Ordering::Acquire)));
+        match cell {
+            Some(cell) => cell.value.fetch_add(1, Ordering::Release),
+            None => self.head.dropped.fetch_add(1, Ordering::Release),
+        };
+    }
+
+    /// The key's cell, taken for it if it had none; none when the table is full.
+    #[inline]
+    fn cell(&self, word: u64) -> Option<&'a Cell> {
         for cell in self.probe(word) {
             let mut there = cell.key.load(Ordering::Acquire);
             if there == 0 {
@@ -87,11 +106,10 @@ impl<'a> Series<'a> {
                 }
             }
             if there == word {
-                cell.value.fetch_add(n, Ordering::Release);
-                return;
+                return Some(cell);
             }
         }
-        self.head.dropped.fetch_add(1, Ordering::Release);
+        None
     }
 
     /// One counter; 0 if it was never counted.

@@ -74,10 +74,18 @@ fn in_flight_rows_say_who_is_inside_until_the_ticket_drops() {
     assert_eq!((seen[0].method, seen[0].backend, seen[0].attempts), (5, 6, 2));
     assert_eq!(seen[0].model_name, "m".repeat(64));
     assert_eq!((seen[0].end, seen[0].is_counted, seen[0].is_over()), (None, false, false));
-    first.set_end(77);
+    first.set_end(76);
+    let ended = board.inflight(1).next().unwrap();
+    assert_eq!((ended.end, ended.counter_before, ended.is_over()), (Some(76), None, false));
+    // A counter beyond 32 bits is compared by its lower half.
+    let before = (7 << 32) | 0xffff_ffff;
+    first.set_counting(77, before);
+    let over = board.inflight(1).next().unwrap();
+    assert_eq!((over.end, over.is_counted, over.is_over()), (Some(77), false, true));
+    assert_eq!([before, before + 1].map(|now| over.was_counted(now)), [false, true]);
     first.set_counted();
     let over = board.inflight(1).next().unwrap();
-    assert_eq!((over.end, over.is_counted, over.is_over()), (Some(77), true, true));
+    assert_eq!((over.end, over.is_counted, over.was_counted(before)), (Some(77), true, true));
     assert_eq!((seen[1].backend, seen[1].model_name.as_str(), seen[1].end), (0, "", None));
     assert_eq!(seen[1].request_id(board.run_id()).to_string(), "req_000000000000feed00000500000002");
     drop(first);

@@ -15,7 +15,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::load::Weight;
 use super::{Arrival, Gate};
 use crate::context::Token;
-use crate::http::fault::{Place, die_between_books, pass_by};
+use crate::http::fault::{Books, Place, die_in_books, pass_by};
 use crate::panics;
 use crate::tasks::caught;
 use crate::telemetry::names::{self, End};
@@ -321,13 +321,17 @@ impl Gate {
     fn count(&self, record: &mut Record, ticket: Option<&Ticket>) -> (u16, End) {
         let (status, end) = record.end.unwrap_or((499, End::ClientGone));
         let end_code = names::status_and_end(status, end);
-        if let Some(ticket) = ticket {
-            ticket.set_end(end_code);
-        }
         if let Some(series) = self.board.series(self.row)
             && !std::mem::replace(&mut record.is_counted, true)
         {
-            series.add(names::key(names::REQUESTS, record.model_label, record.backend_label, end_code), 1);
+            let key = names::key(names::REQUESTS, record.model_label, record.backend_label, end_code);
+            series.add_one(key, |before| {
+                if let Some(ticket) = ticket {
+                    ticket.set_counting(end_code, before);
+                }
+                die_in_books(Books::Noted);
+            });
+            die_in_books(Books::Added);
         }
         if let Some(ticket) = ticket {
             ticket.set_counted();
@@ -344,10 +348,11 @@ impl Gate {
     }
 
     /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
-    /// it counts what is not marked as counted, and the clerk drops its second record of one request.
+    /// it counts what has not been counted, which the row and the counter tell, and the clerk drops its second record of one
+    /// request.
     pub(super) fn write(&self, record: &mut Record, ticket: Option<&Ticket>) {
         let (status, end) = self.count(record, ticket);
-        die_between_books();
+        die_in_books(Books::Counted);
         let Some(series) = self.board.series(self.row) else { return };
         let model_label = record.model_label;
         if let Some(ms) = record.first_token_ms {

@@ -24,8 +24,8 @@ pub enum Planted {
     DoublePanic,
     /// `abort`: end the process by ABRT.
     Abort,
-    /// `abort-books`: the same in the books of the next request but this one, between its count and its record.
-    AbortBooks,
+    /// `abort-noted`, `abort-added`, `abort-counted`: the same at that place in the books of the next request but this one.
+    AbortIn(Books),
     /// `exit-N`: end the process with this code.
     Exit(u8),
     /// `eat`: take memory until somebody ends the process, at most [`EAT_BYTES_MAX`].
@@ -82,13 +82,28 @@ pub fn pass_by(place: Place) {
     }
 }
 
-/// Books until the process ends in the middle of them; 0 for never.
-static BOOKS: AtomicU32 = AtomicU32::new(0);
+/// A place in the books of a request, before its record is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Books {
+    /// It is noted that it is being counted.
+    Noted,
+    /// The counter has it.
+    Added,
+    /// That is said on its row.
+    Counted,
+}
 
-/// A request is counted, and its record is not written yet.
-pub fn die_between_books() {
+/// How many pass a place in their books until the process ends there; 0 for never.
+static BOOKS: [AtomicU32; 3] = [const { AtomicU32::new(0) }; 3];
+
+/// Passes a place where the process may be meant to end.
+pub fn die_in_books(place: Books) {
     let take = |left: u32| left.checked_sub(1);
-    if cfg!(debug_assertions) && BOOKS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) == Ok(1) {
+    if cfg!(debug_assertions)
+        && BOOKS
+            .get(place as usize)
+            .is_some_and(|left| left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) == Ok(1))
+    {
         std::process::abort();
     }
 }
@@ -144,7 +159,9 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "panic-drop-stream" => Planted::PanicDropStream,
         "double-panic" => Planted::DoublePanic,
         "abort" => Planted::Abort,
-        "abort-books" => Planted::AbortBooks,
+        "abort-noted" => Planted::AbortIn(Books::Noted),
+        "abort-added" => Planted::AbortIn(Books::Added),
+        "abort-counted" => Planted::AbortIn(Books::Counted),
         "eat" => Planted::Eat,
         "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,
@@ -176,8 +193,12 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
             }
         }
         (Some(Planted::Abort), Moment::Handler) => std::process::abort(),
-        // This request's own books come first.
-        (Some(Planted::AbortBooks), Moment::Handler) => BOOKS.store(2, Ordering::Relaxed),
+        (Some(Planted::AbortIn(place)), Moment::Handler) => {
+            if let Some(left) = BOOKS.get(place as usize) {
+                // This request's own books come first.
+                left.store(2, Ordering::Relaxed);
+            }
+        }
         (Some(Planted::Exit(code)), Moment::Handler) => std::process::exit(code.into()),
         (Some(Planted::Eat), Moment::Handler) => eat(),
         (Some(Planted::Lose(count)), Moment::Handler) => lose(count),

@@ -319,8 +319,9 @@ pub fn count_left(board: &Board, row: u32, request: &Inflight) -> (u16, &'static
         (true, None) => (0, End::Ok),
         (false, _) => (0, End::WorkerLost),
     };
-    if let Some(series) = board.series(row).filter(|_| !request.is_counted) {
-        series.add(key(REQUESTS, request.model, request.backend, status_and_end(status, end)), 1);
+    let key = key(REQUESTS, request.model, request.backend, status_and_end(status, end));
+    if let Some(series) = board.series(row).filter(|series| !request.was_counted(series.get(key))) {
+        series.add(key, 1);
     }
     (status, end.name())
 }

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::processes::{lost_ids, wait_no_zombies};
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, echo_with, open_as, open_stream, via};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, assert_counted, before, echo_with, open_as, open_stream, via};
 
 fn faulty(fake: &FakeUpstream, more: &str) -> Evergate {
     Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], more)).env("EVERGATE_FAULT", "1").start()
@@ -198,32 +198,45 @@ fn s02_records_and_counts_agree_whatever_is_killed() {
     wait_no_zombies(gateway.pid());
 }
 
-/// Line 2: the worker dies between a request's count and its record, also where the request was never admitted.
+/// Line 2: the worker dies anywhere in the books of a request, also where the request was never admitted: one count, one
+/// record, and it is not called lost.
 #[test]
-fn s02_a_death_between_count_and_record_leaves_one_of_each() {
+fn s02_a_death_anywhere_in_the_books_leaves_one_count_and_one_record() {
     let config = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
                   targets = [{ upstream = \"echo\" }]\n[workers]\nmin = 1\nmax = 1\n";
     let chat = |fields: &str, model: &str| post_request(CHAT, fields, &chat_body(model, false, &Value::Null));
-    for (name, request, status, route) in [
-        ("models", get_request("/v1/models", "x-request-id: victim\r\n"), 200, "/v1/models"),
-        ("refused by its path", get_request("/nothing", "x-request-id: victim\r\n"), 404, "other"),
-        ("refused by its body", post_request(CHAT, "x-request-id: victim\r\n", "{"), 400, CHAT),
-        ("admitted", chat("x-request-id: victim\r\n", "echo"), 200, CHAT),
-    ] {
-        let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
-        let mut raw = Raw::connect(&gateway.addr());
-        raw.send(&chat("x-evergate-fault: abort-books\r\nx-request-id: armed\r\n", "echo"));
-        assert_eq!(raw.read_response(LIMIT).status, 200);
-        let _ = gateway.wait_access("armed", LIMIT);
-        let mut raw = Raw::connect(&gateway.addr());
-        raw.send(&request);
-        let record = gateway.wait_exits(1, LIMIT, |record| record["kind"] == "worker").remove(0);
-        assert_eq!((&record["signal"], &record["lost"]), (&json!(6), &json!([])), "{name}: {record}");
-        let victim = gateway.wait_access("victim", LIMIT);
-        assert_eq!((&victim["by_master"], &victim["status"]), (&json!(true), &json!(status)), "{name}: {victim}");
-        assert_eq!(victim["route"], route, "{name}: {victim}");
-        assert!(victim["detail"].as_str().unwrap().ends_with("died before its record was written"), "{victim}");
-        assert_eq!((gateway.access().len() as u64 + dropped(&gateway), requests_total(&gateway)), (2, 2), "{name}");
+    let victim = "x-request-id: victim\r\n";
+    let requests = [
+        ("models", get_request("/v1/models", victim), 200, "/v1/models"),
+        ("refused by its path", get_request("/nothing", victim), 404, "other"),
+        ("refused by its body", post_request(CHAT, victim, "{"), 400, CHAT),
+        ("admitted", chat(victim, "echo"), 200, CHAT),
+    ];
+    for place in ["noted", "added", "counted"] {
+        for (name, request, status, route) in &requests {
+            let what = format!("{name}, {place}");
+            let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(&chat(&format!("x-evergate-fault: abort-{place}\r\nx-request-id: armed\r\n"), "echo"));
+            assert_eq!(raw.read_response(LIMIT).status, 200);
+            let _ = gateway.wait_access("armed", LIMIT);
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(request);
+            let record = gateway.wait_exits(1, LIMIT, |record| record["kind"] == "worker").remove(0);
+            assert_eq!((&record["signal"], &record["lost"]), (&json!(6), &json!([])), "{what}: {record}");
+            let victim = gateway.wait_access("victim", LIMIT);
+            assert_eq!((&victim["by_master"], &victim["status"]), (&json!(true), &json!(status)), "{what}: {victim}");
+            assert_eq!(victim["route"], *route, "{what}: {victim}");
+            assert!(victim["detail"].as_str().unwrap().ends_with("died before its record was written"), "{victim}");
+            let counted = (gateway.access().len() as u64 + dropped(&gateway), requests_total(&gateway));
+            assert_eq!(counted, (2, 2), "{what}");
+            assert_counted(
+                &gateway,
+                *status,
+                victim["cause"].as_str().unwrap(),
+                1 + u64::from(*name == "admitted" || *name == "models"),
+            );
+        }
     }
 }
 
