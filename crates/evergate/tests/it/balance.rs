@@ -10,7 +10,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, LIMIT, assert_good_stream, before, chat, open_stream, rest_of, via};
+use crate::support::{CHAT, LIMIT, assert_counted, assert_good_stream, before, chat, open_stream, rest_of, via};
 
 const FOUR_WORKERS: &str = "[workers]\nmin = 4\nmax = 4\n";
 /// Streams of a burst.
@@ -99,12 +99,15 @@ impl Drop for Frozen {
     }
 }
 
+/// H10.
 #[test]
-fn s27_a_burst_of_streams_is_spread_evenly() {
+fn h10_s27_a_burst_of_streams_is_spread_evenly() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
+    let mut bursts = 0;
     assert_even(|| {
+        bursts += 1;
         fake.hold();
         let mut streams = burst(&gateway, &gateway.wait_workers(4), BURST);
         let counts = spread(&gateway, BURST);
@@ -115,6 +118,8 @@ fn s27_a_burst_of_streams_is_spread_evenly() {
         }
         counts
     });
+    assert_counted(&gateway, 200, "ok", (bursts * BURST) as u64);
+    assert_eq!(fake.request_count(), bursts * BURST, "one call each");
 }
 
 fn wait_accepting(gateway: &Evergate, count: usize) {

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::io::Read;
 
+use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::{Response, chat_body, get_request, post_request};
 use evergate_testkit::traces::traces_of;
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
@@ -56,7 +57,7 @@ impl Said {
 
     /// What it has said and left, also after its end.
     fn words(&mut self, gateway: &Evergate) {
-        self.add("stderr", gateway.stderr());
+        self.add("stderr", if is_alive(gateway.pid()) { gateway.stderr() } else { gateway.last_words() });
         self.add("stdout", gateway.stdout());
         for entry in std::fs::read_dir(gateway.state_dir()).unwrap() {
             let path = entry.unwrap().path();

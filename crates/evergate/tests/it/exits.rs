@@ -10,7 +10,10 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::processes::{lost_ids, wait_no_zombies};
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, assert_counted, before, echo_with, open_as, open_stream, via};
+use crate::support::{
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_counted, before, echo_with, open_as, open_stream, via,
+    wait_ready,
+};
 
 fn faulty(fake: &FakeUpstream, more: &str) -> Evergate {
     Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], more)).env("EVERGATE_FAULT", "1").start()
@@ -238,6 +241,40 @@ fn s02_a_death_anywhere_in_the_books_leaves_one_count_and_one_record() {
             );
         }
     }
+}
+
+/// I13: whatever ends leaves a record with a cause: what was killed, what was told to, and what nobody saw.
+#[test]
+fn i13_every_end_leaves_a_cause_also_one_that_nobody_saw() {
+    let state = tempfile::tempdir().unwrap();
+    let start = || Evergate::builder(EXE).state_dir(state.path()).start();
+    let mut first = start();
+    wait_ready(&first, 2);
+    let killed = first.kill_worker(0);
+    let record = ended(&first, killed);
+    assert_eq!((&record["signal"], &record["initiator"]), (&json!(9), &json!("unknown")), "{record}");
+    assert_ne!(record["evidence"], "", "{record}");
+    wait_ready(&first, 2);
+    first.signal(Signal::TERM);
+    assert_eq!(first.wait_exit(LIMIT).code(), Some(0));
+    let told: Vec<Value> = first.exits().into_iter().filter(|record| record["pid"] != killed).collect();
+    let is_told = |record: &Value| (&record["code"], &record["initiator"]) == (&json!(0), &json!("operator"));
+    assert!(told.len() == 3 && told.iter().all(is_told), "{told:?}");
+    // That is all there is to say of a run that was ended in order.
+    let mut second = start();
+    assert_eq!(second.exits().len(), 4, "{:?}", second.exits());
+    wait_ready(&second, 2);
+    let master = second.pid();
+    second.signal(Signal::KILL);
+    let _ = second.wait_exit(LIMIT);
+    let third = start();
+    third.wait_stderr(&format!("the last run (pid {master}) was not ended cleanly"), LIMIT);
+    let record = third.wait_exits(1, LIMIT, |record| record["pid"] == master).remove(0);
+    assert_eq!((&record["kind"], &record["initiator"]), (&json!("master"), &json!("unknown")), "{record}");
+    assert_eq!((&record["code"], &record["signal"]), (&Value::Null, &Value::Null), "nobody guesses: {record}");
+    assert!(record["note"].as_str().unwrap().contains("nobody saw the end"), "{record}");
+    assert!(record["last_beat_ms"].is_u64() && record["age_ms"].is_u64(), "{record}");
+    assert_alive(&third);
 }
 
 /// Line 12, and what H12 leaves: the master's end and that of each of its children are recorded by the successor.

@@ -2,14 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::driver::is_alive;
+use evergate_testkit::driver::{is_alive, state_of};
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::sse::Event;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, assert_good_stream, before, chat, open_stream, rest_of};
+use crate::support::{
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_counted, assert_good_stream, before, chat, open_stream, rest_of, send,
+    wait_ready,
+};
 
 /// Somebody's kill is no crash: however often, the next one comes at once and the slot is not called degraded.
 #[test]
@@ -93,9 +96,9 @@ fn s04_a_frozen_worker_is_reported_diagnosed_and_replaced_in_time() {
     assert_eq!(chat(&gateway, "ok", false).status, 200);
 }
 
-/// A handler that holds the event loop: the request at work is named, and ABRT is enough to end it.
+/// H6: a handler that holds the event loop: the request at work is named, and ABRT is enough to end it.
 #[test]
-fn s04_a_handler_that_never_yields_is_named_and_its_worker_replaced() {
+fn h6_s04_a_handler_that_never_yields_is_named_and_its_worker_replaced() {
     let fake = FakeUpstream::start();
     let config = gateway_config(fake.base_url(), &[], "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"4s\"\n");
     let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
@@ -105,7 +108,7 @@ fn s04_a_handler_that_never_yields_is_named_and_its_worker_replaced() {
     raw.send(&post_request(
         CHAT,
         "x-evergate-fault: spin\r\nx-request-id: culprit\r\n",
-        &chat_body("echo", false, &Value::Null),
+        &chat_body("fake/ok", false, &Value::Null),
     ));
     let said = gateway.wait_stderr("at work on", LIMIT);
     assert!(said.contains("state running") && said.contains(CHAT), "{said}");
@@ -125,6 +128,44 @@ fn s04_a_handler_that_never_yields_is_named_and_its_worker_replaced() {
     let after = gateway.wait_workers(2);
     assert_eq!(after.iter().filter(|pid| before.contains(pid)).count(), 1, "the other one was left alone");
     assert_eq!(chat(&gateway, "ok", false).status, 200);
+    assert!(raw.try_read_response(LIMIT).is_err(), "its connection ends");
+    let record = gateway.wait_access("culprit", LIMIT);
+    assert_eq!((&record["cause"], &record["by_master"]), (&json!("worker_lost"), &json!(true)), "{record}");
+    assert_counted(&gateway, 0, "worker_lost", 1);
+    let counted = "evergate_exits_total{kind=\"worker\",initiator=\"hang\"} 1\n";
+    assert!(gateway.metrics().contains(counted), "{}", gateway.metrics());
+    assert_eq!(fake.request_count(), 11, "it had called nobody");
+}
+
+/// H7: everything stands still for longer than any limit. The master goes on first, and sees children that have not beaten.
+#[test]
+fn h7_a_standstill_of_the_whole_machine_ends_nobody() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"4s\"\n");
+    wait_ready(&gateway, 2);
+    let mut held = open_stream(&gateway, "hold-mid");
+    let children = gateway.children();
+    let all: Vec<i32> = [gateway.pid()].into_iter().chain(children.iter().map(|child| child.pid)).collect();
+    for pid in &all {
+        send(*pid, Signal::STOP);
+    }
+    wait_until("all stand still", LIMIT, || all.iter().all(|pid| state_of(*pid) == Some('T')));
+    let since = Instant::now();
+    wait_until("more than the limit", LIMIT, || since.elapsed() > Duration::from_secs(5));
+    send(gateway.pid(), Signal::CONT);
+    gateway.wait_stderr("stood still for", LIMIT);
+    for child in &children {
+        send(child.pid, Signal::CONT);
+    }
+    fake.release();
+    let events = rest_of(&mut held);
+    assert_good_stream(&events, held.body_is_complete());
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+    assert_counted(&gateway, 200, "ok", 2);
+    assert_eq!(fake.request_count(), 2);
+    // Longer than the limit, from when it went on.
+    wait_until("a while", LIMIT, || since.elapsed() > Duration::from_secs(11));
+    assert_eq!((gateway.children(), gateway.exits()), (children, Vec::new()));
 }
 
 /// Line 5, the other half: what runs out for a request is its own time, never its process.

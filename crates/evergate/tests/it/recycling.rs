@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use evergate_testkit::raw::post_request;
-use evergate_testkit::{Evergate, FakeUpstream, Raw};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, LIMIT, before, chat, via};
+use crate::support::{CHAT, LIMIT, assert_counted, before, chat, via};
 
 /// No request was lost, and each successor was ready before the one that it replaced was told to go.
 fn assert_seamless(gateway: &Evergate, gone: &[Value]) {
@@ -52,8 +52,9 @@ impl Drop for Guard<'_> {
     }
 }
 
+/// H8.
 #[test]
-fn s16_a_worker_with_too_much_memory_is_replaced_and_finishes_what_it_has() {
+fn h8_s16_a_worker_with_too_much_memory_is_replaced_and_finishes_what_it_has() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nrss_max = \"64MiB\"\n[timeouts]\ntotal = \"60s\"\n");
     let body = json!({ "model": via("hold"), "messages": [{ "role": "user", "content": "x".repeat(15 << 20) }] });
@@ -72,4 +73,8 @@ fn s16_a_worker_with_too_much_memory_is_replaced_and_finishes_what_it_has() {
     }
     let gone = gateway.wait_exits(1, 2 * LIMIT, |record| record["initiator"] == "rss");
     assert_seamless(&gateway, &gone[..1]);
+    assert_counted(&gateway, 200, "ok", 8);
+    assert_eq!(fake.request_count(), 8, "each was called once");
+    let counted = "evergate_exits_total{kind=\"worker\",initiator=\"rss\"} ";
+    wait_until("its end is counted", LIMIT, || gateway.metrics().contains(counted));
 }

@@ -10,7 +10,9 @@ use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_for, wa
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{EXE, LIMIT, ONE_WORKER, assert_alive, chat, echo_with, is_full, send, wait_ready};
+use crate::support::{
+    EXE, LIMIT, ONE_WORKER, assert_alive, assert_counted, chat, echo_with, is_full, send, wait_ready,
+};
 
 /// Ready for more than the 50 ms that make a worker well, so that somebody's kill counts as nothing else.
 const WELL: Duration = Duration::from_millis(80);
@@ -73,9 +75,9 @@ fn s06_a_worker_that_does_not_come_up_is_ended_for_that() {
     wait_ready(&gateway, 3);
 }
 
-/// Line 7: one place whose workers die again and again costs nobody anything, and heals when they can live.
+/// Line 7, H4: one place whose workers die again and again costs nobody anything, and heals when they can live.
 #[test]
-fn s07_a_crash_loop_in_one_place_leaves_the_others_serving() {
+fn h4_s07_a_crash_loop_in_one_place_leaves_the_others_serving() {
     let fake = FakeUpstream::start();
     let (gateway, fault) = faulty(&fake, "");
     let others = [gateway.workers()[0], gateway.workers()[2]];
@@ -104,6 +106,16 @@ fn s07_a_crash_loop_in_one_place_leaves_the_others_serving() {
     wait_ready(&gateway, 3);
     let now = gateway.workers();
     assert_eq!([now[0], now[2]], others, "the others were left alone");
+    assert_eq!(fake.request_count(), asked, "one call each");
+    assert_counted(&gateway, 200, "ok", asked as u64);
+    let boots = gateway.exits().iter().filter(|record| record["initiator"] == "boot").count();
+    let metrics = gateway.metrics();
+    for counted in [
+        format!("evergate_exits_total{{kind=\"worker\",initiator=\"boot\"}} {boots}\n"),
+        format!("evergate_respawns_total{{kind=\"worker\",cause=\"boot\"}} {boots}\n"),
+    ] {
+        assert!(metrics.contains(&counted), "{counted}{metrics}");
+    }
 }
 
 fn degraded(gateway: &Evergate) -> u64 {

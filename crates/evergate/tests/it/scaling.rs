@@ -102,7 +102,8 @@ fn s14_workers_go_one_by_one_when_they_are_not_needed_and_never_below_the_least(
     finish(requests);
     let gone = gateway.wait_exits(2, LIMIT, |record| record["initiator"] == "scale_down");
     assert!(gone.iter().all(|record| record["code"] == 0 && record["lost"] == json!([])), "{gone:?}");
-    assert!(gateway.stderr().contains("3 workers: one fewer"), "one by one");
+    // One by one.
+    gateway.wait_stderr("3 workers: one fewer", LIMIT);
     gateway.wait_workers(2);
     // Twice the time after which a third one would have gone.
     let is_less = try_wait_for(Duration::from_millis(2500), || (gateway.workers().len() < 2).then_some(()));

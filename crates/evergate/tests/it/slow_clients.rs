@@ -160,7 +160,8 @@ fn unread(gateway: &Evergate, fake: &FakeUpstream, count: usize, scripts: &[&str
 #[test]
 fn a6_floods_leave_others_their_turns() {
     let fake = FakeUpstream::start();
-    let gateway = before(&fake, ONE_WORKER);
+    // Nobody is ended for what a full machine keeps from it: without turns no answer comes at all.
+    let gateway = before(&fake, &format!("{ONE_WORKER}hang_timeout = \"10m\"\n"));
     let workers = gateway.workers();
     let mut raw = Raw::connect(&gateway.addr());
     // Connections on both sides are there before.
@@ -194,18 +195,38 @@ fn wait_idle(gateway: &Evergate) {
     });
 }
 
+/// The most that is allowed of a good request's processor time beside unread answers (issue 4 asks for it).
+const COST_MAX: f64 = 1.1;
+
+/// Measures pairs until the median of three or more is within the bound, nine at most: what else the machine does makes a
+/// pair come out worse or better, a cost makes all of them worse.
+#[track_caller]
+fn assert_costs_little(mut pair: impl FnMut() -> f64) {
+    let mut ratios: Vec<f64> = Vec::new();
+    for _ in 0..9 {
+        ratios.push(pair());
+        ratios.sort_by(f64::total_cmp);
+        let median = ratios[ratios.len() / 2];
+        if ratios.len() >= 3 && median <= COST_MAX {
+            println!("processor time of a good request: {median:.3} times, of {} pairs", ratios.len());
+            return;
+        }
+    }
+    panic!("processor time of a good request, times that of one alone: {ratios:.3?}");
+}
+
 /// A6: answers that nobody reads cost good requests next to nothing of the processor, and no good one fails.
 #[test]
 fn a6_unread_answers_cost_good_requests_little() {
-    let (readers, requests, rounds) = if is_full() { (200, 4_000, 3) } else { (40, 1_200, 3) };
+    let (readers, requests) = if is_full() { (200, 4_000) } else { (40, 1_200) };
     let fake = FakeUpstream::start();
     // Nobody is cut for the stall while it is measured.
     let gateway = before(&fake, "[timeouts]\nclient_stall = \"1h\"\n[workers]\nmin = 2\nmax = 2\n");
     let workers = gateway.workers();
     good(&gateway, requests / 4);
-    let mut ratios = Vec::new();
-    for _ in 0..rounds {
-        let quiet = good(&gateway, requests);
+    assert_costs_little(|| {
+        // Alone before and after: what drifts meanwhile counts half.
+        let before = good(&gateway, requests / 2);
         let mut stalled = unread(&gateway, &fake, readers, &["flood", "huge-3000000"], true);
         // A whole answer that has begun was read and looked through before: that work is no good request's.
         stalled.iter_mut().for_each(|raw| assert_eq!(raw.read_head(3 * LIMIT).status, 200));
@@ -215,12 +236,9 @@ fn a6_unread_answers_cost_good_requests_little() {
         let idle = ["unary", "stream"].map(|kind| format!("evergate_inflight_requests{{kind=\"{kind}\"}} 0\n"));
         wait_until("all gone", LIMIT, || idle.iter().all(|line| gateway.metrics().contains(line)));
         wait_idle(&gateway);
-        ratios.push(troubled.as_secs_f64() / quiet.as_secs_f64());
+        let quiet = (before + good(&gateway, requests / 2)) / 2;
         println!("a good request: {quiet:?} alone, {troubled:?} beside {readers} unread answers");
-    }
-    ratios.sort_by(f64::total_cmp);
-    let median = ratios[rounds / 2];
-    println!("processor time of a good request: {median:.3} times");
+        troubled.as_secs_f64() / quiet.as_secs_f64()
+    });
     assert_eq!(gateway.workers(), workers, "{:?}", gateway.exits());
-    assert!(median < 2.0, "{ratios:?}");
 }

@@ -152,7 +152,7 @@ pub fn a_stop_does_not_wait() -> Result<(), String> {
     let took = began.elapsed();
     assert!(took < std::time::Duration::from_secs(10), "{took:?}");
     assert_eq!(state_of(worker), Some('D'), "it cannot die yet");
-    let said = gateway.stderr();
+    let said = gateway.last_words();
     assert!(said.contains("was killed and hangs in the kernel; the stop goes on without it"), "{said}");
     let exits = gateway.exits();
     let record = exits.iter().find(|record| record["pid"] == worker).unwrap();

@@ -300,7 +300,7 @@ pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
     let mut out = Vec::new();
     let now = now.max(state.last);
     if now - state.last > 2 * TICK && !planted!(StallIsBlamed) {
-        state.stood_still(now);
+        state.stood_still(now, &mut out);
     }
     state.last = now;
     match event {
@@ -343,8 +343,12 @@ fn save_once(out: &mut Vec<Action>) {
 impl State {
     /// The machine, or this process, stood still up to now. What was late meanwhile is nobody's fault, and whoever was
     /// given a time has it still.
-    fn stood_still(&mut self, now: Ns) {
+    fn stood_still(&mut self, now: Ns, out: &mut Vec<Action>) {
         let gap = now.saturating_sub(self.last).saturating_sub(TICK);
+        out.push(Action::Say(format!(
+            "the machine, or the master, stood still for {} ms; nobody is ended for that",
+            gap / MS
+        )));
         self.floor = now;
         self.load.forget();
         for child in self.children_mut().filter(|child| child.killed_at.is_none()) {
