@@ -186,6 +186,30 @@ fn a_killed_master_leaves_nothing_and_the_next_start_works_at_once() {
     wait_no_zombies(second.pid());
 }
 
+/// I1: a worker that stands still does not see that its master is gone, and keeps the port: the next start ends it.
+#[test]
+fn i1_a_frozen_orphan_does_not_keep_the_port() {
+    let state = tempfile::tempdir().unwrap();
+    let config = |address: &str| {
+        format!(
+            "[server]\nlisten = [\"{address}\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+             [models.echo]\ntargets = [{{ upstream = \"echo\" }}]\n{ONE_WORKER}"
+        )
+    };
+    let mut first = Evergate::builder(EXE).config(config("127.0.0.1:0")).state_dir(state.path()).start();
+    let (address, worker) = (first.addr(), first.workers()[0]);
+    let frozen = crate::balance::Frozen::new(worker);
+    first.signal(Signal::KILL);
+    let _ = first.wait_exit(LIMIT);
+    let second = Evergate::builder(EXE).config(config(&address)).state_dir(state.path()).start();
+    assert_eq!(second.addr(), address);
+    assert_alive(&second);
+    let record = second.wait_exits(1, LIMIT, |record| record["pid"] == worker).remove(0);
+    assert_eq!((&record["kind"], &record["initiator"]), (&json!("worker"), &json!("orphan")), "{record}");
+    assert!(!is_alive(worker));
+    drop(frozen);
+}
+
 #[test]
 fn without_its_master_a_worker_refuses_and_finishes() {
     let fake = FakeUpstream::start();
