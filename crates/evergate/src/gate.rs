@@ -1,6 +1,7 @@
 //! The gate of a worker: admits requests, knows the live ones, and holds each of them until its last byte.
 
 pub mod admission;
+mod idle;
 pub mod load;
 pub mod memory;
 pub mod pass;
@@ -55,6 +56,7 @@ pub struct Gate {
     access: AccessLog,
     /// When accepting last failed for want of descriptors; 0 for never.
     short_ns: AtomicU64,
+    idle: idle::Idle,
 }
 
 /// What is known of a request when it arrives.
@@ -98,6 +100,7 @@ impl Gate {
             stage: watch::Sender::new(Stage::Serving),
             access,
             short_ns: AtomicU64::new(0),
+            idle: idle::Idle::default(),
         })
     }
 
@@ -138,6 +141,28 @@ impl Gate {
     /// Accepting has failed for want of descriptors: for a while each answer closes its connection.
     pub fn run_short(&self) {
         self.short_ns.store(monotonic_ns(), Ordering::Relaxed);
+    }
+
+    /// Connections are short, and others wait: those that have idled the longest, of `idle_max` at most, are to end. Called
+    /// again within a second, it asks for more of them.
+    pub fn shed_idle(&self, idle_max: Duration) {
+        if self.idle.shed(idle_max, Instant::now()) {
+            // Whoever follows the stage looks.
+            self.stage.send_modify(|_| {});
+        }
+    }
+
+    /// Who has been idle since then or before is to end; none unless that was asked for.
+    #[must_use]
+    pub fn shed_before(&self) -> Option<Instant> {
+        self.idle.shed_before()
+    }
+
+    /// Counts a connection that has ended for that.
+    pub fn count_shed_idle(&self) {
+        if let Some(series) = self.board.series(self.row) {
+            series.add(names::key(names::IDLE_SHED, 0, 0, 0), 1);
+        }
     }
 
     /// Whether that was a moment ago.
@@ -237,6 +262,14 @@ impl Gate {
             method: self.board.label(arrival.method),
             started_ns: monotonic_ns(),
         })
+    }
+
+    /// Refuses what would be refused now; see [`Admission::check_room`].
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn check_room(&self) -> Result<(), Error> {
+        self.admission.check_room()
     }
 
     /// Admits a request, waiting for a place until its deadline.

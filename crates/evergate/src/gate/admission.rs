@@ -12,6 +12,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Between two words to the master that requests wait: it looks ten times a second once it knows.
 const TELL: Duration = Duration::from_millis(100);
 
+/// Of a worker that can take nothing more.
+const FULL: &str =
+    "all places of this worker are taken and as many requests wait as may (workers.slots, limits.queue); try again";
+
 /// Called when requests begin to wait.
 pub type Tell = Box<dyn Fn() + Send + Sync>;
 
@@ -63,11 +67,7 @@ impl Admission {
     /// was the client's own.
     pub async fn wait(&self, deadline: Deadline) -> Result<OwnedSemaphorePermit, Error> {
         let refused = |why| Err(Error::new(Fault::Overloaded, why));
-        let Some(_waiting) = Waiting::enter(self) else {
-            return refused(
-                "all places of this worker are taken and as many requests wait as may (workers.slots, limits.queue); try again",
-            );
-        };
+        let Some(_waiting) = Waiting::enter(self) else { return refused(FULL) };
         let place = Arc::clone(&self.slots).acquire_owned();
         match tokio::time::timeout_at(deadline.at().into(), place).await {
             Ok(Ok(place)) => Ok(place),
@@ -81,6 +81,19 @@ impl Admission {
                 refused("no place of this worker was free in time (workers.slots, timeouts.total); try again")
             }
         }
+    }
+
+    /// Refuses what would be refused now. A body that is large need not be read for that; a small one is there already.
+    ///
+    /// # Errors
+    /// `overloaded` when the line is full.
+    pub fn check_room(&self) -> Result<(), Error> {
+        let is_full = self.slots.available_permits() == 0 && self.is_full(&self.lock_line());
+        if is_full { Err(Error::new(Fault::Overloaded, FULL)) } else { Ok(()) }
+    }
+
+    fn is_full(&self, line: &Line) -> bool {
+        line.since.len() >= usize::try_from(self.queue_max).unwrap_or(usize::MAX)
     }
 
     fn lock_line(&self) -> std::sync::MutexGuard<'_, Line> {
@@ -103,7 +116,7 @@ struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     fn enter(admission: &'a Admission) -> Option<Self> {
         let mut line = admission.lock_line();
-        if line.since.len() >= usize::try_from(admission.queue_max).unwrap_or(usize::MAX) {
+        if admission.is_full(&line) {
             return None;
         }
         let number = line.next;

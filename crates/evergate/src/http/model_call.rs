@@ -144,6 +144,9 @@ impl ModelCall {
         let length = intake::check_head(&self.headers, &self.app.sealed.config)?;
         let by = intake::client_timeout(&self.headers)?;
         self.client_by = by.map(|time| Deadline::new(self.started, time, Limit::Client));
+        if length.is_none_or(|bytes| bytes > LARGE_BYTES) {
+            self.app.gate.check_room()?;
+        }
         self.app.memory.admit(length)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use evergate_core::deadline::Limit;
 use evergate_core::json::{self, Request, scan_request};
 use evergate_core::{Deadline, Error, Fault};
 
@@ -16,7 +17,7 @@ const SCAN_HERE_BYTES_MAX: usize = 1 << 20;
 /// What a body says about where it goes. A large one is read beside the event loop, one at a time.
 ///
 /// # Errors
-/// Those of `scan_request`; `deadline_exceeded` when its turn does not come in time.
+/// Those of `scan_request`; `overloaded` when its turn does not come in time, `deadline_exceeded` when that was its client's.
 pub async fn scan(app: &App, body: &Bytes, deadline: Deadline) -> Result<Request, Error> {
     let limits = &app.sealed.config.limits;
     let limits = json::Limits { depth: limits.json_depth, choices: limits.choices };
@@ -34,8 +35,10 @@ async fn scan_aside(
 ) -> Result<Request, Error> {
     let Ok(Ok(permit)) = app.clock.timeout_at(deadline.at(), Arc::clone(&app.large).acquire_owned()).await else {
         let key = deadline.limit().key();
-        let message = format!("other large bodies were read until this one's time was up ({key})");
-        return Err(Error::new(Fault::DeadlineExceeded, message).detail(key));
+        let message = format!("other large bodies were read until this one's time was up ({key}); try again");
+        // Its client's own time is over, or ours was not enough for what there was to do.
+        let fault = if deadline.limit() == Limit::Client { Fault::DeadlineExceeded } else { Fault::Overloaded };
+        return Err(Error::new(fault, message).detail(key));
     };
     match aside(permit, scan).await {
         Ok(scanned) => scanned,

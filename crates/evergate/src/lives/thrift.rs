@@ -22,6 +22,7 @@ impl Thrift {
         let rung = app.memory.look();
         if rung >= Rung::Close {
             app.clients.values().for_each(|client| client.close_idle());
+            app.gate.shed_idle(app.sealed.config.timeouts.client_idle);
         }
         // One a beat: what it held is given back before the next look.
         if rung >= Rung::Most && app.gate.end_most() {

@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::Poll;
@@ -91,6 +91,8 @@ pub struct Acceptor {
 
 /// Pause after an accept that failed for want of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks whether somebody waits for a place while all are taken.
+const FULL: Duration = Duration::from_millis(50);
 /// How long a connection waits for a peer that should rather take it while nobody takes any; one look for one that is
 /// stuck.
 const PATIENCE: Duration = Duration::from_millis(5);
@@ -109,7 +111,7 @@ impl Acceptor {
             pass_by(Place::Accept);
             // A place is taken before a connection: what is too many waits in the kernel's queue, where the master
             // sees it, and costs no memory here.
-            let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return };
+            let Some(place) = self.place(&listener).await else { return };
             let accepted = tokio::select! {
                 // Cancel-safe: a connection is taken by the last step of the future, which then is ready.
                 accepted = self.next(&listener, &mut turn) => accepted,
@@ -127,6 +129,29 @@ impl Acceptor {
                 Some(Err(_)) => {}
             }
         }
+    }
+
+    /// A place for a connection. While there is none and somebody waits for it, those that are idle make room.
+    async fn place(&self, listener: &Listener) -> Option<OwnedSemaphorePermit> {
+        if let Ok(place) = Arc::clone(&self.places).try_acquire_owned() {
+            return Some(place);
+        }
+        let mut place = pin!(Arc::clone(&self.places).acquire_owned());
+        loop {
+            tokio::select! {
+                // Pinned outside, so that it keeps its turn; waiting is cancel-safe.
+                biased;
+                place = place.as_mut() => return place.ok(),
+                () = self.app.clock.sleep(FULL) => {}
+            }
+            if listener.has_waiting() {
+                self.shed_idle();
+            }
+        }
+    }
+
+    fn shed_idle(&self) {
+        self.app.gate.shed_idle(self.app.sealed.config.timeouts.client_idle);
     }
 
     /// The next connection; none when no more is to be taken.
@@ -185,6 +210,7 @@ impl Acceptor {
         }
         gate.run_short();
         self.app.clients.values().for_each(|client| client.close_idle());
+        self.shed_idle();
     }
 
     fn see_empty(&self, listener: &Listener) {

@@ -205,6 +205,9 @@ impl ClientIo {
             let since = self.head_since.map_or(self.active_at, |since| since.max(self.active_at));
             return since + self.limits.header_timeout;
         }
+        if self.shared.is_shed(self.active_at) {
+            return self.active_at;
+        }
         let idle = self.active_at + self.limits.idle_timeout;
         let Some(leaving) = self.shared.leaving() else { return idle };
         let mut due = self.active_at.max(leaving.since) + leaving.linger;
@@ -278,6 +281,9 @@ impl ClientIo {
         if let Poll::Ready(read) = self.stream.poll_read(cx, out) {
             self.follow(frames, out.filled().get(before..).unwrap_or_default());
             return Poll::Ready(read);
+        }
+        if self.shared.active.load(Ordering::Relaxed) == 0 && self.shared.is_shed(self.active_at) {
+            self.shared.send_elsewhere();
         }
         let Some(Leaving { since, linger, .. }) = self.shared.leaving().filter(|_| !self.is_acknowledged) else {
             return Poll::Pending;

@@ -75,10 +75,14 @@ pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Re
     let is_h2 = drain.during(io.is_h2()).await;
     let Ok(is_h2) = is_h2 else { return };
     let service = Service::new(Arc::clone(&app), shared);
+    let shared = Arc::clone(&drain.shared);
     match is_h2 {
         None => io.close().await,
         Some(true) => serve_h2(config, tasks, io, service, drain).await,
         Some(false) => serve_h1(config, io, service, drain).await,
+    }
+    if shared.was_shed() {
+        app.gate.count_shed_idle();
     }
 }
 
@@ -95,7 +99,10 @@ impl Drain<'_> {
         let stage = *self.stage.borrow_and_update();
         let is_stop = matches!(self.app.gate.board().master().phase(), MasterPhase::Draining | MasterPhase::Stopped);
         let (linger, owes_first) = match stage {
-            Stage::Serving => return false,
+            Stage::Serving => {
+                self.shared.shed(self.app.gate.shed_before());
+                return false;
+            }
             Stage::Draining if is_stop => (STOP_LINGER, false),
             Stage::Draining => (IDLE_LINGER, true),
             Stage::Cancelling => (Duration::ZERO, false),
@@ -104,13 +111,13 @@ impl Drain<'_> {
         true
     }
 
-    /// Waits for the next stage.
-    async fn changed(&mut self) {
+    /// Waits for the next word of the gate; says whether the connection is to end.
+    async fn changed(&mut self) -> bool {
         if self.stage.changed().await.is_err() {
             // The gate is gone, and the process with it.
             std::future::pending::<()>().await;
         }
-        self.look();
+        self.look()
     }
 
     /// Waits for `future`, which reads from the connection and so has to be polled again at each stage.
@@ -120,7 +127,7 @@ impl Drain<'_> {
             tokio::select! {
                 // Pinned outside; waiting for a change is cancel-safe.
                 done = future.as_mut() => return done,
-                () = self.changed() => {}
+                _ = self.changed() => {}
             }
         }
     }
@@ -157,13 +164,15 @@ async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service,
         .serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let shared = Arc::clone(&drain.shared);
-    if !drain.look() {
+    let mut is_leaving = drain.look();
+    while !is_leaving {
         tokio::select! {
             // Pinned outside, and two that are cancel-safe.
             _ = connection.as_mut() => return,
-            () = drain.changed() => {}
+            is_to_end = drain.changed() => is_leaving = is_to_end,
             () = shared.sent_elsewhere() => {
                 shared.leave(Leaving { since: Instant::now(), linger: IDLE_LINGER, owes_first: true });
+                is_leaving = true;
             }
         }
     }

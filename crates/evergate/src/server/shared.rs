@@ -37,6 +37,10 @@ pub struct Shared {
     has_finishing: AtomicBool,
     leaving: Mutex<Option<Leaving>>,
     is_leaving: AtomicBool,
+    /// Who has been idle since then or before is to end.
+    shed_before: Mutex<Option<Instant>>,
+    is_shedding: AtomicBool,
+    was_shed: AtomicBool,
     is_stalled: AtomicBool,
     is_unwanted: AtomicBool,
     unwanted: Notify,
@@ -123,6 +127,30 @@ impl Shared {
     /// Whether, and how, the connection is to end.
     pub(super) fn leaving(&self) -> Option<Leaving> {
         if self.is_leaving.load(Ordering::Acquire) { *lock(&self.leaving) } else { None }
+    }
+
+    /// Idle connections are to make room, those that have idled since then.
+    pub(super) fn shed(&self, before: Option<Instant>) {
+        if before.is_some() {
+            *lock(&self.shed_before) = before;
+            self.is_shedding.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether a connection that was active last at that time is one of those.
+    pub(super) fn is_shed(&self, active_at: Instant) -> bool {
+        let is_it = self.is_shedding.load(Ordering::Acquire)
+            && lock(&self.shed_before).is_some_and(|before| active_at <= before);
+        if is_it {
+            self.was_shed.store(true, Ordering::Relaxed);
+        }
+        is_it
+    }
+
+    /// Whether it ended as one of those.
+    #[must_use]
+    pub fn was_shed(&self) -> bool {
+        self.was_shed.load(Ordering::Relaxed)
     }
 
     /// This worker has more to do than its peers, so that an HTTP/2 connection would do better elsewhere.

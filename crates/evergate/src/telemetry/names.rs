@@ -147,6 +147,8 @@ impl ProgramEnd {
     }
 }
 
+/// Idle client connections that ended since others wanted their place.
+pub const IDLE_SHED: u8 = 43;
 /// What was given up for want of memory: what (a, a `Spared`).
 pub const SPARED: u8 = 42;
 

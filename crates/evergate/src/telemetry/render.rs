@@ -238,6 +238,9 @@ impl Page<'_> {
         let failures = sums.total(names::ACCEPT_FAILURES);
         let help = "Accepts that failed for want of descriptors or memory; the connection waited.";
         self.single("evergate_accept_failures_total", "counter", help, failures);
+        let shed = sums.total(names::IDLE_SHED);
+        let help = "Idle client connections that ended since others waited for a place or a descriptor.";
+        self.single("evergate_client_connections_shed_total", "counter", help, shed);
         self.look_ups(sums);
         self.spared(sums);
         let overflows = self.board.master().queue_overflows();

@@ -80,6 +80,31 @@ fn one_more_than_may_wait_is_refused_at_once() {
     }
 }
 
+/// L1: a large body is not waited for: its head is enough to say so. While there is room in the line it is read.
+#[test]
+fn l1_a_full_line_refuses_a_large_body_before_it_is_read() {
+    let fake = FakeUpstream::start();
+    let gateway = one_place(&fake, 1, "");
+    let _first = open_stream(&gateway, "hold-mid");
+    let head = |framing: &str| {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{framing}\r\n\r\n").as_bytes());
+        raw
+    };
+    let mut reading = head("content-length: 10000000");
+    assert!(reading.stays_open(Duration::from_millis(300)), "the line has room for it");
+    let mut waiting = open(&gateway, "ok", false);
+    wait_waiting(&gateway, 1);
+    for framing in ["content-length: 10000000", "transfer-encoding: chunked"] {
+        let response = head(framing).read_response(LIMIT);
+        assert_eq!((response.status, response.error_code().as_str()), (503, "overloaded"), "{}", response.text());
+        assert!(response.error_message().contains("workers.slots"), "{}", response.text());
+    }
+    fake.release();
+    assert_eq!(waiting.read_response(LIMIT).status, 200);
+    assert_eq!(fake.request_count(), 2);
+}
+
 #[test]
 fn without_a_queue_nobody_waits() {
     let fake = FakeUpstream::start();

@@ -3,12 +3,14 @@
 
 use std::time::{Duration, Instant};
 
+use evergate_testkit::link::Gone;
 use evergate_testkit::raw::{chat_body, post_request};
-use evergate_testkit::{Evergate, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, EXE, LIMIT};
+use crate::h2_wire::{ALL, PING, Wire};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, echo_with, open, open_stream, rest_of};
 
 const TEXT: &str = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
                     [models.echo]\ntargets = [{ upstream = \"echo\" }]\n[workers]\nmin = 1\nmax = 1\nslots = 32\n";
@@ -132,4 +134,84 @@ fn h9_a_worker_that_loses_descriptors_is_replaced() {
     assert_eq!((&gone[0]["pid"], &gone[0]["code"], &gone[0]["lost"]), (&json!(pid), &json!(0), &json!([])), "{gone:?}");
     assert_eq!(ask(""), 200);
     assert_ne!(gateway.wait_workers(1), [pid]);
+}
+
+/// A used connection that has been idle since then.
+fn used(gateway: &Evergate) -> (Raw, Instant) {
+    let mut raw = Raw::connect(&gateway.addr());
+    send(&mut raw);
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    (raw, Instant::now())
+}
+
+fn wait_idle(since: Instant, time: Duration) {
+    wait_until("so long idle", LIMIT, || since.elapsed() > time);
+}
+
+/// A10: all places are taken and somebody waits: the connection that has been idle the longest ends, one that was active a
+/// moment ago does not, nor one with a request under way.
+#[test]
+fn a10_the_oldest_idle_connection_makes_room_for_who_waits() {
+    let fake = FakeUpstream::start();
+    let more = format!("{ONE_WORKER}[limits]\nconnections = 3\n");
+    let gateway = before(&fake, &more);
+    wait_until("no connection of the start", LIMIT, || connections(&gateway) == 0);
+    let used = || {
+        let mut raw = open(&gateway, "ok", false);
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        (raw, Instant::now())
+    };
+    let mut busy = open_stream(&gateway, "hold-mid");
+    let (mut oldest, since) = used();
+    wait_idle(since, Duration::from_millis(2_300));
+    let (mut young, _) = used();
+    let began = Instant::now();
+    let mut waiting = open(&gateway, "ok", false);
+    assert_eq!(waiting.read_response(LIMIT).status, 200);
+    // In place of 75 s.
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let (bytes, gone) = oldest.read_to_close(LIMIT);
+    assert_eq!((bytes.len(), gone), (0, Gone::Eof));
+    young.send(&post_request(CHAT, "", &chat_body("fake/ok", false, &Value::Null)));
+    assert_eq!(young.read_response(LIMIT).status, 200);
+    fake.release();
+    assert!(rest_of(&mut busy).last().unwrap().is_done());
+    wait_until("it is counted", LIMIT, || metric(&gateway, "evergate_client_connections_shed_total") == 1);
+}
+
+/// The same for HTTP/2, by GOAWAY.
+#[test]
+fn a10_an_idle_http2_connection_makes_room_in_order() {
+    let gateway = echo_with(&format!("{ONE_WORKER}[limits]\nconnections = 1\n"));
+    wait_until("no connection of the start", LIMIT, || connections(&gateway) == 0);
+    let mut wire = Wire::connect(&gateway);
+    wire.get(1);
+    let _ = wire.answer(1);
+    wait_idle(Instant::now(), Duration::from_millis(2_300));
+    let (_second, _) = used(&gateway);
+    // In two steps; the second one comes though nobody has answered the PING of the first.
+    assert_eq!(wire.goaway(), ALL);
+    let _ = wire.skip_to(PING);
+    assert_eq!(wire.goaway(), 1);
+}
+
+/// J1: without a descriptor left the idle ones go, and whoever waits is served though nobody sends anything.
+#[test]
+fn j1_idle_connections_end_when_there_is_no_descriptor_left() {
+    let gateway = Evergate::builder(EXE).config(TEXT).start();
+    let pid = gateway.workers()[0];
+    wait_until("no connection of the start", LIMIT, || connections(&gateway) == 0);
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit { current: Some(below_which_are_free(pid, 3)), maximum };
+    let _ = prlimit(Pid::from_raw(pid), Resource::Nofile, limit).unwrap();
+    let mut idle: Vec<_> = (0..3).map(|_| used(&gateway)).collect();
+    wait_idle(idle[2].1, Duration::from_millis(2_300));
+    let mut waiting = Raw::connect(&gateway.addr());
+    send(&mut waiting);
+    assert_eq!(waiting.read_response(LIMIT).status, 200);
+    for (raw, _) in &mut idle {
+        assert_eq!(raw.read_to_close(LIMIT), (Vec::new(), Gone::Eof));
+    }
+    wait_until("they are counted", LIMIT, || metric(&gateway, "evergate_client_connections_shed_total") == 3);
+    assert_eq!(gateway.workers(), [pid]);
 }

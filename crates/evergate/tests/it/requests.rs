@@ -375,6 +375,44 @@ fn c9_a_large_body_is_read_beside_the_others() {
     assert!(longest < took / 2, "{longest:?} of {took:?}");
 }
 
+/// H14: one large body is read at a time, and whoever's turn does not come within the time that there is has met an overload,
+/// unless that time was its own.
+#[test]
+fn h14_large_bodies_whose_turn_does_not_come_are_refused() {
+    let gateway = echo_with(&format!("{}[timeouts]\ntotal = \"300ms\"\n", crate::support::ONE_WORKER));
+    let body = format!(r#"{{"model":"nobody","x":"{}"}}"#, "\\n".repeat(10_000_000));
+    let ask = |fields: &str| {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&post_request(CHAT, fields, &body));
+        raw.read_response(LIMIT)
+    };
+    let ask = &ask;
+    let answers: Vec<(bool, Response)> = std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..8)
+            .map(|n| scope.spawn(move || (n < 6, ask(if n < 6 { "" } else { "x-request-timeout: 200ms\r\n" }))))
+            .collect();
+        asking.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    let mut refused = 0;
+    for (is_ours, response) in &answers {
+        match response.status {
+            404 => {}
+            503 if *is_ours => {
+                assert_error(response, 503, "overloaded");
+                assert!(response.error_message().contains("timeouts.total"), "{}", response.text());
+                refused += 1;
+            }
+            _ => {
+                assert!(!is_ours, "{}", response.text());
+                assert_error(response, 504, "deadline_exceeded");
+                assert!(response.error_message().contains("x-request-timeout"), "{}", response.text());
+            }
+        }
+    }
+    assert!(refused > 0, "{answers:?}");
+    assert_alive(&gateway);
+}
+
 /// C9: no tree of gigabytes for the built-in model.
 #[test]
 fn c9_the_built_in_model_builds_no_huge_tree() {

@@ -148,57 +148,102 @@ fn l1_the_limit_holds_exactly_over_four_workers() {
     assert!(workers.iter().all(|worker| worker["requests"].as_u64().unwrap() > 0), "{workers:?}");
 }
 
-/// An upstream of 20 slots of 50 ms, and five times the load: what it answers stays at nine tenths of the most it can do,
-/// and whoever is refused is refused at once.
+/// How long a call lasts in the drill.
+const CALL_MS: u32 = 50;
+
+/// What came of a load of so many requests a second.
+struct Pressed {
+    goodput: f64,
+    /// Of the refusals, at their clients: the median and the last of a hundred.
+    refused: (Duration, Duration),
+    /// The same of the gateway's own clock, from a request's head to its answer's: at most that, or nothing is known.
+    own: Option<(Duration, Duration)>,
+}
+
+/// The bounds, in milliseconds, of the buckets in which the gateway had the middle and the last of a hundred of the requests
+/// that were answered before a call could have been: these are the refusals.
+fn own_times(before: &str, after: &str) -> Option<(Duration, Duration)> {
+    let buckets = |text: &str| -> Vec<(f64, f64)> {
+        let line = |line: &str| {
+            let (bound, count) = line.strip_prefix("evergate_first_byte_seconds_bucket{le=\"")?.split_once("\"} ")?;
+            Some((bound.parse().ok()?, count.parse().ok()?))
+        };
+        text.lines().filter_map(line).collect()
+    };
+    let (before, after) = (buckets(before), buckets(after));
+    let grown = after.iter().zip(before).map(|((bound, now), (_, then))| (*bound, now - then));
+    let early: Vec<(f64, f64)> = grown.filter(|(bound, _)| *bound < f64::from(CALL_MS) / 1000.0).collect();
+    let all = early.last()?.1;
+    let of = |part: f64| {
+        early.iter().find(|(_, count)| *count >= all * part).map(|(bound, _)| Duration::from_secs_f64(*bound))
+    };
+    Some((of(0.5)?, of(0.99)?))
+}
+
+/// Asks so many times what the upstream can do, and accounts for every request.
+fn press(gateway: &Evergate, fake: &FakeUpstream, (slots, times): (u32, u32), time: Duration) -> Pressed {
+    let request = request(&via(&format!("delay-{CALL_MS}")), false);
+    let every = Duration::from_millis(CALL_MS.into()) / slots / times;
+    let count = u32::try_from(time.as_micros() / every.as_micros()).unwrap();
+    let _ = fake.take_working_most();
+    let (asked, said, began) = (fake.request_count(), gateway.metrics(), Instant::now());
+    let all = open_loop(&gateway.addr(), (every, count), 16 * slots as usize, &request);
+    let goodput = rate(&all, began, time);
+    let own = own_times(&said, &gateway.metrics());
+    let counts = counts(&all);
+    let of = |status| counts.get(&Some(status)).copied().unwrap_or(0);
+    assert_eq!((all.len(), of(200) + of(503)), (count as usize, count as usize), "{counts:?}");
+    assert_eq!(fake.request_count() - asked, of(200), "what was refused has called nobody");
+    assert!(fake.take_working_most() <= slots as usize);
+    assert!(all.iter().all(|one| one.status != Some(503) || one.waits), "a refusal says when to come again");
+    let took = |status| all.iter().filter(move |one| one.status == Some(status)).map(|one| one.took);
+    let (mut refused, mut served): (Vec<_>, Vec<_>) = (took(503).collect(), took(200).collect());
+    let refused = (percentile(&mut refused, 50), percentile(&mut refused, 99));
+    println!(
+        "{times} times, {:.0}/s: goodput {goodput:.0}/s; {} answered ({:?} median, {:?} p99), {} refused ({:?} median, {:?} \
+         p99 at their clients, {own:?} in the gateway)",
+        1.0 / every.as_secs_f64(),
+        of(200),
+        percentile(&mut served, 50),
+        percentile(&mut served, 99),
+        of(503),
+        refused.0,
+        refused.1,
+    );
+    Pressed { goodput, refused, own }
+}
+
+/// An upstream of 20 slots of 50 ms, and five times the load, or more: what it answers stays at nine tenths of the most it can
+/// do, and whoever is refused is refused at once.
 #[test]
 fn l1_under_five_times_the_load_the_upstream_does_what_it_can() {
-    const CALL_MS: u32 = 50;
     let _alone = alone();
     // Two thousand requests a second are too many for a program without optimisation on processors that others use.
-    let (slots, clients): (u32, usize) = if is_full() { (20, 300) } else { (6, 80) };
+    let (slots, loads): (u32, &[u32]) = if is_full() { (20, &[5, 10, 20]) } else { (6, &[5]) };
     let fake = FakeUpstream::start();
     let more = format!("in_flight_max = {slots}\n[workers]\nmin = 2\nmax = 2\n");
     let gateway = before(&fake, &more);
     wait_ready(&gateway, 2);
-    let (address, request) = (gateway.addr(), request(&via(&format!("delay-{CALL_MS}")), false));
-    let time = Duration::from_secs(if is_full() { 20 } else { 4 });
-    let every = Duration::from_millis(CALL_MS.into()) / slots / 5;
-    let count = u32::try_from(time.as_micros() / every.as_micros()).unwrap();
-    // On a machine that others use a part may be lost to them: it is looked at again before it counts as wrong.
-    let mut found = Vec::new();
-    for _ in 0..4 {
-        let began = Instant::now();
-        let peak = rate(&closed_loop(&address, 2 * slots as usize, &request, time), began, time);
-        let _ = fake.take_working_most();
-        let (before, began) = (fake.request_count(), Instant::now());
-        let all = open_loop(&address, (every, count), clients, &request);
-        let goodput = rate(&all, began, time);
-        let counts = counts(&all);
-        let of = |status| counts.get(&Some(status)).copied().unwrap_or(0);
-        assert_eq!((all.len(), of(200) + of(503)), (count as usize, count as usize), "{counts:?}");
-        assert_eq!(fake.request_count() - before, of(200), "what was refused has called nobody");
-        assert!(fake.take_working_most() <= slots as usize);
-        assert!(all.iter().all(|one| one.status != Some(503) || one.waits), "a refusal says when to come again");
-        let mut refused: Vec<_> = all.iter().filter(|one| one.status == Some(503)).map(|one| one.took).collect();
-        let mut served: Vec<_> = all.iter().filter(|one| one.status == Some(200)).map(|one| one.took).collect();
-        let (middle, late) = (percentile(&mut refused, 50), percentile(&mut refused, 99));
-        println!(
-            "peak {peak:.0}/s, under {:.0}/s goodput {goodput:.0}/s ({:.0} %); {} answered ({:?} median, {:?} p99), {} \
-             refused ({middle:?} median, {late:?} p99)",
-            1.0 / every.as_secs_f64(),
-            100.0 * goodput / peak,
-            served.len(),
-            percentile(&mut served, 50),
-            percentile(&mut served, 99),
-            refused.len(),
-        );
-        found.push((goodput / peak, late));
-        if goodput >= 0.9 * peak && late < Duration::from_millis(250) {
-            break;
+    let time = Duration::from_secs(if is_full() { 10 } else { 4 });
+    let calm = request(&via(&format!("delay-{CALL_MS}")), false);
+    for times in loads {
+        // On a machine that others use a part may be lost to them: it is looked at again before it counts as wrong.
+        let mut found = Vec::new();
+        for _ in 0..4 {
+            let began = Instant::now();
+            let peak = rate(&closed_loop(&gateway.addr(), 2 * slots as usize, &calm, time), began, time);
+            let Pressed { goodput, refused, own } = press(&gateway, &fake, (slots, *times), time);
+            println!("{:.0} % of {peak:.0}/s", 100.0 * goodput / peak);
+            found.push((goodput / peak, refused, own));
+            if goodput >= 0.9 * peak && refused.1 < Duration::from_millis(250) {
+                break;
+            }
         }
+        // A refusal that waited for a turn would take 50 ms at the least, and one that waited in the line 100 ms.
+        let is_right =
+            |(part, (_, late), _): &(f64, (Duration, Duration), _)| *part >= 0.9 && *late < Duration::from_millis(250);
+        assert!(found.iter().any(is_right), "{times} times: {found:?}");
     }
-    // A refusal that waited for a turn would take 50 ms at the least, and one that waited in the line 100 ms.
-    assert!(found.iter().any(|(part, late)| *part >= 0.9 && *late < Duration::from_millis(250)), "{found:?}");
     wait_limit(&gateway, "fake", 0, 0);
     assert!(shed(&gateway, "fake", "queue_full") > 0);
 }
