@@ -32,6 +32,7 @@ mod hostile;
 mod hosts;
 mod hosts_chaos;
 mod hosts_confined;
+mod hosts_drill;
 mod hosts_kept;
 mod hosts_limits;
 mod http2;
