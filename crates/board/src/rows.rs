@@ -207,6 +207,8 @@ row! {
         rss_kib set_rss_kib u64;
         /// How much it gives up for want of memory (`core::memory::Rung`).
         memory_rung set_memory_rung u32;
+        /// Bytes of large request bodies that it has let in and that have not come yet.
+        coming set_coming u64;
         /// Descriptors it has open.
         descriptors set_descriptors u32;
         /// Whether it has so many that nothing accounts for that it should be replaced.
@@ -281,6 +283,7 @@ impl ChildRow {
         self.set_loop_lag_us(0);
         self.set_rss_kib(0);
         self.set_memory_rung(0);
+        self.set_coming(0);
         self.set_descriptors(0);
         self.set_leaking(false);
         self.set_running(0);

@@ -101,7 +101,7 @@ impl ModelCall {
     pub async fn run(mut self, body: Incoming) -> Outcome {
         let planted = planted(&self.headers);
         strike(planted, Moment::Head);
-        let coming = match self.check_head() {
+        let mut coming = match self.check_head() {
             Ok(coming) => coming,
             Err(error) => return (Err(error), None),
         };
@@ -114,7 +114,7 @@ impl ModelCall {
                 return (Err(cancelled(Cause::ClientGone)), None);
             }
         };
-        drop(coming);
+        coming.iter_mut().for_each(Coming::has_come);
         let deadline = match self.deadline() {
             Ok(deadline) => deadline,
             Err(error) => return (Err(error), None),
@@ -135,6 +135,7 @@ impl ModelCall {
             Err(Stop::Error(error)) => Err(error),
             Err(Stop::Keep(asked, policy)) => return Box::pin(self.kept(body, *asked, policy, (deadline, pass))).await,
         };
+        drop(coming);
         // Not by the end of the scope: the compiler leaks a value on its way out when a drop panics there (rust#47949).
         drop(bomb);
         (served, Some(pass))

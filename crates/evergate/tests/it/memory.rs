@@ -129,13 +129,13 @@ fn j3_at_92_percent_large_bodies_are_refused_and_small_ones_are_not() {
     tight.assert_recorded("by-chunks", 92);
     assert_eq!((tight.spared("large_body"), fake.request_count()), (2, 0));
     assert_eq!(tight.ask("small", &small()).status, 200);
-    // What is about to come counts: 50 % are used, and a body of 20 MB has begun that makes it 52.
+    // What is about to come counts, four times: 50 % are used, and a body of 8 MB has begun that makes it 82.
     let mut raws = Vec::new();
     std::fs::write(tight.folder.join("memory.max"), "100000000").unwrap();
-    tight.be(60, 0);
+    tight.be(50, 0);
     let begin = |id: &str| {
         let mut raw = Raw::connect(&tight.gateway.addr());
-        let fields = format!("x-request-id: {id}\r\ncontent-length: 20000000\r\n");
+        let fields = format!("x-request-id: {id}\r\ncontent-length: 8000000\r\n");
         raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{fields}\r\n{{").as_bytes());
         raw
     };

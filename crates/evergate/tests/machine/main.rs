@@ -10,7 +10,8 @@ mod ports;
 
 use evergate_testkit::cases::{self, Case};
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
+    ("j3_more_large_bodies_than_there_is_memory_for_end_no_worker", memory::large_bodies_end_no_worker),
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
     ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
     ("s21_a_stop_does_not_wait_for_who_hangs_in_the_kernel", kernel::a_stop_does_not_wait),

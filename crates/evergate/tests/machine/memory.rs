@@ -1,11 +1,13 @@
 //! An out-of-memory kill is told from an operator's KILL (SUPERVISION.md 7, line 10).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use evergate_testkit::raw::{chat_body, post_request};
-use evergate_testkit::{Evergate, Raw, wait_until};
-use serde_json::Value;
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
+use serde_json::{Value, json};
 
 use crate::{EXE, LIMIT, can};
 
@@ -48,9 +50,14 @@ impl Cgroup {
     }
 
     fn start(&self) -> Evergate {
+        self.start_with(
+            "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+             [models.echo]\ntargets = [{ upstream = \"echo\" }]\n[workers]\nmin = 2\nmax = 2\n",
+        )
+    }
+
+    fn start_with(&self, text: &str) -> Evergate {
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.0.display());
-        let text = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n\
-                    [models.echo]\ntargets = [{ upstream = \"echo\" }]\n[workers]\nmin = 2\nmax = 2\n";
         let builder = Evergate::builder(EXE).config(text).env("EVERGATE_FAULT", "1");
         builder.wrapper(&["/bin/sh", "-c", &enter, "sh"]).start()
     }
@@ -133,4 +140,56 @@ pub fn nothing_is_guessed() -> Result<(), String> {
     assert_eq!((&record["initiator"], &record["oom_kills"]), (&"unknown".into(), &Value::Null), "{record}");
     assert!(record["evidence"].as_str().unwrap().starts_with("no memory cgroup counts kills here"), "{record}");
     Ok(())
+}
+
+/// Sixty bodies of 15 MiB come at once, nearly twice what there is: some are answered, the others are told why not, and no worker
+/// dies. Without the guard the kernel ends some.
+pub fn large_bodies_end_no_worker() -> Result<(), String> {
+    let cgroup = Cgroup::make()?;
+    let is_guarded = |guard: bool| {
+        let fake = FakeUpstream::start();
+        let more = format!("[workers]\nmin = 2\nmax = 2\n[limits]\nmemory_guard = {guard}\n");
+        let gateway = cgroup.start_with(&gateway_config(fake.base_url(), &[], &more));
+        recover(&gateway, &Value::Null);
+        let said = crowd(&gateway, &fake);
+        let deaths: Vec<Value> = gateway.exits().into_iter().filter(|record| record["kind"] == "worker").collect();
+        (said, deaths)
+    };
+    let (said, deaths) = is_guarded(true);
+    println!("guarded: {said:?}");
+    let of = |status| said.get(&status).copied().unwrap_or(0);
+    assert_eq!((of(200) + of(503), deaths.len()), (60, 0), "{said:?} {deaths:?}");
+    assert!(of(200) > 0 && of(503) > 0, "{said:?}");
+    let (said, deaths) = is_guarded(false);
+    println!("not guarded: {said:?}, {} deaths", deaths.len());
+    assert!(!deaths.is_empty(), "without the guard nobody dies: the test shows nothing");
+    Ok(())
+}
+
+/// What became of all of them, by status; 0 for a connection that ended.
+fn crowd(gateway: &Evergate, fake: &FakeUpstream) -> BTreeMap<u16, usize> {
+    let extra = json!({ "messages": [{ "role": "user", "content": "x".repeat(15 << 20) }] });
+    let request = post_request("/v1/chat/completions", "", &chat_body("fake/hold", false, &extra));
+    let said = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..60 {
+            scope.spawn(|| {
+                let answer = Raw::try_connect(&gateway.addr()).ok().and_then(|mut raw| {
+                    // A refusal may come before the last byte.
+                    let _ = raw.try_send(&request);
+                    raw.try_read_response(2 * LIMIT).ok()
+                });
+                *said.lock().unwrap().entry(answer.map_or(0, |answer| answer.status)).or_default() += 1;
+            });
+        }
+        scope.spawn(|| {
+            // Held until all have come to something: an answer, or the upstream.
+            let _ = evergate_testkit::wait::try_wait_for(LIMIT, || {
+                let answered: usize = said.lock().unwrap().values().sum();
+                (answered + fake.request_count() >= 60).then_some(())
+            });
+            fake.release();
+        });
+    });
+    said.into_inner().unwrap()
 }
