@@ -89,18 +89,25 @@ fn d1_a_name_that_does_not_exist_is_a_502_and_asked_for_again() {
     assert_error(&chat(&gateway, "ok", false), 502, "upstream_connect_failed");
 }
 
+/// One right answer, whose connection the upstream closes behind it: the next request opens another. A request that comes while
+/// it is closing would rightly not be sent again.
+#[track_caller]
+fn assert_right_and_over(named: &Named, fake: &FakeUpstream) {
+    assert_eq!(chat(&named.gateway, "stale", false).content(), TEXT);
+    wait_until("the end of its connection", LIMIT, || fake.open_connections() == 0);
+}
+
 /// D1: the addresses that were good last are used while the resolver fails or is silent.
 #[test]
 fn d1_last_good_addresses_serve_while_the_resolver_is_down() {
     let fake = FakeUpstream::start();
     let named = named(port_of(fake.address()), "two.test 127.0.0.1\n", "");
-    // `stale` closes its connection, so that each request opens one.
-    assert_eq!(chat(&named.gateway, "stale", false).content(), TEXT);
+    assert_right_and_over(&named, &fake);
     let found = Instant::now();
     named.say("two.test\n");
     wait_until("the addresses are old", 2 * FRESH, || found.elapsed() > FRESH);
     for _ in 0..3 {
-        assert_eq!(chat(&named.gateway, "stale", false).content(), TEXT);
+        assert_right_and_over(&named, &fake);
     }
     named.wait_look_ups("failed", 1);
     // Silent for a minute: nobody waits for it long.
@@ -109,7 +116,7 @@ fn d1_last_good_addresses_serve_while_the_resolver_is_down() {
     wait_until("the failure is old", LIMIT, || failed.elapsed() > FAILED);
     for _ in 0..3 {
         let began = Instant::now();
-        assert_eq!(chat(&named.gateway, "stale", false).content(), TEXT);
+        assert_right_and_over(&named, &fake);
         assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
     }
     named.wait_look_ups("late", 1);
