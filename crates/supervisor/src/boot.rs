@@ -34,6 +34,8 @@ use crate::{Failure, Options, talk};
 const COMPILE_TIME: Duration = Duration::from_secs(30);
 /// How long a dead predecessor's children may keep its port.
 const PORT_TIME: Duration = Duration::from_secs(5);
+/// How long they may need to end when they are killed for it: on a full machine it takes more than a moment.
+const KILL_TIME: Duration = Duration::from_secs(5);
 /// Room for access records while the clerk is away: some two thousand.
 const ACCESS_BYTES: usize = 1 << 20;
 
@@ -199,23 +201,24 @@ fn bind_all(
 /// Binds one address. A dead predecessor's children close theirs as soon as they see that it is gone; until then the
 /// port is waited for.
 fn bind(address: &Address, orphans: &mut Orphans, signals: &Signals) -> Result<Listener, Failure> {
-    let end = Instant::now() + PORT_TIME;
-    let mut is_last = orphans.is_empty();
+    let kill_at = Instant::now() + PORT_TIME;
+    let mut until = orphans.is_empty().then(Instant::now);
     loop {
         let error = match Listener::bind(address) {
             Ok(listener) => return Ok(listener),
             Err(error) => error,
         };
-        if is_last || error.kind() != io::ErrorKind::AddrInUse {
+        let now = Instant::now();
+        if until.is_some_and(|until| until <= now) || error.kind() != io::ErrorKind::AddrInUse {
             return Err(match error.kind() {
                 io::ErrorKind::AddrInUse => Failure::system(format!("{address} is taken by another program")),
                 _ => Failure::system(format!("cannot listen on {address}: {error}")),
             });
         }
-        if Instant::now() >= end {
+        if until.is_none() && kill_at <= now {
             // Whoever did not notice for so long does not notice any more.
             orphans.signal(Signal::KILL);
-            is_last = true;
+            until = Some(now + KILL_TIME);
         }
         let pause = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
         let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], Some(&pause));

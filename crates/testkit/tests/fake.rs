@@ -71,7 +71,7 @@ fn cut_streams_are_cut_as_named() {
         ("no-finish", true, false, 0),
         ("no-done", true, true, 0),
         ("half-event", true, false, 0),
-        ("two-done", true, true, 2),
+        ("two-done", true, true, 3),
         ("after-done", true, true, 1),
         ("one-byte", true, true, 1),
         ("crlf", true, true, 1),

@@ -114,7 +114,7 @@ pub enum Script {
     NoFinish,
     /// `half-event`: the first half, then a part of an event and a clean end.
     HalfEvent,
-    /// `two-done`: `[DONE]` twice.
+    /// `two-done`: `[DONE]` twice in one piece, and once more in another.
     TwoDone,
     /// `after-done`: an event after `[DONE]`.
     AfterDone,
