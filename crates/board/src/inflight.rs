@@ -1,5 +1,8 @@
 //! One row per admitted request, so that a death names exactly the requests that died with it.
 
+use std::fmt;
+use std::num::ParseIntError;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -36,6 +39,45 @@ pub(crate) struct InflightRow {
     /// Length of the model's name; written once, after the name, so that whoever finds a length finds the name.
     name_length: AtomicU64,
     name: [AtomicU64; MODEL_WORDS],
+    /// The last request here, by its `id`, that a host has given to its program. The hosts', and only ever higher.
+    taken: AtomicU64,
+}
+
+/// Where a request's row is, and which request is meant; it travels as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InflightPlace {
+    row: u32,
+    index: u32,
+    id: u64,
+}
+
+impl fmt::Display for InflightPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.row, self.index, self.id)
+    }
+}
+
+impl FromStr for InflightPlace {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        let mut words = text.splitn(3, '.');
+        let mut word = || words.next().unwrap_or_default();
+        Ok(Self { row: word().parse()?, index: word().parse()?, id: word().parse()? })
+    }
+}
+
+impl Board {
+    /// Says that a program has, or may have, seen something of a request from now on.
+    pub fn mark_taken(&self, place: InflightPlace) {
+        let index = usize::try_from(place.index).unwrap_or(usize::MAX);
+        if let Some(row) = self.inflight_table(place.row).get(index)
+            && row.id.load(Ordering::Acquire) == place.id
+        {
+            // Numbers grow: a mark that comes late takes no other request's back.
+            row.taken.fetch_max(place.id, Ordering::AcqRel);
+        }
+    }
 }
 
 /// In [`InflightRow::end`]: an end is there; it was counted; it is being counted, and the lower half of what its counter was
@@ -326,6 +368,20 @@ pub struct Ticket {
 }
 
 impl Ticket {
+    /// Where it is, for whoever works for it elsewhere.
+    #[must_use]
+    pub fn place(&self) -> InflightPlace {
+        let id = self.rows.0.slot(self.index).map_or(0, |row| row.id.load(Ordering::Relaxed));
+        InflightPlace { row: self.rows.0.row, index: self.index, id }
+    }
+
+    /// Whether a host has given it to its program: the board knows, even if the host is dead.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        let is_own = |row: &InflightRow| row.taken.load(Ordering::Acquire) == row.id.load(Ordering::Relaxed);
+        self.rows.0.slot(self.index).is_none_or(is_own)
+    }
+
     /// Says what the request is doing.
     pub fn set_phase(&self, phase: InflightPhase) {
         if let Some(row) = self.rows.0.slot(self.index) {

@@ -22,7 +22,7 @@ mod word;
 pub use board::{Board, Error};
 pub use evergate_sys::monotonic_ns;
 pub use hosts::{HOSTS_MAX, HostRow, HostState};
-pub use inflight::{Inflight, InflightPhase, InflightRows, InflightStart, MODEL_BYTES_MAX, Ticket};
+pub use inflight::{Inflight, InflightPhase, InflightPlace, InflightRows, InflightStart, MODEL_BYTES_MAX, Ticket};
 pub use labels::{LABEL_BYTES_MAX, OTHER};
 pub use layout::Shape;
 pub use permits::{PERMITS_MAX, Permits, PermitsSeen, Slot};

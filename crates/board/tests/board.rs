@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use evergate_board::{
-    Board, Claim, Error, HOSTS_MAX, HostState, InflightPhase, InflightStart, MasterPhase, Phase, SeriesKey, Shape,
-    monotonic_ns,
+    Board, Claim, Error, HOSTS_MAX, HostState, InflightPhase, InflightPlace, InflightStart, MasterPhase, Phase,
+    SeriesKey, Shape, monotonic_ns,
 };
 use evergate_core::exit::Kind;
 
@@ -99,6 +99,31 @@ fn in_flight_rows_say_who_is_inside_until_the_ticket_drops() {
     assert_eq!((rows.occupied(), board.inflight(1).count()), (0, 0));
     // A row outside the board has no room, and nothing worse.
     assert!(other.inflight_rows(77).admit(start(1, "")).is_none());
+}
+
+#[test]
+fn a_host_marks_the_request_that_it_was_told_of_and_no_other() {
+    let (board, other) = pair();
+    board.child(1).unwrap().claim(&claim(5));
+    let rows = board.inflight_rows(1);
+    let first = rows.admit(start(1, "a")).unwrap();
+    let place: InflightPlace = first.place().to_string().parse().unwrap();
+    assert_eq!(place, first.place());
+    assert!(!first.is_taken());
+    other.mark_taken(place);
+    assert!(first.is_taken());
+    drop(first);
+    // The row is the next one's: a mark that comes late is nobody's.
+    let second = rows.admit(start(2, "b")).unwrap();
+    other.mark_taken(place);
+    assert!(!second.is_taken());
+    other.mark_taken(second.place());
+    other.mark_taken(place);
+    assert!(second.is_taken());
+    for text in ["", "1.2", "1.2.x", "1.2.3.4", "-1.0.0", "99999999999.0.0"] {
+        assert!(text.parse::<InflightPlace>().is_err(), "{text}");
+    }
+    other.mark_taken("77.88.99".parse().unwrap());
 }
 
 #[test]

@@ -10,6 +10,8 @@ use evergate_sys::Status;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::mpsc;
 
+use crate::mark::Mark;
+
 /// A way of serving requests with programs.
 pub trait Mode: Send + Sync + 'static {
     /// Answers one request. Dropping the future, or the events of its answer, means that nobody wants it any more.
@@ -40,6 +42,8 @@ pub struct Ask {
     pub request: json::Request,
     /// When nobody wants the answer any more; none if nobody has said.
     pub deadline: Option<Instant>,
+    /// To be set before a program sees anything of it.
+    pub mark: Mark,
 }
 
 /// What comes of a request.

@@ -69,6 +69,7 @@ impl Command {
             has_output: true,
             ..Wiring::default()
         };
+        ask.mark.set();
         let program = self.programs.start(&self.plan, wiring, latest(self.start_timeout)).await;
         let program = program.map_err(|error| Refusal::before(not_started(&error)))?;
         let limits = Limits {

@@ -10,6 +10,7 @@ pub mod ask;
 mod cause;
 pub mod command;
 pub mod gate;
+mod mark;
 pub mod prepare;
 pub mod program;
 pub mod report;
@@ -20,5 +21,6 @@ mod tasks;
 mod tell;
 
 pub use cause::Cause;
+pub use mark::Mark;
 pub use program::{Plan, Program, Programs, StartError, Wiring};
 pub use report::Report;

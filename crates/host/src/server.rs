@@ -206,6 +206,7 @@ impl Server {
             let request = call::request(&self.path(ask.endpoint), &ask.id, self.body(ask)).map_err(|error| {
                 Refusal::before(Error::new(Fault::Internal, "the request cannot be sent on").detail(error))
             })?;
+            ask.mark.set();
             return Call::begin(running, stream, request, bounds).await.map_err(Refusal::after);
         }
     }

@@ -11,6 +11,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use evergate_board::Board;
 use evergate_core::{Error, Fault, json, request_timeout};
 use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{Method, Request, Response, StatusCode};
@@ -24,6 +25,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::ask::{Answer, Ask, Endpoint, Events, Mode, Refusal};
+use crate::mark::Mark;
 use crate::tasks;
 
 /// The fault table's code of an error.
@@ -32,6 +34,9 @@ pub const FAULT: HeaderName = HeaderName::from_static("x-evergate-fault");
 pub const DISPATCHED: HeaderName = HeaderName::from_static("x-evergate-dispatched");
 /// What identifies a request in records.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Where a request's row is on the board, for the mark that a program has seen something of it.
+pub const PLACE: HeaderName = HeaderName::from_static("x-evergate-place");
 
 /// A worker has the whole request before it asks; a head or a body that takes longer comes from somewhere else.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,6 +52,16 @@ pub struct Limits {
     pub json: json::Limits,
 }
 
+/// What answers at a host's socket.
+pub struct Front<M> {
+    /// With what.
+    pub mode: Arc<M>,
+    /// Whom it answers.
+    pub limits: Limits,
+    /// Where it is marked that a program has seen something of a request; none where nobody looks.
+    pub board: Option<Board>,
+}
+
 /// How far a host is with its stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -60,12 +75,8 @@ pub enum Stage {
 }
 
 /// Serves until `stage` says otherwise. Says how many connections were cut off.
-pub async fn serve<M: Mode>(
-    listener: UnixListener,
-    mode: Arc<M>,
-    limits: Limits,
-    mut stage: watch::Receiver<Stage>,
-) -> usize {
+pub async fn serve<M: Mode>(listener: UnixListener, front: Front<M>, mut stage: watch::Receiver<Stage>) -> usize {
+    let front = Arc::new(front);
     let (open, cut) = (watch::Sender::new(0_usize), Arc::new(AtomicUsize::new(0)));
     while *stage.borrow_and_update() == Stage::Serving {
         let accepted = tokio::select! {
@@ -79,9 +90,9 @@ pub async fn serve<M: Mode>(
             continue;
         };
         open.send_modify(|open| *open += 1);
-        let (open, cut, mode, stage) = (Open(open.clone()), Arc::clone(&cut), Arc::clone(&mode), stage.clone());
+        let (open, cut, front, stage) = (Open(open.clone()), Arc::clone(&cut), Arc::clone(&front), stage.clone());
         tasks::finish(async move {
-            if let Finish::Cut = connection(stream, mode, limits, stage).await {
+            if let Finish::Cut = connection(stream, front, stage).await {
                 cut.fetch_add(1, Ordering::Relaxed);
             }
             drop(open);
@@ -109,15 +120,10 @@ impl Drop for Open {
     }
 }
 
-async fn connection<M: Mode>(
-    stream: UnixStream,
-    mode: Arc<M>,
-    limits: Limits,
-    mut stage: watch::Receiver<Stage>,
-) -> Finish {
+async fn connection<M: Mode>(stream: UnixStream, front: Arc<Front<M>>, mut stage: watch::Receiver<Stage>) -> Finish {
     let service = service_fn(move |request| {
-        let mode = Arc::clone(&mode);
-        async move { Ok::<_, Infallible>(answer(mode, limits, request).await) }
+        let front = Arc::clone(&front);
+        async move { Ok::<_, Infallible>(answer(&front, request).await) }
     });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(READ_TIMEOUT);
@@ -135,10 +141,12 @@ async fn connection<M: Mode>(
     }
 }
 
-async fn answer<M: Mode>(mode: Arc<M>, limits: Limits, request: Request<Incoming>) -> Response<Content> {
+async fn answer<M: Mode>(front: &Front<M>, request: Request<Incoming>) -> Response<Content> {
     let id = request.headers().get(REQUEST_ID).cloned();
-    let mut response = match ask(limits, request).await {
-        Ok(ask) => match mode.call(ask).await {
+    let place = request.headers().get(PLACE).and_then(|value| value.to_str().ok());
+    let mark = Mark::new(front.board.as_ref(), place);
+    let mut response = match ask(front.limits, request, mark).await {
+        Ok(ask) => match Arc::clone(&front.mode).call(ask).await {
             Ok(answer) => given(answer),
             Err(refusal) => refused(&refusal),
         },
@@ -151,7 +159,7 @@ async fn answer<M: Mode>(mode: Arc<M>, limits: Limits, request: Request<Incoming
 }
 
 /// Reads a request.
-async fn ask(limits: Limits, request: Request<Incoming>) -> Result<Ask, Error> {
+async fn ask(limits: Limits, request: Request<Incoming>, mark: Mark) -> Result<Ask, Error> {
     let endpoint = match request.uri().path() {
         "/v1/chat/completions" => Endpoint::Chat,
         "/v1/completions" => Endpoint::Completions,
@@ -177,7 +185,7 @@ async fn ask(limits: Limits, request: Request<Incoming>) -> Result<Ask, Error> {
         Err(_) => return Err(Error::new(Fault::RequestTimeout, "the request body did not arrive in time")),
     };
     let request = json::scan_request(&body, &limits.json)?;
-    Ok(Ask { endpoint, id, body, request, deadline })
+    Ok(Ask { endpoint, id, body, request, deadline, mark })
 }
 
 fn given(answer: Answer) -> Response<Content> {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use evergate_board::{ChildRow, InflightPhase, Ticket};
+use evergate_board::{ChildRow, InflightPhase, InflightPlace, Ticket};
 use evergate_core::ids::RequestId;
 use evergate_core::json::Usage;
 use evergate_core::record::{Access, Step};
@@ -159,6 +159,18 @@ impl Pass {
         self.record.backend_label = self.gate.board.label(name);
         self.record.attempts += u32::from(is_call == IsCall::Yes);
         self.ticket.set_backend(self.record.backend_label, self.record.attempts);
+    }
+
+    /// Its place on the board, for a program's host.
+    #[must_use]
+    pub fn place(&self) -> InflightPlace {
+        self.ticket.place()
+    }
+
+    /// Whether a host has given it to its program.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        self.ticket.is_taken()
     }
 
     /// Counts how long it has waited for the program that is its upstream to start.

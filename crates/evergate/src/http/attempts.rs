@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use evergate_board::{HostState, InflightPhase};
+use evergate_board::{HostState, InflightPhase, InflightPlace};
 use evergate_core::attempts::{Ended, How, Next, Reached, Verdict, name_tried, next};
 use evergate_core::deadline::Limit;
 use evergate_core::router::Fallback;
@@ -23,6 +23,9 @@ use crate::context::cancelled;
 use crate::gate::pass::{IsCall, Pass};
 use crate::gate::permits::Permit;
 use crate::telemetry::names::Shed;
+
+/// Hosts that a request is sent to, of which each dies before its program sees it.
+const HOSTS_MAX: u32 = 3;
 
 /// On the path, in place of a fault: the upstream's limit was reached, and it was not called.
 const FULL: &str = "upstream_full";
@@ -87,8 +90,27 @@ pub(super) struct Attempt<'a> {
     pub(super) first_by: Deadline,
     /// Whether a stream ends with a chunk of usage.
     pub(super) wants_usage: bool,
-    /// Whether the upstream is a program of this machine, whose host is told how much time there is.
-    pub(super) is_local: bool,
+    /// The request's place on the board, where the upstream is a program of this machine: its host says there whether the
+    /// program has seen anything of it, and is told how much time there is.
+    pub(super) local: Option<InflightPlace>,
+}
+
+impl Attempt<'_> {
+    /// The same once more.
+    fn again(&self) -> Self {
+        let Self { client, name, body, deadline, first_by, wants_usage, local, .. } = self;
+        Self {
+            client: Arc::clone(client),
+            name,
+            body: body.clone(),
+            deadline: *deadline,
+            // No program has a limit of this kind.
+            permit: None,
+            first_by: *first_by,
+            wants_usage: *wants_usage,
+            local: *local,
+        }
+    }
 }
 
 /// One target's turn.
@@ -120,8 +142,7 @@ impl ModelCall {
         pass.set_backend(name, IsCall::Yes);
         pass.enter(InflightPhase::Wait);
         let (deadline, wants_usage) = (asked.deadline, asked.request.wants_usage);
-        let (first_by, is_local) = (deadline, false);
-        Ok(Attempt { client, name, body, deadline, permit: None, first_by, wants_usage, is_local })
+        Ok(Attempt { client, name, body, deadline, permit: None, first_by: deadline, wants_usage, local: None })
     }
 
     /// The right to call an upstream; none is needed where it has no limit. Only the last target's line is waited in.
@@ -183,8 +204,27 @@ impl ModelCall {
         if pass.record.is_stream { self.stream(attempt, *head_by, pass).await } else { self.whole(attempt, pass).await }
     }
 
-    /// An attempt at a program of this machine, which may have to be started for it.
+    /// An attempt at a program of this machine, which may have to be started for it. When its host dies before the program
+    /// has seen anything of it, the next host has it.
     async fn attempt_local(
+        &self,
+        local: &Local,
+        mut attempt: Attempt<'_>,
+        head_by: &mut Instant,
+        pass: &mut Pass,
+    ) -> Result<Response<Body>, Failure> {
+        attempt.local = Some(pass.place());
+        for _ in 1..HOSTS_MAX {
+            let outcome = self.call_local(local, attempt.again(), head_by, pass).await;
+            match outcome {
+                Err(Failure { how: How::Unanswered, .. }) if !pass.is_taken() => {}
+                outcome => return outcome,
+            }
+        }
+        self.call_local(local, attempt, head_by, pass).await
+    }
+
+    async fn call_local(
         &self,
         local: &Local,
         mut attempt: Attempt<'_>,
@@ -204,7 +244,6 @@ impl ModelCall {
         if section != local.fingerprint() {
             attempt.client = self.app.client_of_section(attempt.name, section)?;
         }
-        attempt.is_local = true;
         if pass.record.is_stream {
             local.watch((clock, until), section, self.stream(attempt, *head_by, pass)).await
         } else {

@@ -63,10 +63,10 @@ impl ModelCall {
 
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by, is_local, .. } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by, local, .. } = attempt;
         let mut call = self.call(body, first_by);
-        if is_local {
-            local::tell_time(&mut call, deadline);
+        if let Some(place) = local {
+            local::tell(&mut call, deadline, place);
         }
         let mut answer = client.call(call).await?;
         if let Some(permit) = permit {

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use evergate_board::{Board, HostRow, HostState, monotonic_ns};
+use evergate_board::{Board, HostRow, HostState, InflightPlace, monotonic_ns};
 use evergate_core::{Deadline, Error, Fault, request_timeout};
+use evergate_host::service::PLACE;
 use evergate_upstream::Call;
 use evergate_upstream::clock::Clock;
 use http::header::{HeaderName, HeaderValue};
@@ -24,12 +25,16 @@ const WATCH: Duration = Duration::from_millis(100);
 /// A host's own word about the time comes so much before ours: it knows better what it was spent on.
 const AHEAD: Duration = Duration::from_millis(20);
 
-/// Tells a host how much time the request has: it holds its program to that, whatever becomes of this worker.
-pub(super) fn tell_time(call: &mut Call, deadline: Deadline) {
+/// Tells a host how much time the request has, to which it holds its program whatever becomes of this worker, and where it is
+/// to say that the program has it.
+pub(super) fn tell(call: &mut Call, deadline: Deadline, place: InflightPlace) {
     let left = deadline.left(Instant::now());
     let left = left.saturating_sub(AHEAD.min(left / 2)).as_millis().max(1);
     if let Ok(value) = HeaderValue::try_from(format!("{left}ms")) {
         call.headers.insert(HeaderName::from_static(request_timeout::NAME), value);
+    }
+    if let Ok(value) = HeaderValue::try_from(place.to_string()) {
+        call.headers.insert(PLACE, value);
     }
 }
 

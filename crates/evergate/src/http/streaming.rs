@@ -43,12 +43,12 @@ impl ModelCall {
         head_by: Instant,
         pass: &mut Pass,
     ) -> Result<Response<Body>, Failure> {
-        let Attempt { client, name, body, deadline, permit, first_by, wants_usage, is_local } = attempt;
+        let Attempt { client, name, body, deadline, permit, first_by, wants_usage, local } = attempt;
         let limits = self.limits(first_by);
         let mut call = self.call(body, first_by.min(limits.stream_total));
         let stream_total = limits.stream_total;
-        if is_local {
-            local::tell_time(&mut call, stream_total);
+        if let Some(place) = local {
+            local::tell(&mut call, stream_total, place);
         }
         let asking = Self {
             app: Arc::clone(&self.app),
@@ -78,7 +78,7 @@ impl ModelCall {
         });
         let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
         let on_error_event =
-            Box::new(move |event: &[u8]| match is_local.then(|| refusal::of_host_event(&app, event)).flatten() {
+            Box::new(move |event: &[u8]| match local.and_then(|_| refusal::of_host_event(&app, event)) {
                 Some(Error { fault: Fault::DeadlineExceeded, .. }) => {
                     stream_total.limit().overrun(&upstream, "did not finish within")
                 }

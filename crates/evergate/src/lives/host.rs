@@ -16,7 +16,7 @@ use evergate_core::exit::Kind;
 use evergate_core::inherit::{self, code};
 use evergate_core::redact::Redactor;
 use evergate_core::{Fault, json};
-use evergate_host::service::{self, Stage};
+use evergate_host::service::{self, Front, Stage};
 use evergate_host::{Cause, Programs};
 use evergate_sys::is_alive;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -244,7 +244,8 @@ impl Host {
             return Lived { is_hasty: false, failure: Some(cause) };
         }
         let (stage, heard) = watch::channel(Stage::Serving);
-        let mut served = pin!(service::serve(listener, Arc::clone(model), self.limits, heard));
+        let front = Front { mode: Arc::clone(model), limits: self.limits, board: Some(self.board.clone()) };
+        let mut served = pin!(service::serve(listener, front, heard));
         self.ready();
         let mut lived = Lived::default();
         tokio::select! {

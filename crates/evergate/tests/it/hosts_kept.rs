@@ -378,9 +378,17 @@ fn a_process_is_given_as_many_requests_as_it_says_that_it_takes() {
     let own = section("stdio", &[], "").replace("in_flight_max = 8", "queue = 0");
     let gateway = gateway(&[("tiny", &own)]);
     assert!(gateway.cli(&["models", "load", "tiny"]).status.success());
-    let held: Vec<_> = (0..8).map(|_| asking(&gateway, "tiny/x", "sleep=3000;text=done")).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    let (address, text) = (gateway.addr(), format!("await={};text=done", go.display()));
+    let ask = || {
+        let (address, more) = (address.clone(), json!({ "messages": [{ "role": "user", "content": text }] }));
+        std::thread::spawn(move || evergate_testkit::post_chat(&address, "tiny/x", false, &more))
+    };
+    let held: Vec<_> = (0..8).map(|_| ask()).collect();
     wait_until("all of them at it", LIMIT, || model(&gateway, "tiny")["in_flight"] == 8);
     assert_eq!(marked(&gateway).len(), 1);
+    std::fs::write(&go, "").unwrap();
     for held in held {
         assert_eq!(said(&held.join().unwrap()), "done");
     }
@@ -408,5 +416,42 @@ fn a_late_request_of_an_old_worker_goes_to_the_program_that_has_replaced_its_own
         late.send(end);
         assert_eq!(said(&late.read_response(LIMIT)), ANSWER, "{mode}");
         assert_eq!(marked(&gateway).len(), 1);
+    }
+}
+
+#[test]
+fn what_a_killed_host_had_not_given_to_its_program_is_the_next_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    let waiter = crate::hosts::waiter(go.to_str().unwrap()).replace("in_flight_max = 8", "in_flight_max = 1");
+    let own = |mode| {
+        section(mode, &[], "").replace("in_flight_max = 8", "in_flight_max = 1").replace(" }", ", in_flight_max = 1 }")
+    };
+    let stdio = section("stdio", &[], "").replace("in_flight_max = 8", "in_flight_max = 1");
+    let wait = format!("await={};text=done", go.display());
+    let cases = [
+        (waiter, "tiny/x", "hello".to_owned(), "hello".to_owned()),
+        (stdio, "tiny/x", wait.clone(), wait),
+        (own("server"), "tiny/ok", "hi".to_owned(), "hi".to_owned()),
+    ];
+    for (section, name, held, waiting) in cases {
+        let _ = std::fs::remove_file(&go);
+        let gateway = gateway(&[("tiny", &section)]);
+        let address = gateway.addr();
+        let ask = |name: &'static str, text: &str| {
+            let (address, more) = (address.clone(), json!({ "messages": [{ "role": "user", "content": text }] }));
+            std::thread::spawn(move || evergate_testkit::post_chat(&address, name, false, &more))
+        };
+        let held = ask(if name == "tiny/ok" { "tiny/never-headers" } else { name }, &held);
+        wait_until("one at the program", LIMIT, || model(&gateway, "tiny")["in_flight"] == 1);
+        let waiting: Vec<_> = (0..6).map(|_| ask(name, &waiting)).collect();
+        wait_until("the others in line", LIMIT, || model(&gateway, "tiny")["waiting"] == 6);
+        send(hosts(&gateway)[0], Signal::KILL);
+        std::fs::write(&go, "").unwrap();
+        assert_eq!(code(&held.join().unwrap()), (502, "upstream_disconnected".into()), "{name}");
+        for waiting in waiting {
+            let response = waiting.join().unwrap();
+            assert!(is_answered(&response), "{name}: {}", response.text());
+        }
     }
 }

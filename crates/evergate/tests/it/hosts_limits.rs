@@ -93,16 +93,16 @@ fn a_program_does_not_work_on_after_its_clients_time_though_the_worker_is_frozen
         // Its host is there before the time begins.
         assert!(gateway.cli(&["models", "load", "tiny"]).status.success());
         let began = Instant::now();
-        let raw = open(&gateway, name, text, false, "x-request-timeout: 2s\r\n");
+        let raw = open(&gateway, name, text, false, "x-request-timeout: 5s\r\n");
         wait_in_flight(&gateway, 1);
         for worker in gateway.workers() {
             send(worker, Signal::STOP);
         }
-        assert!(began.elapsed() < Duration::from_secs(2), "the machine was too slow for this test");
+        assert!(began.elapsed() < Duration::from_secs(5), "the machine was too slow for this test");
         wait_in_flight(&gateway, 0);
         let took = began.elapsed();
         // The grace is a second, and a look takes its time.
-        assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(5), "{mode}: {took:?}");
+        assert!(took > Duration::from_millis(4900) && took < Duration::from_secs(9), "{mode}: {took:?}");
         if mode == "command" {
             wait_until("the end of its program", LIMIT, || marked(&gateway).is_empty());
         }

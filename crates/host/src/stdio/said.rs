@@ -167,10 +167,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::mark::Mark;
 
     fn ask(body: &'static [u8]) -> Ask {
         let request = json::scan_request(body, &json::Limits { depth: 8, choices: 1 }).unwrap();
-        Ask { endpoint: Endpoint::Chat, id: "a \"b\"".into(), body: body.into(), request, deadline: None }
+        Ask {
+            endpoint: Endpoint::Chat,
+            id: "a \"b\"".into(),
+            body: body.into(),
+            request,
+            deadline: None,
+            mark: Mark::default(),
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@ use super::pool::{Place, Shared};
 use super::process::{Heard, Lost, Order, Over, Work, lost};
 use super::rule::Number;
 use super::said::{self, Said};
-use crate::ask::Refusal;
+use crate::ask::{Ask, Refusal};
+use crate::mark::Mark;
 use crate::program::{Fed, Input, Output};
 
 type Feed = Pin<Box<dyn Future<Output = (Input, io::Result<Fed>)> + Send>>;
@@ -47,6 +48,7 @@ struct Active {
     /// Whom to tell; none when nobody waits any more.
     client: Option<(mpsc::Sender<Heard>, oneshot::Sender<Lost>)>,
     deadline: Option<Instant>,
+    mark: Mark,
     /// When its frame began to be written: from then on the program may have seen it.
     sent: Option<Instant>,
     heard: Option<Instant>,
@@ -205,8 +207,8 @@ impl<'a> Serving<'a> {
         };
         self.outbox.push_back((Some(id), frame));
         let client = Some((to, end));
-        self.active
-            .insert(id, Active { place, client, deadline: ask.deadline, sent: None, heard: None, cancelled: None });
+        let Ask { deadline, mark, .. } = ask;
+        self.active.insert(id, Active { place, client, deadline, mark, sent: None, heard: None, cancelled: None });
     }
 
     /// Nobody waits for a request any more.
@@ -245,6 +247,7 @@ impl<'a> Serving<'a> {
         let Some((id, frame)) = self.outbox.pop_front() else { return };
         if let Some(active) = id.and_then(|id| self.active.get_mut(&id)) {
             active.sent = Some(Instant::now());
+            active.mark.set();
         }
         self.feeding = id;
         let stall = self.shared.idle;

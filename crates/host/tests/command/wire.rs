@@ -8,7 +8,7 @@ use evergate_host::Plan;
 use evergate_host::ask::Mode;
 use evergate_host::command::{Bounds, Command};
 use evergate_host::gate::Gate;
-use evergate_host::service::{self, Limits, Stage};
+use evergate_host::service::{self, Front, Limits, Stage};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -68,7 +68,7 @@ pub(crate) fn serve_mode<M: Mode>(mode: Arc<M>, body_bytes_max: usize) -> Host {
     let (stage, heard) = watch::channel(Stage::Serving);
     let limits = Limits { body_bytes_max, json: json::Limits { depth: 64, choices: 8 } };
     #[allow(clippy::disallowed_methods, reason = "a test's own task, joined by it")]
-    let served = tokio::spawn(service::serve(listener, mode, limits, heard));
+    let served = tokio::spawn(service::serve(listener, Front { mode, limits, board: None }, heard));
     Host { path, stage, served, _folder: folder }
 }
 
