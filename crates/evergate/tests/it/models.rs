@@ -145,8 +145,9 @@ impl Drop for Ended {
 
 #[test]
 fn a_log_is_bounded_and_followed_over_its_rotations() {
-    // 400 lines of 7 kB each: 2.8 MB of standard error, within what a program may say in a second.
-    let talk = r#"process = { mode = "command", argv = ["awk", 'BEGIN { for (i = 0; i < 400; i++) printf "%07000d\n", i > "/dev/stderr"; print "ok" }'] }"#;
+    // 400 lines of 7 kB each, most of it spaces, which are soon looked through for secrets: 2.8 MB of standard error, within
+    // what a program may say in a second.
+    let talk = r#"process = { mode = "command", argv = ["awk", 'BEGIN { for (i = 0; i < 400; i++) printf "%7000d\n", i > "/dev/stderr"; print "ok" }'] }"#;
     let gateway = gateway(&[("talk", talk)]);
     let folder = tempfile::tempdir().unwrap();
     let (heard, said_aside) = (folder.path().join("heard"), folder.path().join("aside"));
@@ -156,7 +157,7 @@ fn a_log_is_bounded_and_followed_over_its_rotations() {
         text.lines().filter_map(number).collect::<Vec<_>>()
     };
     let mut follower = None;
-    for round in 1..=4 {
+    for round in 1..=3 {
         assert_eq!(said(&ask(&gateway, "talk/x", "go", false)), "ok");
         follower.get_or_insert_with(|| {
             let files = [&heard, &said_aside].map(|path| std::fs::File::create(path).unwrap());
@@ -167,7 +168,7 @@ fn a_log_is_bounded_and_followed_over_its_rotations() {
         });
         wait_until("all its lines", LIMIT, || lines(&heard).len() >= round * 400);
     }
-    let expected: Vec<u32> = (0..4).flat_map(|_| 0..400).collect();
+    let expected: Vec<u32> = (0..3).flat_map(|_| 0..400).collect();
     assert_eq!((lines(&heard), std::fs::read_to_string(&said_aside).unwrap()), (expected, String::new()));
     let models = gateway.state_dir().join("models");
     let names = || std::fs::read_dir(&models).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
