@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         "tidy" => report("tidy", tidy::check()),
         "bench" => bench(rest),
         #[cfg(feature = "bench")]
-        "bench-mock" | "bench-proxy" => bench::child(command, rest),
+        "bench-mock" | "bench-proxy" | "bench-kept" => bench::child(command, rest),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(64)

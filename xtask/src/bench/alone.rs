@@ -37,7 +37,7 @@ impl Alone {
     pub fn start(place: &Place, under: &[OsString]) -> Result<Self, String> {
         let listener = TcpListener::bind("127.0.0.1:0").map_err(words("bind"))?;
         let address = listener.local_addr().map_err(words("bind"))?;
-        let config = super::subject::configuration(place, address, 1)?;
+        let config = super::subject::configuration(place, address, 1, "")?;
         let (plan, sealed) = compile(&place.evergate, &config)?;
         let board = Board::create(Shape::for_plan(&plan), 1).map_err(|error| format!("board: {error}"))?;
         let row = board.child(ROW).ok_or("the board has no row for a worker")?;

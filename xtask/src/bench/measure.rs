@@ -8,7 +8,7 @@ use super::subject::{Kind, Place, Subject};
 use super::{Options, mock, proc};
 
 /// What `--only` may name.
-pub const PARTS: [&str; 5] = ["unary", "streams", "memory", "pss", "start"];
+pub const PARTS: [&str; 6] = ["unary", "streams", "memory", "pss", "start", "programs"];
 
 /// The quantities, in the table's order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,6 +9,7 @@ mod load;
 mod measure;
 mod mock;
 mod proc;
+mod programs;
 mod proxy;
 mod report;
 mod subject;
@@ -22,7 +23,7 @@ use rustix::process::{Resource, Rlimit};
 const USAGE: &str = "usage: cargo xtask bench [OPTIONS]
   --pairs N        measure N times, interleaved, and take medians (default 9, at least 3)
   --quick          the same as --pairs 3
-  --only PART      unary, streams, memory, pss or start; may be repeated
+  --only PART      unary, streams, memory, pss, start or programs; may be repeated
   --one-cpu        mock, load and subject on one CPU: no wake-ups between CPUs in the figures
   --without-evergate   only what Evergate is compared with
   --instructions   count the worker's instructions under callgrind instead
@@ -118,6 +119,13 @@ fn bench(options: &Options) -> Result<bool, String> {
         if options.is_instructions {
             instructions::run(options, place, &root).await
         } else {
+            if options.wants("programs") && options.has_evergate {
+                programs::run(options, &place, &root).await?;
+            }
+            // Nothing else is asked for.
+            if options.only.iter().all(|part| part == "programs") && !options.only.is_empty() {
+                return Ok(true);
+            }
             let samples = measure::run(options, &place).await?;
             report::show(options, &samples, &root)
         }
@@ -157,13 +165,14 @@ fn local<T>(future: impl Future<Output = Result<T, String>>) -> Result<T, String
     tokio::task::LocalSet::new().block_on(&runtime, future)
 }
 
-/// The lives of this program's own servers: `bench-mock`, `bench-proxy UPSTREAM`.
+/// The lives of this program's own servers: `bench-mock`, `bench-proxy UPSTREAM`, `bench-kept`.
 pub fn child(command: &str, arguments: &[String]) -> ExitCode {
     // Whatever becomes of the bench, its servers do not outlive it.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let upstream = arguments.first().and_then(|text| text.parse().ok());
     let result = match (command, upstream) {
         ("bench-mock", _) => local(mock::serve()),
+        ("bench-kept", _) => programs::kept(),
         (_, Some(upstream)) => local(proxy::serve(upstream)),
         (_, None) => Err("bench-proxy takes its upstream's address".into()),
     };

@@ -66,19 +66,25 @@ pub fn show(options: &Options, samples: &Samples, root: &Path) -> Result<bool, S
         eprintln!("bench: {misses} target(s) missed");
     }
     if options.is_write {
-        let path = root.join("docs").join("performance.md");
-        let before = std::fs::read_to_string(&path).unwrap_or_else(|_| format!("# Performance\n\n{BEGIN}\n{END}\n"));
-        let after = place(&before, &text).ok_or("docs/performance.md has lost its bench markers")?;
-        std::fs::write(&path, after).map_err(|error| format!("docs/performance.md: {error}"))?;
+        keep(root, (BEGIN, END), &text)?;
     }
     Ok(misses == 0)
 }
 
+/// Puts a table between its markers in docs/performance.md.
+pub fn keep(root: &Path, markers: (&str, &str), text: &str) -> Result<(), String> {
+    let path = root.join("docs").join("performance.md");
+    let name = |error| format!("docs/performance.md: {error}");
+    let before = std::fs::read_to_string(&path).map_err(name)?;
+    let after = place(&before, markers, text).ok_or("docs/performance.md has lost its bench markers")?;
+    std::fs::write(&path, after).map_err(name)
+}
+
 /// The document with what is between its markers replaced.
-fn place(document: &str, text: &str) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{text}{END}{after}"))
+fn place(document: &str, (begin, end): (&str, &str), text: &str) -> Option<String> {
+    let (before, rest) = document.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{text}{end}{after}"))
 }
 
 /// The table, and how many targets were missed.
@@ -146,7 +152,7 @@ fn judge(row: &Row, proxy: &[f64], evergate: &[f64]) -> (String, String, bool) {
     (against.unwrap_or_else(|| "—".into()), verdict, is_missed)
 }
 
-fn median(values: &[f64]) -> Option<f64> {
+pub fn median(values: &[f64]) -> Option<f64> {
     let mut values: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
     values.sort_unstable_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -158,7 +164,7 @@ fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// With thousands set apart.
-fn number(value: f64, digits: usize) -> String {
+pub fn number(value: f64, digits: usize) -> String {
     let plain = format!("{value:.digits$}");
     let (whole, rest) = plain.split_at(plain.find('.').unwrap_or(plain.len()));
     let (sign, whole) = whole.strip_prefix('-').map_or(("", whole), |whole| ("-", whole));
@@ -201,7 +207,7 @@ mod tests {
     #[test]
     fn the_table_goes_between_its_markers() {
         let document = format!("a\n{BEGIN}\nold\n{END}\nb\n");
-        assert_eq!(place(&document, "new\n"), Some(format!("a\n{BEGIN}\nnew\n{END}\nb\n")));
-        assert_eq!(place("a", "new"), None);
+        assert_eq!(place(&document, (BEGIN, END), "new\n"), Some(format!("a\n{BEGIN}\nnew\n{END}\nb\n")));
+        assert_eq!(place("a", (BEGIN, END), "new"), None);
     }
 }

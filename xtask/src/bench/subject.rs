@@ -87,6 +87,14 @@ pub fn pin_load() {
     pin(LOAD_CPU);
 }
 
+/// Does something on the subjects' CPU, and what it starts runs there too.
+pub fn at_the_subjects<T>(place: &Place, act: impl FnOnce() -> T) -> T {
+    pin(place.cpu);
+    let done = act();
+    pin_load();
+    done
+}
+
 /// Starts a program on a CPU.
 fn spawn(command: &mut Command, cpu: usize) -> Result<Child, String> {
     pin(cpu);
@@ -132,13 +140,18 @@ pub fn start_proxy_under(place: &Place, under: &[OsString]) -> Result<Subject, S
 impl Subject {
     /// Starts a subject and waits until it answers.
     pub async fn start(kind: Kind, place: &Place) -> Result<Self, String> {
+        Self::start_with(kind, place, "").await
+    }
+
+    /// The same, with more in Evergate's configuration.
+    pub async fn start_with(kind: Kind, place: &Place, more: &str) -> Result<Self, String> {
         let address = match kind {
             Kind::Direct | Kind::Proxy => place.mock,
             Kind::Nginx | Kind::Evergate { .. } => free_address()?,
         };
         let mut command = match kind {
             Kind::Nginx => Some(nginx(place, address)?),
-            Kind::Evergate { workers } => Some(evergate(place, address, workers)?),
+            Kind::Evergate { workers } => Some(evergate(place, address, workers, more)?),
             Kind::Direct | Kind::Proxy => None,
         };
         let start = Instant::now();
@@ -294,7 +307,7 @@ fn nginx(place: &Place, address: SocketAddr) -> Result<Command, String> {
 const MODELS: [&str; 6] = ["u0", "u20", "s500x0", "s160x5", "hold", "s100x0"];
 
 /// Evergate's configuration for the bench, in a folder of its own.
-pub fn configuration(place: &Place, address: SocketAddr, workers: u32) -> Result<PathBuf, String> {
+pub fn configuration(place: &Place, address: SocketAddr, workers: u32, more: &str) -> Result<PathBuf, String> {
     let folder = folder(place, "evergate", address)?;
     let models: String = MODELS
         .iter()
@@ -308,7 +321,7 @@ pub fn configuration(place: &Place, address: SocketAddr, workers: u32) -> Result
          [limits]\nconnections = 8192\n\
          [upstreams.mock]\ndialect = \"openai\"\nbase_url = \"http://{mock}/v1\"\n\
          [upstreams.far]\ndialect = \"openai\"\nbase_url = \"https://api.openai.com/v1\"\n\
-         [models.\"far\"]\ntargets = [ {{ upstream = \"far\", model = \"far\" }} ]\n{models}",
+         [models.\"far\"]\ntargets = [ {{ upstream = \"far\", model = \"far\" }} ]\n{models}{more}",
         mock = place.mock
     );
     let file = folder.join("evergate.toml");
@@ -317,8 +330,8 @@ pub fn configuration(place: &Place, address: SocketAddr, workers: u32) -> Result
 }
 
 /// `evergate serve` with a configuration and a state folder of its own.
-fn evergate(place: &Place, address: SocketAddr, workers: u32) -> Result<Command, String> {
-    let file = configuration(place, address, workers)?;
+fn evergate(place: &Place, address: SocketAddr, workers: u32, more: &str) -> Result<Command, String> {
+    let file = configuration(place, address, workers, more)?;
     let folder = folder(place, "evergate", address)?;
     let log = std::fs::File::create(folder.join("stderr")).map_err(|error| format!("evergate: {error}"))?;
     let mut command = Command::new(&place.evergate);
