@@ -213,7 +213,8 @@ impl ModelCall {
         let route = match self.app.router.route(&asked.model) {
             Ok(route) => route,
             Err(error) => {
-                pass.set_model(&asked.model, "other");
+                // It may be anything, a key too, and stays on the board until its row is used again.
+                pass.set_model(&self.app.redact(&asked.model), "other");
                 return Err(error.into());
             }
         };

@@ -148,6 +148,8 @@ fn drive(gateway: &Evergate, said: &mut Said) {
     }
     // A key where it does not belong.
     said.answer("a key for a model", &ask(gateway, TEAM, "", TEAM, false).unwrap());
+    // At once: later requests write over the same rows.
+    said.add("the board after a key for a model", board(gateway.pid()));
     for request in [
         get_request(&format!("/v1/models/{TEAM}"), &format!("authorization: Bearer {TEAM}\r\n")),
         get_request(&format!("/v1?key={TEAM}"), &format!("authorization: Bearer {TEAM}\r\n")),
