@@ -23,7 +23,7 @@ fn open(gateway: &Evergate, model: &str, stream: bool, id: &str) -> Raw {
 /// A2: the record is written when the request's future is gone, so that nothing can be called after it.
 #[test]
 fn a_client_that_leaves_during_an_attempt_has_no_other() {
-    let (first, second, gateway) = before_two(&["never-headers>ok|attempt = \"400ms\""], "");
+    let (first, second, gateway) = before_two(&["never-headers>ok|attempt = \"2s\""], "");
     for (index, stream) in [false, true].into_iter().enumerate() {
         let id = format!("left-{index}");
         let raw = open(&gateway, "never-headers>ok", stream, &id);
@@ -31,14 +31,14 @@ fn a_client_that_leaves_during_an_attempt_has_no_other() {
         let left = Instant::now();
         raw.close();
         let record = gateway.wait_access(&id, LIMIT);
-        assert!(left.elapsed() < Duration::from_millis(390), "too late to prove anything: {:?}", left.elapsed());
+        assert!(left.elapsed() < Duration::from_millis(1900), "too late to prove anything: {:?}", left.elapsed());
         assert_eq!((&record["cause"], &record["attempts"]), (&json!("client_gone"), &json!(1)), "{record}");
         assert_eq!((&record["backend"], &record["path"]), (&json!("first"), &Value::Null), "{record}");
         let _ = first.wait_closed(index, LIMIT);
     }
     // The limits of both would have passed by now.
     let now = Instant::now();
-    wait_until("the attempts' limits", LIMIT, || now.elapsed() > Duration::from_millis(500));
+    wait_until("the attempts' limits", LIMIT, || now.elapsed() > Duration::from_millis(2100));
     assert_eq!(second.request_count(), 0);
 }
 
