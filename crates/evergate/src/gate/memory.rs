@@ -36,11 +36,30 @@ pub struct Memory {
     row: u32,
     sources: Vec<Source>,
     rung: AtomicU8,
-    used: AtomicU64,
-    limit: AtomicU64,
+    /// As of the last look, the fullest of each kind.
+    cgroup: Seen,
+    own: Seen,
     looked_ns: AtomicU64,
     /// Bytes of large bodies that were let in and have not come yet.
     coming: AtomicU64,
+}
+
+/// A usage that was seen. Its two halves may be those of two looks, which differ by a few milliseconds.
+#[derive(Debug, Default)]
+struct Seen {
+    used: AtomicU64,
+    limit: AtomicU64,
+}
+
+impl Seen {
+    fn get(&self) -> Usage {
+        Usage { used: self.used.load(Ordering::Relaxed), limit: self.limit.load(Ordering::Relaxed) }
+    }
+
+    fn set(&self, usage: Usage) {
+        self.used.store(usage.used, Ordering::Relaxed);
+        self.limit.store(usage.limit, Ordering::Relaxed);
+    }
 }
 
 /// Something with a limit.
@@ -136,8 +155,8 @@ impl Memory {
             row,
             sources,
             rung: AtomicU8::new(0),
-            used: AtomicU64::new(0),
-            limit: AtomicU64::new(0),
+            cgroup: Seen::default(),
+            own: Seen::default(),
             looked_ns: AtomicU64::new(0),
             coming: AtomicU64::new(0),
         }
@@ -152,16 +171,19 @@ impl Memory {
     /// As of the last look.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        Usage { used: self.used.load(Ordering::Relaxed), limit: self.limit.load(Ordering::Relaxed) }
+        self.cgroup.get().max(self.own.get())
     }
 
     /// Looks, and shows the rung on the board.
     pub fn look(&self) -> Rung {
-        let usage = self.sources.iter().map(Source::usage).fold(Usage::default(), Usage::max);
-        self.used.store(usage.used, Ordering::Relaxed);
-        self.limit.store(usage.limit, Ordering::Relaxed);
+        let fullest = |is_own: bool| {
+            let of_kind = self.sources.iter().filter(|source| matches!(source, Source::Own(_)) == is_own);
+            of_kind.map(Source::usage).fold(Usage::default(), Usage::max)
+        };
+        self.cgroup.set(fullest(false));
+        self.own.set(fullest(true));
         self.looked_ns.store(monotonic_ns(), Ordering::Relaxed);
-        let rung = usage.rung();
+        let rung = self.usage().rung();
         self.rung.store(rung as u8, Ordering::Relaxed);
         if let Some(child) = self.board.child(self.row) {
             child.set_memory_rung(rung as u32);
@@ -199,8 +221,9 @@ impl Memory {
         if monotonic_ns().saturating_sub(self.looked_ns.load(Ordering::Relaxed)) > FRESH_NS {
             self.look();
         }
-        let coming = self.board.children().fold(bytes, |sum, (_, child)| sum.saturating_add(child.coming()));
-        let then = self.usage().with(coming);
+        let all = self.board.children().fold(bytes, |sum, (_, child)| sum.saturating_add(child.coming()));
+        let own = bytes.saturating_add(self.coming.load(Ordering::Relaxed));
+        let then = self.cgroup.get().with(all).max(self.own.get().with(own));
         if then.rung() >= Rung::Large { Err(self.refuse(Spared::LargeBody)) } else { Ok(()) }
     }
 
@@ -249,9 +272,7 @@ impl Coming {
         memory.show_coming(before.saturating_add(bytes));
         coming
     }
-}
 
-impl Coming {
     /// It is there; the copies for the upstream are still to come.
     pub fn has_come(&mut self) {
         let rest = self.bytes / COMING * CALL;
