@@ -1,6 +1,7 @@
 //! What a child is doing that does not beat, as seen from outside: it cannot be asked.
 
 use evergate_board::{Board, monotonic_ns};
+use evergate_sys::Pid;
 
 use crate::children::Running;
 
@@ -40,6 +41,13 @@ pub(crate) fn state(pid: i32) -> &'static str {
         Some('Z' | 'X') => "dead",
         _ => "unknown",
     }
+}
+
+/// How long a process's main thread has waited for a processor since its start, nanoseconds; 0 when nobody can tell
+/// (schedstat of proc(5): time on a processor, time in a run queue, turns).
+pub(crate) fn starved(pid: Pid) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/schedstat", pid.as_raw_nonzero())).unwrap_or_default();
+    text.split(' ').nth(1).and_then(|waited| waited.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

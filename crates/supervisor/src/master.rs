@@ -19,12 +19,13 @@ use crate::burial::{bury, status};
 use crate::children::{Children, Estate, Running};
 use crate::compile::{Compile, Words};
 use crate::control::Control;
-use crate::diagnosis::diagnose;
+use crate::diagnosis::{diagnose, starved};
 use crate::exits::Exits;
 use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
+use crate::step::watch::ASK;
 use crate::step::{Action, Event, HostSeen, Ns, Order, Refusal, SECOND, Seen, Shown, Sig, State, Tally, step};
 use crate::succeed::{Bound, succeed};
 use crate::turned_away::TurnedAway;
@@ -176,6 +177,7 @@ impl Master {
     }
 
     fn look(&mut self) {
+        let now = monotonic_ns();
         let seen = |(epoch, running): (&u32, &Running)| {
             let row = self.estate.board.child(running.birth.row)?;
             let is_ready = !matches!(row.phase(), Phase::Empty | Phase::Booting | Phase::Ghost);
@@ -183,6 +185,7 @@ impl Master {
                 epoch: *epoch,
                 is_ready,
                 beat: row.beat_ns(),
+                starved: if now > row.beat_ns().saturating_add(ASK) { starved(running.pid) } else { 0 },
                 took_queue: row.took_queue(),
                 load: row.load().saturating_sub(row.parked()),
                 waiting: row.waiting(),

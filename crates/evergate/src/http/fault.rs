@@ -1,5 +1,6 @@
 //! Planted faults for drills: only in debug builds, and only where `EVERGATE_FAULT=1` stands in the environment.
 
+use rustix::time::{ClockId, clock_gettime};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use http::HeaderMap;
@@ -36,6 +37,8 @@ pub enum Planted {
     StuckStream,
     /// `spin`: hold the event loop for ever.
     Spin,
+    /// `work-N`: hold it for so many milliseconds of the processor's time.
+    Work(u16),
     /// `spin-stream`: the same in the body, after the first piece.
     SpinStream,
 }
@@ -167,6 +170,7 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "spin" => Planted::Spin,
         "spin-stream" => Planted::SpinStream,
         other if let Some(count) = other.strip_prefix("lose-") => Planted::Lose(count.parse().ok()?),
+        other if let Some(ms) = other.strip_prefix("work-") => Planted::Work(ms.parse().ok()?),
         other => match other.strip_prefix("panic-") {
             Some(place) => Planted::PanicAt(Place::of(place)?),
             None => Planted::Exit(other.strip_prefix("exit-")?.parse().ok()?),
@@ -202,6 +206,7 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
         (Some(Planted::Exit(code)), Moment::Handler) => std::process::exit(code.into()),
         (Some(Planted::Eat), Moment::Handler) => eat(),
         (Some(Planted::Lose(count)), Moment::Handler) => lose(count),
+        (Some(Planted::Work(ms)), Moment::Handler) => work(i64::from(ms)),
         (Some(Planted::Spin), Moment::Handler) | (Some(Planted::SpinStream), Moment::Stream) => spin(),
         _ => {}
     }
@@ -211,6 +216,17 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
 #[must_use]
 pub fn is_stuck(planted: Option<Planted>) -> bool {
     cfg!(debug_assertions) && planted == Some(Planted::StuckStream)
+}
+
+fn work(ms: i64) {
+    let spent = || {
+        let time = clock_gettime(ClockId::ThreadCPUTime);
+        time.tv_sec * 1_000 + time.tv_nsec / 1_000_000
+    };
+    let end = spent() + ms;
+    while spent() < end {
+        std::hint::spin_loop();
+    }
 }
 
 struct PanicsInDrop;

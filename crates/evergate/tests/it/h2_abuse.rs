@@ -16,6 +16,7 @@ const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 
 /// RFC 9113, 7.
+const PROTOCOL_ERROR: u32 = 1;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
 /// More than the buffers of both sockets hold together, bytes: who can send that much is read.
@@ -72,10 +73,11 @@ fn ending(wire: &mut Wire, next: impl FnMut(u32) -> Vec<u8>, bytes: usize) -> En
 }
 
 impl Ending {
-    /// It came while there was more to send; its reason, where that was not lost, is the flood.
+    /// It came while there was more to send; its reason, where that was not lost, is the flood, or a header block that is cut
+    /// off in the middle of a field.
     #[track_caller]
     fn assert_early(&self, name: &str) {
-        let is_why = self.reason.is_none_or(|code| code == ENHANCE_YOUR_CALM);
+        let is_why = self.reason.is_none_or(|code| code == ENHANCE_YOUR_CALM || code == PROTOCOL_ERROR);
         assert!(!self.is_all_taken && is_why, "{name}: {self:?}");
     }
 }

@@ -1,12 +1,16 @@
 //! Workers that are killed, that hang, that cannot boot. Numbers are lines of the specification of supervision.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::{is_alive, state_of};
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::sse::Event;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, setpriority_process};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -218,4 +222,57 @@ fn s07_a_start_fails_only_when_every_worker_has_and_says_why() {
         assert_eq!(ended.code(), 70, "{}", ended.stderr);
         assert!(ended.stderr.contains("the start has failed") && ended.stderr.contains(said), "{}", ended.stderr);
     }
+}
+
+/// Threads that want one processor for themselves, until this is dropped.
+struct Spinners {
+    is_over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Spinners {
+    fn start(processor: CpuSet) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let spin = |_| {
+            let is_over = Arc::clone(&is_over);
+            std::thread::spawn(move || {
+                sched_setaffinity(None, &processor).unwrap();
+                while !is_over.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            })
+        };
+        Self { threads: (0..2).map(spin).collect(), is_over }
+    }
+}
+
+impl Drop for Spinners {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().unwrap());
+    }
+}
+
+/// H7: a worker that gets no processor for a long piece of work is slow, not hung.
+#[test]
+fn h7_a_worker_that_waits_for_a_processor_is_not_ended() {
+    let fake = FakeUpstream::start();
+    let config = gateway_config(fake.base_url(), &[], &format!("{ONE_WORKER}hang_timeout = \"2s\"\n"));
+    let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+    let workers = gateway.wait_workers(1);
+    let pid = Pid::from_raw(workers[0]);
+    let allowed = sched_getaffinity(None).unwrap();
+    let mut processor = CpuSet::new();
+    processor.set((0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap());
+    sched_setaffinity(pid, &processor).unwrap();
+    setpriority_process(pid, 19).unwrap();
+    let spinners = Spinners::start(processor);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&post_request(CHAT, "x-evergate-fault: work-500\r\n", &chat_body("fake/ok", false, &Value::Null)));
+    let said = gateway.wait_stderr("is given more time", LIMIT);
+    assert!(said.contains("the worker 0 has not beaten for") && said.contains("of them for a processor"), "{said}");
+    drop(spinners);
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    assert_eq!(gateway.workers(), workers);
+    assert!(gateway.exits().is_empty(), "{:?}", gateway.exits());
 }

@@ -74,10 +74,12 @@ impl State {
     /// Takes over what the board shows.
     pub(super) fn seen(&mut self, children: &[Seen], queue: u32, now: Ns, out: &mut Vec<Action>) {
         self.queue = queue;
+        let floor = self.floor;
         for seen in children {
             let Some(child) = self.children_mut().find(|child| child.epoch == seen.epoch) else { continue };
             // A beat from the future is a child's nonsense, and would hide its hanging for ever.
             child.seen = Seen { beat: seen.beat.min(now), ..*seen };
+            child.note_silence(floor);
             if seen.is_ready && child.ready_at.is_none() {
                 child.ready_at = Some(now);
             }
@@ -292,6 +294,7 @@ impl Child {
             born: now,
             ready_at: None,
             seen: Seen::default(),
+            silent: None,
             rung: Rung::Well,
             ending: None,
             is_hastened: false,

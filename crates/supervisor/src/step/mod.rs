@@ -26,7 +26,7 @@ mod sim;
 mod stop;
 #[cfg(test)]
 mod tests;
-mod watch;
+pub(crate) mod watch;
 
 use evergate_board::MasterPhase;
 use evergate_core::exit::{Initiator, Kind};
@@ -164,6 +164,8 @@ struct Child {
     ready_at: Option<Ns>,
     /// What the board last showed of it.
     seen: Seen,
+    /// Since when it is silent, and how long it had waited for a processor when that was first seen.
+    silent: Option<(Ns, Ns)>,
     /// How far it was warned about for not beating.
     rung: watch::Rung,
     /// Why we are ending it, once we are.

@@ -13,6 +13,7 @@ thread_local! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     StallIsBlamed,
+    BlamesStarved,
     RespawnsOld,
     KillsCount,
     NoPause,
@@ -50,6 +51,7 @@ pub(crate) enum Mutant {
 /// Which invariant catches each.
 const CAUGHT_BY: &[(Mutant, &str)] = &[
     (Mutant::StallIsBlamed, sim::BEATS_AND_LIVES),
+    (Mutant::BlamesStarved, sim::BEATS_AND_LIVES),
     (Mutant::RespawnsOld, sim::OWN_GENERATION),
     (Mutant::KillsCount, sim::WELL_KILLED),
     (Mutant::NoPause, sim::PAUSES),

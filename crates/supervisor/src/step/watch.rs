@@ -2,12 +2,17 @@
 
 use evergate_core::exit::Initiator;
 
-use super::{Action, Child, Ns, Phase, SECOND, Sig, State, planted};
+use super::{Action, Child, MS, Ns, Phase, SECOND, Sig, State, planted};
 
 /// Without a beat for so long an operator is told. Children beat four times a second.
 const WARN: Ns = SECOND;
 /// Without a beat for so long it is found out what the child is doing.
 const DIAGNOSE: Ns = 2 * SECOND;
+/// Without a beat for so long it is asked how long the child has waited for a processor.
+pub(crate) const ASK: Ns = SECOND / 2;
+/// Waiting for a processor is no hanging, but of a child that hangs and waits the others' clients see no difference: this many
+/// times `hang_timeout` at most are granted for it.
+const GRANTED_MAX: Ns = 4;
 
 /// How far a child that does not beat was warned about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +23,8 @@ pub(super) enum Rung {
     Warned,
     /// The operator knows what it is doing.
     Diagnosed,
+    /// The operator knows that it lives on only because it had to wait for a processor.
+    Spared,
 }
 
 impl State {
@@ -38,7 +45,10 @@ impl State {
                     out.push(Action::Say(format!("the {} was not ready in time and is killed", child.name())));
                     child.end(Initiator::Boot, now);
                 }
-                Some(ready_at) => child.climb(age(child.seen.beat.max(ready_at)), now, out),
+                Some(ready_at) => {
+                    let age = age(child.seen.beat.max(ready_at));
+                    child.climb(age, child.granted(floor), now, out);
+                }
                 None => {}
             }
         }
@@ -94,13 +104,31 @@ impl Child {
     /// When ABRT is due if it does not beat before: a look that came later would leave no time for the core.
     pub(super) fn abort_at(&self, floor: Ns) -> Option<Ns> {
         let since = self.seen.beat.max(self.ready_at?).max(floor);
-        self.is_watched().then(|| since.saturating_add(self.abort_age()))
+        self.is_watched().then(|| since.saturating_add(self.abort_age()).saturating_add(self.granted(floor)))
     }
 
-    /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`.
-    fn climb(&mut self, age: Ns, now: Ns, out: &mut Vec<Action>) {
+    /// Remembers how a silence began; of what was before `floor` nothing counts.
+    pub(super) fn note_silence(&mut self, floor: Ns) {
+        let (from, starved) = (self.seen.beat.max(floor), self.seen.starved);
+        if starved > 0 && self.silent.is_none_or(|(before, _)| before != from) {
+            self.silent = Some((from, starved));
+        }
+    }
+
+    /// What of its silence is not held against it: the machine had no processor for it.
+    fn granted(&self, floor: Ns) -> Ns {
+        let is_this = |(from, _): &(Ns, Ns)| *from == self.seen.beat.max(floor);
+        let from = self.silent.filter(|silent| is_this(silent) && !planted!(BlamesStarved));
+        let waited = from.map_or(0, |(_, starved)| self.seen.starved.saturating_sub(starved));
+        waited.min(self.rules.hang_timeout.saturating_mul(GRANTED_MAX))
+    }
+
+    /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`; the time that is
+    /// `granted` to it counts for the last two only.
+    fn climb(&mut self, age: Ns, granted: Ns, now: Ns, out: &mut Vec<Action>) {
         let limit = self.rules.hang_timeout;
-        let is_over = age >= self.abort_age() || (planted!(HangsEarly) && age > limit / 4);
+        let own = age.saturating_sub(granted);
+        let is_over = own >= self.abort_age() || (planted!(HangsEarly) && age > limit / 4);
         if (is_over || age >= DIAGNOSE) && self.rung < Rung::Diagnosed {
             self.rung = Rung::Diagnosed;
             out.push(Action::Diagnose { epoch: self.epoch });
@@ -110,11 +138,19 @@ impl Child {
         } else if age < WARN && self.rung > Rung::Well {
             self.rung = Rung::Well;
             out.push(Action::Say(format!("the {} beats again", self.name())));
+        } else if !is_over && age >= self.abort_age() && self.rung < Rung::Spared {
+            self.rung = Rung::Spared;
+            let (age, granted) = (age / MS, granted / MS);
+            let name = self.name();
+            out.push(Action::Say(format!(
+                "the {name} has not beaten for {age} ms and has waited {granted} ms of them for a processor: the machine has \
+                 more to do than it can, the {name} is given more time"
+            )));
         }
         if is_over {
             out.push(Action::Say(format!("the {} has stopped beating and is ended", self.name())));
             out.push(Action::Send { epoch: self.epoch, signal: Sig::Abort });
-            self.end(Initiator::Hang, now.saturating_add(limit.saturating_sub(age)));
+            self.end(Initiator::Hang, now.saturating_add(limit.saturating_sub(own)));
         }
     }
 }

@@ -95,6 +95,7 @@ fn every_life_keeps_the_invariants() {
             && sum.ups > 500
             && sum.downs > 500
             && sum.hangs > 50
+            && sum.starved > 200
             && sum.hosts > 10_000
             && sum.ghosts > 50;
     assert!(enough, "{sum:?}");

@@ -31,6 +31,9 @@ pub(super) struct Process {
     pub(super) is_frozen: bool,
     pub(super) frozen_at: Ns,
     beat: Ns,
+    /// The machine has no processor for it until then: it waits for one nine tenths of the time, and does not beat.
+    starves_until: Ns,
+    starved: Ns,
     /// When and how it ends, once that is decided.
     end: Option<(Ns, Status)>,
     /// When it was first told to go.
@@ -77,6 +80,7 @@ pub(super) struct Sum {
     pub(super) ups: u32,
     pub(super) downs: u32,
     pub(super) hangs: u32,
+    pub(super) starved: u32,
     pub(super) ghosts: u32,
     pub(super) hosts: u32,
 }
@@ -93,6 +97,7 @@ impl Sum {
             (&mut self.ups, world.sum.ups),
             (&mut self.downs, world.sum.downs),
             (&mut self.hangs, world.sum.hangs),
+            (&mut self.starved, world.sum.starved),
             (&mut self.ghosts, world.sum.ghosts),
             (&mut self.hosts, world.sum.hosts),
         ] {
@@ -104,6 +109,8 @@ impl Sum {
 pub(crate) struct World {
     seed: u64,
     dice: Dice,
+    /// Of its own, so that the lives stay what they are without it.
+    hunger: Dice,
     pub(super) now: Ns,
     /// Of the generation in force.
     rules: Rules,
@@ -173,6 +180,7 @@ impl World {
             state: State::new(rules, given, now).with_hosts(hosts.clone()),
             programs: programs::Programs::new(hosts),
             dice,
+            hunger: Dice(seed.wrapping_mul(0xd6e8_feb8_6659_fd93) | 1),
             now,
             rules,
             generation: 1,
@@ -483,6 +491,8 @@ impl World {
             is_frozen: false,
             frozen_at: 0,
             beat: 0,
+            starves_until: 0,
+            starved: self.now,
             end,
             told: None,
             is_hurried: false,
@@ -528,6 +538,7 @@ impl World {
                 process.is_condemned = true;
                 process.killed.get_or_insert(now);
                 (process.is_frozen, process.frozen_at) = (true, process.frozen_at.max(now));
+                process.starves_until = 0;
                 told(&mut process.end, now + hangs, Status::Signal { number: 9, core: false });
             }
             Sig::Usr1 => {}

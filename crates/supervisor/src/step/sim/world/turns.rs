@@ -3,12 +3,13 @@
 use evergate_core::exit::Status;
 
 use super::{Process, World};
+use crate::step::watch::ASK;
 use crate::step::{Caller, Event, MS, Order, SECOND, Seen, TICK, name_hash};
 
 impl World {
     /// Lets time pass up to the next turn of the master's loop, and shows it what happened.
     pub(in crate::step::sim) fn turn(&mut self) {
-        let due = self.state.due().max(self.now);
+        let (due, before) = (self.state.due().max(self.now), self.now);
         let stall = if self.is_trouble() { self.dice.roll(20) * SECOND } else { 0 };
         let sooner = self.dice.roll(TICK / MS) * MS;
         self.now = if stall > 0 { due + stall } else { due.min(self.now + sooner) };
@@ -20,8 +21,10 @@ impl World {
         let (now, frozen_by_stall) = (self.now, stall > 0);
         let requests = self.dice.roll(20);
         for process in self.living.values_mut() {
+            let waits = now.min(process.starves_until).saturating_sub(before);
+            process.starved += waits / 10 * 9;
             // When the whole machine stands still, nobody beats (H7).
-            if !process.is_frozen && !frozen_by_stall {
+            if !process.is_frozen && !frozen_by_stall && now >= process.starves_until {
                 process.beat = now;
                 process.requests += requests;
                 process.rss_kib += requests * 10;
@@ -67,6 +70,7 @@ impl World {
                 epoch: process.birth.epoch,
                 is_ready,
                 beat: process.beat,
+                starved: if now > process.beat + ASK { process.starved } else { 0 },
                 took_queue: process.took_queue,
                 load: u32::try_from(slots * load / 100).unwrap(),
                 waiting: u32::from(load > 100),
@@ -88,6 +92,7 @@ impl World {
         let now = self.now;
         let number = u8::try_from(1 + self.dice.roll(31)).unwrap();
         let is_gentle = self.trouble == 0;
+        self.starve(chosen);
         match self.dice.roll(22) {
             0 | 1 if !is_gentle => {
                 // Whoever hangs in the kernel ends when that lets go.
@@ -98,7 +103,7 @@ impl World {
             }
             kind @ (2 | 15 | 21) if self.gathers_ghosts() || (kind == 2 && !is_gentle) => {
                 if let Some(process) = chosen.and_then(|epoch| self.living.get_mut(&epoch)).filter(|p| !p.is_frozen) {
-                    (process.is_frozen, process.frozen_at) = (true, now);
+                    (process.is_frozen, process.frozen_at, process.starves_until) = (true, now, 0);
                 }
             }
             3 => self.order(Order::More),
@@ -134,6 +139,20 @@ impl World {
             }
             14 if self.compile.is_none() => self.tell(&Event::Compiled(Ok(self.rules.into()))),
             _ => {}
+        }
+    }
+
+    /// The machine may have no processor for somebody for a while: one that has just beaten, since what is granted has an end.
+    fn starve(&mut self, chosen: Option<u32>) {
+        let now = self.now;
+        let process = chosen.and_then(|epoch| self.living.get_mut(&epoch)).filter(|process| process.beat == now);
+        if let Some(process) = process
+            && self.hunger.roll(20) == 0
+        {
+            let limit = self.rules_of[&process.birth.generation].hang_timeout;
+            let time = self.hunger.roll(3 * limit / MS) * MS;
+            process.starves_until = now + time;
+            self.sum.starved += u32::from(time > limit);
         }
     }
 
