@@ -118,8 +118,9 @@ impl HostRow {
 
     /// Empties the row.
     pub fn clear(&self) {
-        self.set_claims(self.claims().wrapping_add(1));
+        // First: who sees the new claim finds the old fingerprint no more.
         self.set_fingerprint(0);
+        self.set_claims(self.claims().wrapping_add(1));
         self.set_state(HostState::Empty);
         self.set_since_ns(0);
         self.set_failures(0);
