@@ -14,6 +14,9 @@ use crate::hosts::{TR, ask, gateway, hosts, marked, marked_of, run_id, said};
 use crate::hosts_kept::{ANSWER, model, question, section};
 use crate::support::{CHAT, LIMIT, is_full, send, wait_ready};
 
+/// Longer than the longest pause before a program that keeps dying is started again, 30 s.
+const PATIENCE: Duration = Duration::from_secs(45);
+
 const MODES: [&str; 3] = ["command", "stdio", "server"];
 
 fn own(mode: &str) -> String {
@@ -33,7 +36,7 @@ fn outcome(address: &str, (name, text, expected): (&str, &str, &str), is_stream:
     if raw.try_send(&post_request(CHAT, "", &body)).is_err() {
         return "cut".into();
     }
-    let Ok(response) = raw.try_read_response(LIMIT) else { return "cut".into() };
+    let Ok(response) = raw.try_read_response(PATIENCE) else { return "cut".into() };
     if !response.is_complete {
         return "cut".into();
     }
@@ -88,7 +91,7 @@ fn kill_again_and_again(gateway: &Evergate, mode: &str, victims: impl Fn() -> Ve
     while began.elapsed() < time {
         let (name, text, expected) = asked(mode);
         let mut answers = 0;
-        wait_until("answers", LIMIT, || {
+        wait_until("answers", PATIENCE, || {
             let response = ask(gateway, name, text, false);
             answers += usize::from(response.status == 200 && said(&response) == expected);
             answers == ANSWERS
@@ -173,7 +176,7 @@ fn leave_nothing(mut gateway: Evergate, mode: &str) {
     wait_ready(&gateway, 2);
     let (name, text, expected) = asked(mode);
     // What was killed last may still be given one request, which is truthfully refused.
-    wait_until("an answer", LIMIT, || {
+    wait_until("an answer", PATIENCE, || {
         let response = ask(&gateway, name, text, false);
         response.status == 200 && said(&response) == expected
     });
