@@ -7,7 +7,7 @@ use evergate_testkit::{wait_for, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::{LIMIT, ask, cli, end, examples, model, needs_engine, said, streamed, tour};
+use crate::{LIMIT, ask, end, examples, needs_engine, said, streamed, tour};
 
 const TEXTS: [&str; 3] = ["a gateway", "a gateway that cannot be knocked over", "something else: \u{e4}\u{1f600}"];
 
@@ -37,7 +37,7 @@ pub(crate) fn embeddings_equal() -> Result<(), String> {
     assert_eq!(through, vectors(&serde_json::from_str(line).unwrap()), "not the engine's own");
     // What is no embedding is the client's mistake, and costs the engine nothing.
     assert_eq!(ask(&gateway, "embed", "hello", false).status, 400);
-    assert_eq!(model(&gateway, "embed")["restarts"], 0);
+    assert_eq!(gateway.model("embed")["restarts"], 0);
     end(gateway);
     Ok(())
 }
@@ -53,16 +53,16 @@ pub(crate) fn server_answers() -> Result<(), String> {
     let answer = ask(&gateway, "tiny", "hello", false);
     assert!(!said(&answer).is_empty() && answer.json()["usage"]["completion_tokens"] == 8, "{}", answer.text());
     assert!(!streamed(&ask(&gateway, "tiny", "hello", true)).is_empty());
-    let before = model(&gateway, "tiny");
+    let before = gateway.model("tiny");
     assert!(before["address"].as_str().is_some_and(|address| address.contains("127.0.0.1:")), "{before}");
-    wait_until("its words in its log", LIMIT, || cli(&gateway, &["logs", "tiny"]).contains("listening on"));
+    wait_until("its words in its log", LIMIT, || gateway.printed(&["logs", "tiny"]).contains("listening on"));
     let pid = i32::try_from(before["program_pid"].as_i64().unwrap()).unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     let last =
-        wait_for("its record", LIMIT, || Some(model(&gateway, "tiny")["last_exit"].clone()).filter(Value::is_object));
+        wait_for("its record", LIMIT, || Some(gateway.model("tiny")["last_exit"].clone()).filter(Value::is_object));
     assert_eq!((&last["pid"], &last["signal"]), (&json!(pid), &json!(9)));
     assert!(!said(&ask(&gateway, "tiny", "hello", false)).is_empty(), "its successor answers");
-    assert_ne!(model(&gateway, "tiny")["program_pid"], json!(pid));
+    assert_ne!(gateway.model("tiny")["program_pid"], json!(pid));
     end(gateway);
     Ok(())
 }

@@ -3,7 +3,7 @@
 use evergate_testkit::{Evergate, wait_for};
 use serde_json::{Value, json};
 
-use crate::{LIMIT, ask, cli, end, needs_python, said, streamed, tour};
+use crate::{LIMIT, ask, end, needs_python, said, streamed, tour};
 
 /// The word that has it die, what its client may be told, and who has ended it by the record: there is none where it goes on
 /// living.
@@ -40,7 +40,7 @@ pub(crate) fn dies_in_every_way() -> Result<(), String> {
             _ => assert!(record["sent"].as_array().is_some_and(|sent| !sent.is_empty()), "{record}"),
         }
     }
-    let text = cli(&gateway, &["exits"]);
+    let text = gateway.printed(&["exits"]);
     for words in
         ["code 3", "signal 11 (SIGSEGV)", "signal 6 (SIGABRT)", "  RuntimeError: the only thread", "  MemoryError"]
     {
@@ -52,7 +52,7 @@ pub(crate) fn dies_in_every_way() -> Result<(), String> {
 
 /// Ends of the program, oldest first.
 fn records(gateway: &Evergate) -> Vec<Value> {
-    let all: Value = serde_json::from_str(&cli(gateway, &["exits", "--json"])).unwrap();
+    let all: Value = serde_json::from_str(&gateway.printed(&["exits", "--json"])).unwrap();
     let is_its = |record: &&Value| record["kind"] == "program" && record["upstream"] == "chat";
     all.as_array().unwrap().iter().filter(is_its).cloned().collect()
 }

@@ -70,19 +70,6 @@ fn streamed(response: &Response) -> String {
     events.filter_map(|event| Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect()
 }
 
-/// What a command prints.
-fn cli(gateway: &Evergate, args: &[&str]) -> String {
-    let out = gateway.cli(args);
-    assert!(out.status.success(), "{args:?}: {out:?}");
-    String::from_utf8(out.stdout).unwrap()
-}
-
-/// What `evergate models --json` says of one.
-fn model(gateway: &Evergate, name: &str) -> Value {
-    let all: Value = serde_json::from_str(&cli(gateway, &["models", "--json"])).unwrap();
-    all.as_array().unwrap().iter().find(|model| model["model"] == name).unwrap().clone()
-}
-
 /// Ends the gateway, after which nothing of its programs may be there.
 fn end(mut gateway: Evergate) {
     let pids: Vec<i64> = ["host_pid", "program_pid"].iter().flat_map(|key| pids(&gateway, key)).collect();
@@ -93,7 +80,7 @@ fn end(mut gateway: Evergate) {
 }
 
 fn pids(gateway: &Evergate, key: &str) -> Vec<i64> {
-    let all: Value = serde_json::from_str(&cli(gateway, &["models", "--json"])).unwrap();
+    let all: Value = serde_json::from_str(&gateway.printed(&["models", "--json"])).unwrap();
     all.as_array().unwrap().iter().filter_map(|model| model[key].as_i64()).collect()
 }
 

@@ -41,6 +41,6 @@ fn answers(argv: &str) {
         assert_eq!(said(&ask(&gateway, "kept/x", &text, false)), text);
         assert_eq!(streamed(&ask(&gateway, "kept/x", &text, true)), text);
     }
-    assert_eq!(crate::model(&gateway, "kept")["restarts"], 0);
+    assert_eq!(gateway.model("kept")["restarts"], 0);
     end(gateway);
 }

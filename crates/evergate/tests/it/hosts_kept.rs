@@ -46,14 +46,8 @@ pub fn is_answered(response: &Response) -> bool {
     response.status == 200 && response.json()["choices"][0]["message"]["content"].is_string()
 }
 
-pub fn models(gateway: &Evergate) -> Vec<Value> {
-    let out = gateway.cli(&["models", "--json"]);
-    assert!(out.status.success(), "{out:?}");
-    serde_json::from_slice(&out.stdout).unwrap()
-}
-
 pub fn model(gateway: &Evergate, name: &str) -> Value {
-    models(gateway).into_iter().find(|model| model["model"] == name).unwrap()
+    gateway.model(name)
 }
 
 pub fn state(gateway: &Evergate, name: &str) -> String {

@@ -11,18 +11,6 @@ use serde_json::{Value, json};
 use crate::hosts::{TR, ask, asking, config, gateway, said, waiter};
 use crate::support::{EXE, LIMIT, send, wait_ready};
 
-fn cli(gateway: &Evergate, args: &[&str]) -> String {
-    let out = gateway.cli(args);
-    assert!(out.status.success(), "{args:?}: {out:?}");
-    String::from_utf8(out.stdout).unwrap()
-}
-
-/// What `evergate models --json` says of one.
-fn model(gateway: &Evergate, name: &str) -> Value {
-    let all: Value = serde_json::from_str(&cli(gateway, &["models", "--json"])).unwrap();
-    all.as_array().unwrap().iter().find(|model| model["model"] == name).unwrap().clone()
-}
-
 /// The state that clients see of a model.
 fn listed(gateway: &Evergate, name: &str) -> Value {
     let list = gateway.get("/v1/models").json();
@@ -56,17 +44,17 @@ fn a_cold_start_shows_its_state_and_who_waits_everywhere() {
     metric(&gateway, r#"evergate_host_state{upstream="shout",state="cold"} 1"#);
 
     let askers: Vec<_> = (0..3).map(|_| asking(&gateway, "shout", "hello")).collect();
-    wait_until("three that wait", LIMIT, || model(&gateway, "shout")["waiting"] == 3);
+    wait_until("three that wait", LIMIT, || gateway.model("shout")["waiting"] == 3);
     assert_eq!(listed(&gateway, "shout"), "starting");
     metric(&gateway, r#"evergate_host_state{upstream="shout",state="starting"} 1"#);
     metric(&gateway, r#"evergate_host_waiting{upstream="shout"} 3"#);
-    let status: Value = serde_json::from_str(&cli(&gateway, &["status", "--json"])).unwrap();
+    let status: Value = serde_json::from_str(&gateway.printed(&["status", "--json"])).unwrap();
     assert_eq!((&status["models"][0]["model"], &status["models"][0]["waiting"]), (&json!("shout"), &json!(3)));
     assert_eq!(status["inflight"][0]["phase"], "start");
     let host = status["children"].as_array().unwrap().iter().find(|child| child["kind"] == "host").unwrap();
     assert_eq!(host["upstream"], "shout");
     assert_eq!(evergate_testkit::get(&gateway.admin(), "/status").json()["models"][0]["state"], "starting");
-    let table = cli(&gateway, &["status"]);
+    let table = gateway.printed(&["status"]);
     assert!(table.contains("\nhost shout ") && table.contains("\nprogram shout: starting for "), "{table}");
     assert!(table.contains(", 3 waiting\n"), "{table}");
 
@@ -74,7 +62,7 @@ fn a_cold_start_shows_its_state_and_who_waits_everywhere() {
     for asker in askers {
         assert_eq!(said(&asker.join().unwrap()), "HELLO");
     }
-    assert_eq!((listed(&gateway, "shout"), model(&gateway, "shout")["waiting"].clone()), (json!("ready"), json!(0)));
+    assert_eq!((listed(&gateway, "shout"), gateway.model("shout")["waiting"].clone()), (json!("ready"), json!(0)));
     wait_until("their ends", LIMIT, || {
         has(&gateway, r#"evergate_program_exits_total{upstream="shout",cause="done"} 3"#)
     });
@@ -107,26 +95,26 @@ fn ends_of_programs_are_counted_by_cause_and_the_last_is_shown() {
         assert!(matches!(ask(&gateway, name, "hello", false).status, 502 | 504));
     }
     let asker = asking(&gateway, "wait/x", "hello");
-    wait_until("its program", LIMIT, || model(&gateway, "wait")["program_pid"].is_number());
-    wait_until("its load", LIMIT, || model(&gateway, "wait")["in_flight"] == 1);
+    wait_until("its program", LIMIT, || gateway.model("wait")["program_pid"].is_number());
+    wait_until("its load", LIMIT, || gateway.model("wait")["in_flight"] == 1);
     metric(&gateway, r#"evergate_host_in_flight{upstream="wait"} 1"#);
-    let pid = model(&gateway, "wait")["program_pid"].as_i64().unwrap();
+    let pid = gateway.model("wait")["program_pid"].as_i64().unwrap();
     send(i32::try_from(pid).unwrap(), Signal::KILL);
     assert_eq!(asker.join().unwrap().status, 502);
 
     for (upstream, cause) in [("crash", "crash"), ("hang", "host"), ("missing", "boot"), ("wait", "unknown")] {
         let line = format!(r#"evergate_program_exits_total{{upstream="{upstream}",cause="{cause}"}} 1"#);
         wait_until(&line, LIMIT, || has(&gateway, &line));
-        wait_until("its record", LIMIT, || model(&gateway, upstream)["last_exit"]["initiator"] == cause);
+        wait_until("its record", LIMIT, || gateway.model(upstream)["last_exit"]["initiator"] == cause);
     }
-    assert_eq!(model(&gateway, "crash")["program_pid"], Value::Null, "what has ended is not shown");
-    let last = model(&gateway, "crash")["last_exit"].clone();
+    assert_eq!(gateway.model("crash")["program_pid"], Value::Null, "what has ended is not shown");
+    let last = gateway.model("crash")["last_exit"].clone();
     assert_eq!((&last["kind"], &last["code"], &last["note"]), (&json!("program"), &json!(3), &json!("out of paper")));
     assert_eq!(
-        (&model(&gateway, "wait")["last_exit"]["signal"], model(&gateway, "wait")["state"].clone()),
+        (&gateway.model("wait")["last_exit"]["signal"], gateway.model("wait")["state"].clone()),
         (&json!(9), json!("ready"))
     );
-    let table = cli(&gateway, &["models"]);
+    let table = gateway.printed(&["models"]);
     let row = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
     assert!(row("crash").contains("program code 3, crash, ") && row("crash").ends_with("  out of paper"), "{table}");
     assert!(row("missing").contains("program not started, boot, "), "{table}");
@@ -179,7 +167,7 @@ fn a_log_is_bounded_and_followed_over_its_rotations() {
         assert!(bytes <= 4 << 20, "{bytes}");
     }
     // Without -f: what is kept, the older file first.
-    let all = cli(&gateway, &["logs", "talk"]);
+    let all = gateway.printed(&["logs", "talk"]);
     assert!(all.len() > 4 << 20, "{}", all.len());
     assert!(all.trim_end().ends_with("399") && all.lines().all(|line| line.contains(" err: ")));
 }
@@ -192,8 +180,8 @@ fn a_programs_traceback_is_on_record_and_shown() {
     let answer = ask(&gateway, "tired/x", "hello", false);
     assert_eq!((answer.status, answer.error_code().as_str()), (502, "adapter_exited"));
     assert!(!answer.text().contains("paper"), "its words are for operators: {}", answer.text());
-    wait_until("its record", LIMIT, || cli(&gateway, &["exits"]).contains("program tired"));
-    let text = cli(&gateway, &["exits"]);
+    wait_until("its record", LIMIT, || gateway.printed(&["exits"]).contains("program tired"));
+    let text = gateway.printed(&["exits"]);
     let row = text.lines().find(|line| line.contains("program tired")).unwrap();
     assert!(row.contains("code 1") && row.contains(" crash ") && row.contains("RuntimeError: no paper"), "{text}");
     let words = text.split(" has said last:\n").nth(1).unwrap();
@@ -201,10 +189,10 @@ fn a_programs_traceback_is_on_record_and_shown() {
         words.starts_with("  Traceback (most recent call last):\n    File \"gateway.py\", line 7\n  RuntimeError"),
         "{text}"
     );
-    let records: Value = serde_json::from_str(&cli(&gateway, &["exits", "--json"])).unwrap();
+    let records: Value = serde_json::from_str(&gateway.printed(&["exits", "--json"])).unwrap();
     let record = records.as_array().unwrap().iter().find(|record| record["upstream"] == "tired").unwrap().clone();
     assert!(record["stderr"].as_str().unwrap().starts_with("Traceback (most recent call last):\n"), "{record}");
     assert_eq!((&record["kind"], &record["code"], &record["signal"]), (&json!("program"), &json!(1), &Value::Null));
     assert!(!text.contains("sk-test-1234567890abcdef") && !records.to_string().contains("sk-test-1234567890abcdef"));
-    assert!(!cli(&gateway, &["logs", "tired"]).contains("sk-test-1234567890abcdef"));
+    assert!(!gateway.printed(&["logs", "tired"]).contains("sk-test-1234567890abcdef"));
 }

@@ -237,6 +237,29 @@ impl Evergate {
         command.output().expect("run the command")
     }
 
+    /// What a command prints that succeeds.
+    ///
+    /// # Panics
+    /// When it fails, or prints what is no UTF-8.
+    #[track_caller]
+    #[must_use]
+    pub fn printed(&self, args: &[&str]) -> String {
+        let out = self.cli(args);
+        assert!(out.status.success(), "{args:?}: {out:?}");
+        String::from_utf8(out.stdout).expect("UTF-8")
+    }
+
+    /// What `evergate models --json` says of one model.
+    ///
+    /// # Panics
+    /// When there is none of that name.
+    #[track_caller]
+    #[must_use]
+    pub fn model(&self, name: &str) -> Value {
+        let all: Vec<Value> = serde_json::from_str(&self.printed(&["models", "--json"])).expect("JSON");
+        all.into_iter().find(|model| model["model"] == name).unwrap_or_else(|| panic!("no model {name}"))
+    }
+
     /// Writes a file beside the configuration file, or `evergate.toml` itself.
     ///
     /// # Panics
