@@ -52,8 +52,14 @@ fn gateway(sections: &str) -> Evergate {
 }
 
 fn ask(gateway: &Evergate, model: &str, text: &str, stream: bool) -> Response {
-    let more = json!({ "max_tokens": 8, "messages": [{ "role": "user", "content": text }] });
-    post_chat(&gateway.addr(), model, stream, &more)
+    ask_with(gateway, model, text, stream, &json!({}))
+}
+
+/// Asks with `more` in the request's body.
+fn ask_with(gateway: &Evergate, model: &str, text: &str, stream: bool, more: &Value) -> Response {
+    let mut body = json!({ "max_tokens": 8, "messages": [{ "role": "user", "content": text }] });
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    post_chat(&gateway.addr(), model, stream, &body)
 }
 
 /// What a whole answer says.
