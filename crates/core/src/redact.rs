@@ -11,7 +11,7 @@ use std::fmt;
 use std::ops::Range;
 
 /// What stands in a secret's place.
-const GONE: &str = "[redacted]";
+pub const GONE: &str = "[redacted]";
 /// Shorter secrets are words, which nobody could take out without harm; the configuration warns about them.
 const SECRET_BYTES_MIN: usize = 8;
 /// Bytes by which a form is found.
@@ -30,6 +30,30 @@ pub struct Redactor {
     /// Forms by their first bytes and by their last.
     starts: HashMap<[u8; KEY_BYTES], Vec<usize>>,
     ends: HashMap<[u8; KEY_BYTES], Vec<usize>>,
+    /// The pairs with which any of these begins: most places of a text need no other look.
+    pairs: Pairs,
+}
+
+/// A set of pairs of bytes.
+#[derive(Default)]
+struct Pairs(Vec<u64>);
+
+impl Pairs {
+    fn place([first, second, ..]: &[u8; KEY_BYTES]) -> (usize, u64) {
+        let pair = usize::from(*first) << 8 | usize::from(*second);
+        (pair / 64, 1 << (pair % 64))
+    }
+
+    fn add(&mut self, key: &[u8; KEY_BYTES]) {
+        let (word, bit) = Self::place(key);
+        self.0.resize(1 << 10, 0);
+        self.0.iter_mut().skip(word).take(1).for_each(|bits| *bits |= bit);
+    }
+
+    fn has(&self, key: &[u8; KEY_BYTES]) -> bool {
+        let (word, bit) = Self::place(key);
+        self.0.get(word).is_some_and(|bits| bits & bit != 0)
+    }
 }
 
 impl fmt::Debug for Redactor {
@@ -55,6 +79,8 @@ impl Redactor {
             return;
         }
         if let (Some(first), Some(last)) = (form.first_chunk(), form.last_chunk()) {
+            self.pairs.add(first);
+            self.pairs.add(last);
             self.starts.entry(*first).or_default().push(self.forms.len());
             self.ends.entry(*last).or_default().push(self.forms.len());
             self.forms.push(form);
@@ -83,10 +109,19 @@ impl Redactor {
         out
     }
 
+    /// Whether a text has something in it that is, or looks like, a secret.
+    #[must_use]
+    pub fn finds(&self, text: &str) -> bool {
+        !self.known(text.as_bytes()).is_empty() || MARKS.iter().any(|mark| marked(text, mark).next().is_some())
+    }
+
     fn known(&self, text: &[u8]) -> Vec<Range<usize>> {
         let mut found = Vec::new();
         for (at, window) in text.windows(KEY_BYTES).enumerate() {
             let Some(key) = window.first_chunk::<KEY_BYTES>() else { break };
+            if !self.pairs.has(key) {
+                continue;
+            }
             let (before, after) = text.split_at_checked(at).unwrap_or_default();
             for form in self.starts.get(key).into_iter().flatten().filter_map(|index| self.forms.get(*index)) {
                 let common = form.iter().zip(after).take_while(|(ours, theirs)| ours == theirs).count();
@@ -107,6 +142,18 @@ impl Redactor {
     }
 }
 
+/// Whether a token, which may be none of ours, stands in a text: as it is, in no encoding, whole or by one of its ends.
+#[must_use]
+pub fn is_quoted(token: &[u8], text: &str) -> bool {
+    let stands = |part: &[u8]| text.as_bytes().windows(part.len()).any(|window| window == part);
+    match (token.first_chunk::<KEY_BYTES>(), token.last_chunk::<KEY_BYTES>()) {
+        (Some(first), Some(last)) if token.len() >= PART_BYTES_MIN => stands(first) || stands(last),
+        (Some(_), _) => stands(token),
+        // A word.
+        (None, _) => false,
+    }
+}
+
 fn is_enough(common: usize, form: &[u8]) -> bool {
     common == form.len() || (common >= KEY_BYTES && form.len() >= PART_BYTES_MIN)
 }
@@ -115,8 +162,8 @@ fn is_enough(common: usize, form: &[u8]) -> bool {
 fn marked<'a>(text: &'a str, mark: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
     let is_of_key = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.~+/=".contains(byte);
     text.as_bytes().windows(mark.len()).enumerate().filter_map(move |(at, window)| {
-        let is_word = at == 0 || text.as_bytes().get(at - 1).is_none_or(|before| !before.is_ascii_alphanumeric());
-        if !window.eq_ignore_ascii_case(mark.as_bytes()) || !is_word {
+        let is_mark = window.eq_ignore_ascii_case(mark.as_bytes());
+        if !is_mark || (at > 0 && text.as_bytes().get(at - 1).is_some_and(u8::is_ascii_alphanumeric)) {
             return None;
         }
         let start = at + mark.len();
@@ -253,6 +300,29 @@ mod tests {
         let short = Redactor::new(["password1234"]);
         assert_eq!(short.redact("the password: password1234"), "the password: [redacted]");
         assert_eq!(Redactor::new(["short"]).redact("too short"), "too short");
+    }
+
+    #[test]
+    fn a_text_with_a_secret_is_told_from_one_without() {
+        for text in
+            [SECRET, "x-k/9+\"se&c", "ay85KyJzZSZjcmV0PD14XFEydzc", "sk-0123456789abcdef", "openai/sk-0123456789abcdef"]
+        {
+            assert!(redactor().finds(text), "{text}");
+        }
+        for text in ["", "gpt-4o-mini", "openai/gpt-4o-mini", "0f8fad5b-d9cb-469f-a165-70867728950e", "k/9+"] {
+            assert!(!redactor().finds(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_token_of_nobodys_is_found_as_it_is() {
+        let token = b"my-own-token-0123";
+        for text in ["my-own-token-0123", "fake/my-own-token-0123", "a my-own-t...", "...ken-0123"] {
+            assert!(is_quoted(token, text), "{text}");
+        }
+        assert!(!is_quoted(token, "my-own") && !is_quoted(token, "own-token-01") && !is_quoted(token, ""));
+        assert!(is_quoted(b"tokentoken", "a tokentoken") && !is_quoted(b"tokentoken", "a tokentok"));
+        assert!(!is_quoted(b"token", "a token") && !is_quoted(b"", "a token"));
     }
 
     #[test]

@@ -9,15 +9,15 @@ use evergate_core::chat::Listed;
 use evergate_core::config::{BaseUrl, Roots, Sealed, Transport, Upstream};
 use evergate_core::inherit::{HOSTS_DIR_VARIABLE, host_socket};
 use evergate_core::memory::Rung;
-use evergate_core::redact::Redactor;
+use evergate_core::redact::{Redactor, is_quoted};
 use evergate_core::router::Router;
 use evergate_core::{Error, Fault};
 use evergate_upstream::clock::Clock;
 use evergate_upstream::{Client, Resolver, Settings, Trust};
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use tokio::sync::Semaphore;
 
-use super::auth::Door;
+use super::auth::{Door, credentials};
 use super::cors::Cors;
 use super::local::{Local, Wake};
 use super::model_call::Endpoint;
@@ -154,6 +154,13 @@ impl App {
             error.message = self.redact(message).into();
         }
         error
+    }
+
+    /// Whether a word of a client's, such as a model's name, has a secret in it, be it ours or what the client came with:
+    /// then it must not go where it stays.
+    #[must_use]
+    pub fn tells_secret(&self, word: &str, headers: &HeaderMap) -> bool {
+        self.redactor.finds(word) || credentials(headers).any(|token| is_quoted(token, word))
     }
 
     /// Takes every secret out of a text that comes from outside.

@@ -89,6 +89,12 @@ impl Keys {
     }
 }
 
+/// Whatever a client has sent as its credential, right or wrong, of any scheme.
+pub fn credentials(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
+    let values = headers.get_all(AUTHORIZATION).iter();
+    values.filter_map(|value| value.as_bytes().rsplit(|byte| *byte == b' ').next())
+}
+
 /// The host of `HOST`, `HOST:PORT` or `[V6]:PORT`, without brackets.
 fn host_of(authority: &str) -> Option<&str> {
     if let Some(rest) = authority.strip_prefix('[') {

@@ -9,6 +9,7 @@ use evergate_core::config::OnDisconnect;
 use evergate_core::deadline::Limit;
 use evergate_core::ids::RequestId;
 use evergate_core::json::{self, scan_answer};
+use evergate_core::redact::GONE;
 use evergate_core::router::Place;
 use evergate_core::{Cause, Deadline, Error, Fault};
 use http::header::{HeaderMap, HeaderValue};
@@ -213,12 +214,13 @@ impl ModelCall {
         let route = match self.app.router.route(&asked.model) {
             Ok(route) => route,
             Err(error) => {
-                // It may be anything, a key too, and stays on the board until its row is used again.
-                pass.set_model(&self.app.redact(&asked.model), "other");
+                pass.set_model(self.shown(&asked.model), "other");
                 return Err(error.into());
             }
         };
-        pass.set_model(&asked.model, route.label);
+        // The names of the configuration are no keys.
+        let is_configured = asked.model == route.label;
+        pass.set_model(if is_configured { route.label } else { self.shown(&asked.model) }, route.label);
         // Embeddings have no stream; the field is the upstream's to judge.
         if asked.is_stream && self.endpoint != Endpoint::Embeddings {
             pass.set_stream();
@@ -240,6 +242,12 @@ impl ModelCall {
                 Ok(Box::pin(self.attempt_each((name, model), route.fallback, &asked, pass)).await?)
             }
         }
+    }
+
+    /// A model's name as the client has written it, which may be anything, a key too, and stays on the board until its row
+    /// is used again, and in the record.
+    fn shown<'a>(&self, model: &'a str) -> &'a str {
+        if self.app.tells_secret(model, &self.headers) { GONE } else { model }
     }
 
     async fn echo(&self, body: &[u8], asked: &json::Request, pass: &mut Pass) -> Result<Response<Body>, Error> {

@@ -111,11 +111,10 @@ impl Service {
         self,
         request: Request<Incoming>,
         Seen { id, path, method, started }: Seen,
-        (own_id, token): (Option<HeaderValue>, Arc<Token>),
+        (client_id, own_id, token): (String, Option<HeaderValue>, Arc<Token>),
         (refusal, active): (Option<Error>, Active),
     ) -> Response<Body> {
         let (head, body) = request.into_parts();
-        let client_id = client_id(&head.headers).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
         let mut arrival = Arrival { client_id, tenant: Arc::default(), method, route: path.label() };
         let judged = match refusal {
             Some(error) => Judged::Refused(error),
@@ -157,6 +156,13 @@ impl Service {
         });
         response.body_mut().hold(pass, active);
         response
+    }
+
+    /// The client's own id, if it can be one. It is echoed, and stays on the board and in records: a key must not.
+    fn client_id<'a>(&self, headers: &'a http::HeaderMap) -> Option<(&'a str, &'a HeaderValue)> {
+        let value = headers.get(respond::REQUEST_ID).filter(|id| is_well_formed(id.as_bytes()))?;
+        let id = value.to_str().ok().filter(|id| !self.app.tells_secret(id, headers))?;
+        Some((id, value))
     }
 
     /// What can be said by the head alone.
@@ -242,10 +248,6 @@ impl Service {
     }
 }
 
-fn client_id(headers: &http::HeaderMap) -> Option<&HeaderValue> {
-    headers.get(respond::REQUEST_ID).filter(|id| is_well_formed(id.as_bytes()))
-}
-
 /// A model's name in a path: `%2F` and the like undone; what is not valid stays as it is.
 fn percent_decoded(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
@@ -278,12 +280,14 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let token = Arc::new(Token::default());
         let is_h1 = request.version() <= Version::HTTP_11;
         let own_id = HeaderValue::from_bytes(seen.id.text().as_bytes()).ok();
-        let echoed = client_id(request.headers()).cloned().or_else(|| own_id.clone());
+        let (client_id, given) = self.client_id(request.headers()).unzip();
+        let client_id = client_id.unwrap_or_default().to_owned();
+        let echoed = given.cloned().or_else(|| own_id.clone());
         let page = self.app.cors.listed(request.headers()).cloned();
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
         let ground = (self.shared.next_refusal(), Active::new(&self.shared));
-        let serving = self.clone().serve(request, seen, (own_id, Arc::clone(&token)), ground);
+        let serving = self.clone().serve(request, seen, (client_id, own_id, Arc::clone(&token)), ground);
         Bounded {
             serving: Caught::of(Box::pin(serving)),
             seen,

@@ -27,13 +27,12 @@ impl AccessLog {
     /// A line is at most `PIPE_BUF` bytes, so it is written whole or not at all (pipe(7)).
     pub fn write(&self, record: &Access<'_>) -> bool {
         let mut line = String::with_capacity(1024);
-        if record.cause == "ok" {
+        if record.detail.is_empty() {
             record.write_line(&mut line);
         } else {
-            let [model, client_id, detail] =
-                [record.model, record.client_id, record.detail].map(|text| self.redactor.redact(text));
-            let clean = Access { model: &model, client_id: &client_id, detail: &detail, ..record.clone() };
-            clean.write_line(&mut line);
+            // The client's words have been looked at when they came: they are on the board, too.
+            let detail = self.redactor.redact(record.detail);
+            Access { detail: &detail, ..record.clone() }.write_line(&mut line);
         }
         let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe, line.as_bytes())).is_ok();
         if !written {

@@ -9,9 +9,9 @@ use evergate_testkit::raw::{Response, chat_body, get_request, post_request};
 use evergate_testkit::traces::traces_of;
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{CHAT, EXE, LIMIT, send, via, wait_ready};
+use crate::support::{CHAT, EXE, LIMIT, before, send, via, wait_ready};
 
 const UPSTREAM: &str = "cnryUp/+7f3a9d2e5b8c1046=Qz";
 const TEAM: &str = "cnryTeam.51c0ffee77ab9210dd";
@@ -37,11 +37,7 @@ impl Said {
 
     /// Everything that can be read of a gateway from outside and from beside it.
     fn gateway(&mut self, gateway: &Evergate) {
-        for words in [&["status", "--json"][..], &["exits", "--json"], &["exits"], &["status"]] {
-            let output = gateway.cli(words);
-            self.add(format!("{words:?}"), String::from_utf8_lossy(&output.stdout));
-            self.add(format!("{words:?}, stderr"), String::from_utf8_lossy(&output.stderr));
-        }
+        self.commands(gateway);
         self.add("metrics", gateway.metrics());
         self.add("/status", evergate_testkit::get(&gateway.admin(), "/status").text());
         for child in gateway.children() {
@@ -53,6 +49,18 @@ impl Said {
         self.add("the master's cmdline", std::fs::read_to_string(format!("/proc/{}/cmdline", gateway.pid())).unwrap());
         self.add("the board", board(gateway.pid()));
         self.words(gateway);
+    }
+
+    /// What its commands print, the requests in flight among it.
+    fn commands(&mut self, gateway: &Evergate) {
+        for words in
+            ["status --json", "status", "exits --json", "exits", "access --json", "access", "models --json", "models"]
+        {
+            let output = gateway.cli(&words.split(' ').collect::<Vec<_>>());
+            assert!(output.status.success(), "{words}");
+            self.add(words, String::from_utf8_lossy(&output.stdout));
+            self.add(format!("{words}, stderr"), String::from_utf8_lossy(&output.stderr));
+        }
     }
 
     /// What it has said and left, also after its end.
@@ -113,7 +121,7 @@ fn ask(gateway: &Evergate, key: &str, fields: &str, model: &str, stream: bool) -
 }
 
 /// Everything that an upstream, a client and chance can do wrong.
-fn drive(gateway: &Evergate, said: &mut Said) {
+fn drive(gateway: &Evergate, fake: &FakeUpstream, said: &mut Said) {
     for status in [200, 400, 401, 403, 404, 422, 429, 500, 502] {
         for stream in [false, true] {
             let model = via(&format!("leak-{status}"));
@@ -164,6 +172,15 @@ fn drive(gateway: &Evergate, said: &mut Said) {
             said.answer(&String::from_utf8_lossy(&request), &response);
         }
     }
+    for (key, word) in [(TEAM, TEAM), (TEAM, &TEAM[12..]), (FILED, TEAM)] {
+        misplace(gateway, fake, (key, word), said);
+    }
+    // In base64, as it may stand in an id.
+    let coded = evergate_testkit::traces::base64(UPSTREAM.as_bytes()).replace('+', "-").replace(['/', '='], "_");
+    misplace(gateway, fake, (TEAM, &coded), said);
+    let response = ask(gateway, "wrong", &format!("x-request-id: {TEAM}\r\n"), "echo", false).unwrap();
+    assert_eq!(response.status, 401);
+    said.answer("a key for an id, with a wrong one", &response);
     for fault in ["panic-head", "panic-handler", "panic-stream", "panic-connection", "exit-3", "double-panic", "abort"]
     {
         let fields = format!("x-evergate-fault: {fault}\r\nx-request-id: {fault}\r\n");
@@ -172,6 +189,69 @@ fn drive(gateway: &Evergate, said: &mut Said) {
         }
         wait_ready(gateway, 2);
     }
+}
+
+/// A request whose client has put `word` wherever a word of its own fits. Its fate is that of `script`.
+fn misplaced(key: &str, word: &str, script: &str, stream: bool) -> Vec<u8> {
+    let body = json!({
+        "model": format!("fake/{script}:{word}"), "stream": stream, "user": word, "metadata": { "team": word, word: 1 },
+        "messages": [{ "role": "user", "content": word }],
+    });
+    let fields = format!(
+        "authorization: Bearer {key}\r\nx-request-id: {word}\r\ntraceparent: 00-{word}-01\r\ntracestate: us={word}\r\n\
+         user-agent: {word}\r\nidempotency-key: {word}\r\nx-request-timeout: 30\r\n"
+    );
+    post_request(&format!("{CHAT}?key={word}"), &fields, &body.to_string())
+}
+
+/// A key that stands where a word of its client's should: in requests that go well, fail, are under way and die.
+fn misplace(gateway: &Evergate, fake: &FakeUpstream, (key, word): (&str, &str), said: &mut Said) {
+    let send_one = |script: &str, stream| {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&misplaced(key, word, script, stream));
+        raw
+    };
+    for (script, stream) in
+        [("ok", false), ("stream-3", true), ("status-400", false), ("status-500", false), ("error-event-mid", true)]
+    {
+        let response = send_one(script, stream).read_response(LIMIT);
+        let own = response.header("x-request-id").unwrap().to_owned();
+        assert!(own.starts_with("req_"), "it is echoed: {own}");
+        let record = gateway.wait_access(&own, LIMIT);
+        assert_eq!((&record["client_id"], &record["model"]), (&json!(""), &json!("[redacted]")), "{record}");
+    }
+    let index = fake.request_count();
+    let (unary, stream) = (send_one("hold", false), send_one("hold-mid", true));
+    let _ = (fake.wait_request(index, LIMIT), fake.wait_request(index + 1, LIMIT));
+    said.commands(gateway);
+    said.add("the board with the two", board(gateway.pid()));
+    let lost = |record: &Value| record["lost"].as_array().is_some_and(|all| !all.is_empty());
+    let before = gateway.exits().into_iter().filter(|record| lost(record)).count();
+    gateway.workers().into_iter().for_each(|pid| send(pid, Signal::KILL));
+    drop((unary, stream));
+    let _ = gateway.wait_exits(before + 1, LIMIT, lost);
+    wait_ready(gateway, 2);
+    said.add("the board after their death", board(gateway.pid()));
+}
+
+/// A token that the gateway does not know is its client's secret all the same.
+#[test]
+fn a_clients_own_token_stands_in_nothing_that_is_said_or_left() {
+    const OWN: &str = "cnryOwn.7d20e1c9b3f844aa5d16";
+    let fake = FakeUpstream::start();
+    let mut gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\n");
+    let mut said = Said::default();
+    misplace(&gateway, &fake, (OWN, OWN), &mut said);
+    // By a part of it, and under another scheme.
+    misplace(&gateway, &fake, (OWN, &OWN[..12]), &mut said);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&post_request(CHAT, &format!("authorization: Basic {OWN}\r\nx-request-id: {OWN}\r\n"), "{"));
+    assert!(raw.read_response(LIMIT).header("x-request-id").unwrap().starts_with("req_"));
+    said.gateway(&gateway);
+    gateway.signal(Signal::TERM);
+    let _ = gateway.wait_exit(LIMIT);
+    said.words(&gateway);
+    said.assert_clean(&[OWN]);
 }
 
 /// Configurations with a secret in every wrong place.
@@ -203,7 +283,7 @@ fn no_secret_stands_in_anything_that_is_said_or_left() {
     };
     let mut said = Said::default();
     let mut gateway = start().start();
-    drive(&gateway, &mut said);
+    drive(&gateway, &fake, &mut said);
     assert_eq!(fake.wait_request(0, LIMIT).request.bearer(), UPSTREAM, "the upstream had something to tell");
     let good = config(&fake, KEYS);
     for text in mistakes(&fake) {

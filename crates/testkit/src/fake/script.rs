@@ -129,9 +129,10 @@ pub enum Script {
 }
 
 impl Script {
-    /// The script of a model's name, if it is one.
+    /// The script of a model's name, if it is one. Whatever follows a colon is ignored: `ok:my-name`.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
+        let name = name.split(':').next()?;
         Self::fixed(name).or_else(|| Self::with_numbers(name))
     }
 
@@ -231,6 +232,7 @@ mod tests {
             ("status-503-300", Some(Script::Status(503, Some(300)))),
             ("status-500", Some(Script::Status(500, None))),
             ("big-event-10", Some(Script::BigEvent(10))),
+            ("delay-5:sk-1-2", Some(Script::Delay(Duration::from_millis(5)))),
             ("gpt-4o", None),
             ("status-", None),
             ("stream-1-2-3", None),
