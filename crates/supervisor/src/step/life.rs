@@ -73,7 +73,7 @@ impl State {
 
     /// Takes over what the board shows.
     pub(super) fn seen(&mut self, children: &[Seen], queue: u32, now: Ns, out: &mut Vec<Action>) {
-        self.queue = queue;
+        (self.queue, self.looked) = (queue, now);
         let floor = self.floor;
         for seen in children {
             let Some(child) = self.children_mut().find(|child| child.epoch == seen.epoch) else { continue };

@@ -116,6 +116,8 @@ pub(crate) struct State {
     is_whole: bool,
     /// Connections in the accept queues, as last seen.
     queue: u32,
+    /// When the board was last looked at. What children did after that nobody knows, so that they are judged as of then.
+    looked: Ns,
     /// When the last step was.
     last: Ns,
     /// When the master itself was last found to be late: no age is counted from before.
@@ -204,6 +206,7 @@ impl State {
             degraded: 0,
             is_whole: false,
             queue: 0,
+            looked: now,
             last: now,
             floor: now,
             orphans_kill_at: given.has_orphans.then(|| now.saturating_add(orphans_last)),

@@ -247,6 +247,25 @@ fn a_child_that_stops_beating_is_aborted_then_killed() {
     assert_eq!(initiator(&die(&mut state, 2, KILLED, now)), Some(Initiator::Hang));
 }
 
+/// A connect that wakes a quiet master comes before its look at the board: until then nobody knows who has beaten meanwhile.
+#[test]
+fn s04_nobody_is_judged_by_an_old_look() {
+    let mut state = serving(rules());
+    let (mut now, beat_at) = (T0 + MS, T0 + MS);
+    let silent = |now, beat_at| {
+        let seen = |epoch, beat| Seen { epoch, is_ready: true, beat, ..Seen::default() };
+        Event::Seen { children: vec![seen(1, now), seen(2, beat_at), seen(3, now)], queue: 0 }
+    };
+    while now < beat_at + 8_800 * MS {
+        now += 400 * MS;
+        step(&mut state, silent(now, beat_at), now);
+    }
+    now += 300 * MS;
+    assert_eq!(signals(&step(&mut state, Event::Knock, now)), []);
+    assert_eq!(state.due(), now, "the look is due");
+    assert_eq!(signals(&step(&mut state, silent(now, now), now)), []);
+}
+
 /// Workers that were killed and do not end: each has its successor two seconds later in a row of its own, and is buried when
 /// it has ended. The fifth one is waited for.
 #[test]

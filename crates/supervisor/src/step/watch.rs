@@ -35,9 +35,10 @@ impl State {
             out.push(Action::KillOrphans);
         }
         let floor = self.floor;
+        let looked = self.looked;
         for child in self.children_mut().filter(|child| child.is_watched()) {
             // From before the floor nothing counts: then the master was late itself (H7).
-            let age = |since: Ns| now.saturating_sub(since.max(floor));
+            let age = |since: Ns| looked.saturating_sub(since.max(floor));
             match child.ready_at {
                 // One that boots and was told to go has a time already.
                 None if child.ending.is_some() => {}

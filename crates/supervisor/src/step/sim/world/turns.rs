@@ -121,7 +121,7 @@ impl World {
             9 => self.queue = [0, 0, 1, 20][usize::try_from(self.dice.roll(4)).unwrap()],
             10 => self.load = [0, 0, 10, 50, 90, 150][usize::try_from(self.dice.roll(6)).unwrap()],
             11 => self.lag = self.dice.roll(2) * 50 * MS,
-            12 => self.tell(&Event::Seen { children: Vec::new(), queue: 0 }),
+            12 => self.show(),
             // A stranger's end, or a child's that was buried: never any effect. As little has an old validation's.
             13 => self.tell(&Event::Exited { epoch: 1_000_000, status: Status::Code(3), note: String::new() }),
             16 | 17 => self.want(),
