@@ -293,8 +293,15 @@ impl Page<'_> {
         self.sample(inflight, &[("kind", "stream")], alive.inflight.stream);
         let loads = "evergate_worker_load";
         self.head(loads, "gauge", "Requests of each worker, waiting ones too; a stream counts twice.");
-        for (slot, load) in &alive.loads {
+        for (slot, (load, _)) in &alive.by_slot {
             self.sample(loads, &[("worker", &slot.to_string())], load);
+        }
+        let each = "evergate_worker_inflight_requests";
+        self.head(each, "gauge", "Requests of each worker that have a place.");
+        for (slot, (_, inflight)) in &alive.by_slot {
+            for (kind, count) in [("unary", inflight.unary), ("stream", inflight.stream)] {
+                self.sample(each, &[("worker", &slot.to_string()), ("kind", kind)], count);
+            }
         }
         let rungs = "evergate_memory_rung";
         self.head(rungs, "gauge", "How much is given up for want of memory: 0 nothing to 4, requests under way.");
@@ -338,8 +345,8 @@ struct Alive {
     memory_rung: u32,
     waiting: u64,
     oldest_wait_ns: u64,
-    /// By slot: while one worker drains, its successor may have the same.
-    loads: BTreeMap<u32, u64>,
+    /// Load and requests of workers by slot: while one drains, its successor may have the same.
+    by_slot: BTreeMap<u32, (u64, Inflights)>,
     workers: BTreeMap<&'static str, u64>,
 }
 
@@ -356,7 +363,7 @@ impl Alive {
             memory_rung: 0,
             waiting: 0,
             oldest_wait_ns: 0,
-            loads: BTreeMap::new(),
+            by_slot: BTreeMap::new(),
             workers: phases.into_iter().map(|phase| (phase, 0)).collect(),
         };
         for (row, child) in board.children() {
@@ -370,8 +377,9 @@ impl Alive {
             alive.waiting = alive.waiting.saturating_add(child.waiting().into());
             alive.oldest_wait_ns = alive.oldest_wait_ns.max(oldest_wait_ns(child, monotonic_ns()));
             if kind == Kind::Worker {
-                let load = alive.loads.entry(child.slot()).or_default();
+                let (load, inflight) = alive.by_slot.entry(child.slot()).or_default();
                 *load = load.saturating_add(child.load().into());
+                board.inflight(row).for_each(|request| inflight.add(&request));
             }
             if let Some(count) = alive.workers.get_mut(child.phase().name()).filter(|_| kind == Kind::Worker) {
                 *count = count.saturating_add(1);
@@ -517,6 +525,8 @@ mod tests {
         has(&text, r#"evergate_workers{phase="booting"} 0"#);
         has(&text, "evergate_client_connections 5");
         has(&text, r#"evergate_worker_load{worker="0"} 3"#);
+        has(&text, r#"evergate_worker_inflight_requests{worker="0",kind="unary"} 0"#);
+        has(&text, r#"evergate_worker_inflight_requests{worker="0",kind="stream"} 1"#);
         has(&text, "evergate_waiting_requests 2");
         let oldest = text.lines().find_map(|line| line.strip_prefix("evergate_waiting_oldest_seconds ")).unwrap();
         assert!((1.5..60.0).contains(&oldest.parse::<f64>().unwrap()), "{oldest}");

@@ -130,6 +130,14 @@ fn what_is_open_is_seen_and_what_has_ended_is_not() {
     let mut unary = open(&gateway, "hold", false);
     let open = |kind: &str| sum(&samples(&gateway.metrics()), "evergate_inflight_requests", &[("kind", kind)]);
     wait_until("three streams and a request", LIMIT, || open("stream") == 3.0 && open("unary") == 1.0);
+    let all = samples(&gateway.metrics());
+    let of = |name: &str, labels: &[(&str, &str)]| sum(&all, &format!("evergate_worker_{name}"), labels);
+    for slot in ["0", "1"] {
+        let [unary, streams] =
+            ["unary", "stream"].map(|kind| of("inflight_requests", &[("worker", slot), ("kind", kind)]));
+        assert_eq!(unary + 2.0 * streams, of("load", &[("worker", slot)]), "each stream counts two");
+    }
+    assert_eq!((of("inflight_requests", &[]), of("load", &[])), (4.0, 7.0));
     wait_until("four upstream connections", LIMIT, || {
         sum(&samples(&gateway.metrics()), "evergate_upstream_connections", &[]) == 4.0
     });
