@@ -105,6 +105,14 @@ impl Response {
         text.split_terminator("\n\n").map(|event| event.strip_prefix("data: ").unwrap().to_owned()).collect()
     }
 
+    /// The code of an error, or of the one that a stream ends with.
+    pub(crate) fn error_code(&self) -> Option<String> {
+        let is_stream = self.header("content-type") == Some("text/event-stream");
+        let last = if is_stream { self.events().pop()? } else { String::from_utf8(self.body.clone()).unwrap() };
+        let last: Value = serde_json::from_str(&last).ok()?;
+        last["error"]["code"].as_str().map(str::to_owned)
+    }
+
     /// The text of a stream, and its last event.
     pub(crate) fn streamed(&self) -> (String, String) {
         assert_eq!((self.status, self.header("content-type")), (200, Some("text/event-stream")), "{self:?}");

@@ -99,13 +99,16 @@ fn g6_a_death_within_an_answer_ends_it_with_an_error() {
 fn g7_silence_has_limits_and_the_process_is_replaced() {
     run(|house| async move {
         let mut setup = model("");
-        (setup.config.first_output, setup.config.idle) = (SHORT, SHORT);
+        // Long enough for an answer of a busy machine's.
+        let limit = SHORT * 6;
+        (setup.config.first_output, setup.config.idle) = (limit, limit);
+        setup.plan.grace = LONG;
         let (host, stdio) = serve(&house, setup);
         for (script, key) in [("hang", "first_output"), ("say=a;hang", "idle")] {
             house.ear.lines.lock().unwrap().clear();
             let begin = Instant::now();
             let message = host.say(script).await.assert_error(504, "adapter_timeout", "1");
-            assert!(message.contains(key) && begin.elapsed() < SHORT + SLACK, "{message} {:?}", begin.elapsed());
+            assert!(message.contains(key) && begin.elapsed() < limit + SLACK, "{message} {:?}", begin.elapsed());
             said(&house, "cancel ", 1).await;
             said(&house, "drain", 1).await;
         }
@@ -118,7 +121,10 @@ fn g7_silence_has_limits_and_the_process_is_replaced() {
 #[test]
 fn a_deadline_of_the_requests_own_cancels_it_and_keeps_the_process() {
     run(|house| async move {
-        let (host, stdio) = serve(&house, model(""));
+        let mut setup = model("");
+        // A busy machine's process may be late with the end of what is cancelled: here it must not be ended for it.
+        setup.plan.grace = LONG;
+        let (host, stdio) = serve(&house, setup);
         assert_eq!(host.say("text=warm").await.content(), "warm");
         let late = host.ask_at("/v1/chat/completions", "x-request-timeout: 100ms\r\n", &chat("hang")).await;
         late.assert_error(504, "deadline_exceeded", "1");
@@ -151,7 +157,10 @@ fn g8_a_cancel_that_is_not_answered_ends_the_process_by_force() {
 #[test]
 fn a_client_that_leaves_is_told_to_the_program_and_its_place_is_free() {
     run(|house| async move {
-        let (host, stdio) = serve(&house, model(""));
+        let mut setup = model("");
+        // A busy machine's process may be late with the end of what is cancelled: here it must not be ended for it.
+        setup.plan.grace = LONG;
+        let (host, stdio) = serve(&house, setup);
         for body in [chat("hang"), streamed("hang"), streamed("say=a;hang")] {
             house.ear.lines.lock().unwrap().clear();
             let stream = host.send("/v1/chat/completions", "", body.to_string().as_bytes()).await;
@@ -271,6 +280,5 @@ fn g10_what_a_process_started_goes_with_it() {
         let pids = house.heard("pid ", 2).await;
         stop(&house, &stdio).await;
         assert!(pids.iter().all(|pid| !exists(*pid)));
-        assert!(LONG > SLACK);
     });
 }

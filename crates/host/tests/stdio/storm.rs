@@ -3,11 +3,34 @@
 use std::collections::BTreeMap;
 
 use super::host::{model, serve, stop, streamed};
-use super::support::{open_files, run};
-use super::wire::{chat, read};
+use super::support::{alone, open_files, run, until};
+use super::wire::{Response, chat, read};
 
 #[test]
 fn two_hundred_requests_with_deaths_are_accounted_for_exactly() {
+    // Children and descriptors are counted: those of other tests are none of it.
+    alone("storm::two_hundred_requests_with_deaths_are_accounted_for_exactly", storm);
+}
+
+/// What came of a request.
+fn outcome(response: &Response, is_stream: bool) -> String {
+    let body = String::from_utf8_lossy(&response.body).into_owned();
+    assert!(response.is_whole, "{body}");
+    if let Some(code) = response.error_code() {
+        // On a busy machine a process may be late with what a client has left behind, and ends with the others that it has.
+        let is_late = code == "adapter_timeout" && body.contains("did not end a cancelled request");
+        assert!(is_late || ["adapter_exited", "adapter_protocol_error"].contains(&&*code), "{body}");
+        return code;
+    }
+    if is_stream {
+        assert_eq!(response.streamed(), ("ab".into(), "[DONE]".into()));
+    } else {
+        assert_eq!(response.content(), "ab");
+    }
+    "answered".into()
+}
+
+fn storm() {
     run(|house| async move {
         let mut setup = model("places=2");
         (setup.config.max, setup.bounds.queue) = (3, 64);
@@ -15,7 +38,7 @@ fn two_hundred_requests_with_deaths_are_accounted_for_exactly() {
         let (host, stdio) = serve(&house, setup);
         assert_eq!(host.say("text=warm").await.content(), "warm");
         let before = open_files();
-        let (mut dice, mut ends, mut left) = (7_u64, BTreeMap::<&str, usize>::new(), 0);
+        let (mut dice, mut ends, mut left) = (7_u64, BTreeMap::<String, usize>::new(), 0);
         for _ in 0..25 {
             let mut streams = Vec::new();
             for _ in 0..8 {
@@ -38,25 +61,17 @@ fn two_hundred_requests_with_deaths_are_accounted_for_exactly() {
                 }
             }
             for (stream, is_stream) in streams {
-                let response = read(stream).await;
-                let body = String::from_utf8_lossy(&response.body).into_owned();
-                let end = ["adapter_exited", "adapter_protocol_error"].into_iter().find(|code| body.contains(code));
-                if end.is_none() && is_stream {
-                    assert_eq!(response.streamed(), ("ab".into(), "[DONE]".into()));
-                } else if end.is_none() {
-                    assert_eq!(response.content(), "ab");
-                }
-                assert!(response.is_whole, "{body}");
-                *ends.entry(end.unwrap_or("answered")).or_default() += 1;
+                *ends.entry(outcome(&read(stream).await, is_stream)).or_default() += 1;
             }
         }
         println!("{ends:?}, {left} left");
         assert_eq!(ends.values().sum::<usize>() + left, 200);
-        assert!(ends["answered"] > 100 && ends["adapter_exited"] > 0 && ends["adapter_protocol_error"] > 0, "{ends:?}");
-        super::support::until("nobody works", || *house.ear.load.lock().unwrap() == (0, 0)).await;
+        let has = |code: &str, count: usize| ends.get(code).is_some_and(|ended| *ended > count);
+        assert!(has("answered", 100) && has("adapter_exited", 0) && has("adapter_protocol_error", 0), "{ends:?}");
+        until("nobody works", || *house.ear.load.lock().unwrap() == (0, 0)).await;
         stop(&house, &stdio).await;
-        super::support::until("descriptors", || open_files() <= before).await;
-        let own = std::process::id().to_string();
+        until("descriptors", || open_files() <= before).await;
+        let own = std::process::id();
         let children = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
         assert!(children.trim().is_empty(), "children are left: {children}");
     });
