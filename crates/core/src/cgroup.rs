@@ -2,12 +2,57 @@
 
 use std::path::{Path, PathBuf};
 
+/// A version of cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// A hierarchy for each controller; ours is that of memory.
+    One,
+    /// One hierarchy for all.
+    Two,
+}
+
+impl Version {
+    /// Its number.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+        }
+    }
+
+    /// The file that bounds a group's memory.
+    #[must_use]
+    pub const fn memory_limit(self) -> &'static str {
+        match self {
+            Self::One => "memory.limit_in_bytes",
+            Self::Two => "memory.max",
+        }
+    }
+
+    /// The file whose `oom_kill` counts kills for want of memory.
+    #[must_use]
+    pub const fn memory_events(self) -> &'static str {
+        match self {
+            Self::One => "memory.oom_control",
+            Self::Two => "memory.events",
+        }
+    }
+}
+
 /// Folders in which the memory controller of our own cgroup may be, cgroup v2 first, from the texts of `/proc/self/cgroup`
 /// and `/proc/self/mountinfo` (cgroups(7), proc_pid_mountinfo(5)).
 #[must_use]
 pub fn folders(own: &str, mounts: &str) -> Vec<PathBuf> {
+    places(own, mounts).into_iter().map(|(_, folder)| folder).collect()
+}
+
+/// The same with the version of each.
+#[must_use]
+pub fn places(own: &str, mounts: &str) -> Vec<(Version, PathBuf)> {
     let mut found = Vec::new();
-    for is_v2 in [true, false] {
+    for version in [Version::Two, Version::One] {
+        let is_v2 = version == Version::Two;
         let path = own.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
             let is_it = if is_v2 { controllers.is_empty() } else { controllers.split(',').any(|one| one == "memory") };
@@ -26,7 +71,7 @@ pub fn folders(own: &str, mounts: &str) -> Vec<PathBuf> {
             // A container often sees only its own part of the tree, mounted as the whole.
             let below = path.strip_prefix(root.trim_end_matches('/')).unwrap_or(path);
             if is_it {
-                found.push(Path::new(point).join(below.trim_start_matches('/')));
+                found.push((version, Path::new(point).join(below.trim_start_matches('/'))));
             }
         }
     }

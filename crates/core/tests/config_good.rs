@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use evergate_core::config::process::{EnvValue, Frames, Ids, Input, Mode, Output, Replace};
+use evergate_core::config::process::{Cgroup, EnvValue, Frames, Ids, Input, Mode, Output, Replace};
 use evergate_core::config::{
     Auth, Config, Facts, Loaded, OnDisconnect, Overrides, Roots, SHAPES, SecretRef, Source, Transport, duration_text,
     effective, load, parse_workers, presets, size_text,
@@ -269,6 +269,7 @@ stop = ["kill", "{pid}"]
 strip = ["top_k"]
 set = { temperature = 0.5, stop = ["a:b", "\"c\""], options = { n = 1, deep = true } }
 sandbox = { read = ["/models"], write = [] }
+cgroup = "required"
 [models.tiny]
 targets = [ { upstream = "tiny" } ]
 "#;
@@ -287,6 +288,7 @@ fn programs_are_read_to_the_last_key() {
     assert_eq!((embed.dir.as_deref(), embed.in_flight_max), (Some("conf/models"), 1024));
     assert_eq!(embed.env.get("TOKEN"), Some(&EnvValue::Secret(SecretRef::Env("KEY_A".into()))));
     assert_eq!(embed.user, Some(Ids { uid: 1000, gid: 1000 }));
+    assert_eq!((embed.cgroup, tiny.cgroup), (Cgroup::Auto, Cgroup::Required));
     let Mode::Server(server) = &tiny.mode else { panic!("{tiny:?}") };
     assert_eq!(server.set.get("stop").map(String::as_str), Some(r#"["a:b","\"c\""]"#));
     assert_eq!(server.set.get("options").map(String::as_str), Some(r#"{"deep":true,"n":1}"#));

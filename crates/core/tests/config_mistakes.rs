@@ -133,7 +133,11 @@ const TABLE: &[(&str, &str)] = &[
         "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], user = { uid = 0 } }",
         "2:58: \"uid\" must be from 1 to",
     ),
-    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], cgroup = 1 }", "2:43: \"cgroup\" is not in this"),
+    ("[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], seccomp = 1 }", "2:43: \"seccomp\" is not in this"),
+    (
+        "[upstreams.x]\nprocess = { mode = \"stdio\", argv = [\"a\"], cgroup = \"on\" }",
+        "2:52: \"cgroup\" must be \"auto\", \"off\" or \"required\"",
+    ),
     (
         "[upstreams.x]\nbase_url = \"https://x/v1\"\ndialect = \"anthropic\"",
         "3:11: dialect \"anthropic\" is not in this version; use the provider's OpenAI-compatible address",

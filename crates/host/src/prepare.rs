@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use evergate_core::config::SecretRef;
-use evergate_core::config::process::{EnvValue, PASSED, Process, ProcessLimits, Sandbox};
+use evergate_core::config::process::{Cgroup, EnvValue, Mode, PASSED, Process, ProcessLimits, Sandbox};
 use evergate_core::{Error, Fault};
 use evergate_sys::{Landlock, Limit};
 
+use crate::cgroup::Cgroups;
 use crate::program::Plan;
 
 /// What every program needs to read to run at all; what is not there is left out. `/proc` does not show it other
@@ -53,6 +54,8 @@ pub struct Prepared {
     pub plan: Plan,
     /// What the kernel makes of `sandbox`.
     pub level: Level,
+    /// What it makes of `cgroup`, in words; none where that is off.
+    pub cgroup: Option<String>,
 }
 
 /// How far a program's view of the file system is confined.
@@ -90,16 +93,42 @@ pub fn prepare(process: &Process, around: Surroundings<'_>) -> Result<Prepared, 
         Some(None) => Level::Unsupported,
         Some(Some(landlock)) => Level::Landlock(landlock.abi()),
     };
+    let cgroups = cgroups(process)?;
+    let has_memory = cgroups.as_ref().is_some_and(Cgroups::has_memory);
     let plan = Plan {
         argv: process.argv.iter().map(OsString::from).collect(),
         env: environment(process, around)?,
         dir: Some(dir),
-        limits: limits(&process.limits),
+        limits: limits(&process.limits, has_memory),
         ids: process.user.map(|ids| (ids.uid, ids.gid)),
         landlock: sandbox.flatten().map(Arc::new),
+        memory: process.limits.memory.filter(|_| has_memory),
+        cgroups: None,
         grace: process.grace,
     };
-    Ok(Prepared { plan, level })
+    let cgroup = cgroups.as_ref().map(ToString::to_string);
+    let cgroups = cgroups.filter(|cgroups| cgroups.check().is_ok()).map(Arc::new);
+    Ok(Prepared { plan: Plan { cgroups, ..plan }, level, cgroup })
+}
+
+/// Where it gets a cgroup, as far as its section wants one and the machine allows it. A program that lives for one request
+/// gets one only where the section insists: to enter a cgroup can take longer than it lives.
+fn cgroups(process: &Process) -> Result<Option<Cgroups>, Error> {
+    let is_kept = !matches!(process.mode, Mode::Command(_));
+    let required = match process.cgroup {
+        Cgroup::Off => return Ok(None),
+        Cgroup::Auto if !is_kept => return Ok(None),
+        Cgroup::Auto => false,
+        Cgroup::Required => true,
+    };
+    let cgroups = Cgroups::make();
+    if required {
+        cgroups.check().map_err(|why| failed(format!("it must have a cgroup, and can have none: {why}")))?;
+        if process.limits.memory.is_some() && !cgroups.has_memory() {
+            return Err(failed(format!("its cgroup must bound its memory, and cannot: {cgroups}")));
+        }
+    }
+    Ok(Some(cgroups))
 }
 
 /// The variables that are passed on where they are set, and the section's own over them.
@@ -122,11 +151,12 @@ fn environment(process: &Process, around: Surroundings<'_>) -> Result<Vec<(OsStr
     Ok(env)
 }
 
-fn limits(limits: &ProcessLimits) -> Vec<(Limit, u64)> {
+/// Those of setrlimit(2); `memory` is among them where no cgroup bounds it.
+fn limits(limits: &ProcessLimits, has_memory: bool) -> Vec<(Limit, u64)> {
     let all = [
         // A core of ours or of a model is too large to be of use to anybody.
         (Limit::Core, Some(0)),
-        (Limit::Memory, limits.memory),
+        (Limit::Memory, limits.memory.filter(|_| !has_memory)),
         (Limit::OpenFiles, limits.open_files.map(u64::from)),
         (Limit::Processes, limits.processes.map(u64::from)),
         (Limit::Cpu, limits.cpu_s.map(u64::from)),

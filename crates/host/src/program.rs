@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 use evergate_sys::{Exit, Landlock, Limit, Pid, Status};
 use tokio::sync::watch;
 
+use crate::cgroup::Cgroups;
+
 pub(crate) use house::members;
 pub use start::{Failed, Programs, StartError};
 pub(crate) use streams::LINGER;
@@ -46,6 +48,10 @@ pub struct Plan {
     pub ids: Option<(u32, u32)>,
     /// What it may reach in the file system; none for whatever its user may.
     pub landlock: Option<Arc<Landlock>>,
+    /// Where it gets a cgroup of its own; none leaves it in the host's.
+    pub cgroups: Option<Arc<Cgroups>>,
+    /// Bytes that its cgroup may use in memory, if it has one that bounds it.
+    pub memory: Option<u64>,
     /// From TERM to KILL.
     pub grace: Duration,
 }
@@ -94,6 +100,8 @@ pub struct Ended {
     pub strays: u32,
     /// Processes of its making that a KILL did not end within two seconds; they are followed further.
     pub left: u32,
+    /// Processes of it that the kernel has killed for want of memory; none where nobody counts them.
+    pub oom_kills: Option<u64>,
     /// The last of what it wrote to standard error.
     pub tail: Vec<u8>,
 }

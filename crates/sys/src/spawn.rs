@@ -61,6 +61,8 @@ pub struct Confine<'a> {
     pub no_new_privs: bool,
     /// What it may reach in the file system, as from [`crate::Landlock`]; needs `no_new_privs`.
     pub landlock: Option<BorrowedFd<'a>>,
+    /// The files `cgroup.procs` of the cgroups that it is to be in, open for writing.
+    pub groups: &'a [BorrowedFd<'a>],
 }
 
 /// A limit of setrlimit(2).
@@ -113,6 +115,8 @@ pub enum Step {
     Exec,
     /// The file is there; what its first line or its header names as interpreter is not.
     Interpreter,
+    /// Its cgroups.
+    Group,
 }
 
 /// Why a program was not started.
@@ -192,6 +196,8 @@ pub fn start(spec: &Spawn<'_>) -> io::Result<Starting> {
     let confine = spec.confine.copied().unwrap_or_default();
     let dir = confine.dir.map(|dir| text(dir.as_os_str())).transpose()?;
     let landlock = confine.landlock.map(up).transpose()?;
+    let groups = confine.groups.iter().map(|group| up(*group)).collect::<Result<Vec<_>, _>>()?;
+    let group_numbers: Vec<c_int> = groups.iter().map(AsRawFd::as_raw_fd).collect();
     let (args, env) = (pointers(&args), pointers(&env));
     let unmapped: Vec<c_int> = (3..above).filter(|fd| !moves.iter().any(|(_, target)| target == fd)).collect();
     let plan = Plan {
@@ -210,6 +216,7 @@ pub fn start(spec: &Spawn<'_>) -> io::Result<Starting> {
         ids: confine.ids,
         no_new_privs: confine.no_new_privs,
         landlock: landlock.as_ref().map(AsRawFd::as_raw_fd),
+        groups: &group_numbers,
         report: write.as_raw_fd(),
     };
     Ok(Starting { pid: fork_blocked(&plan)?, report: ExecReport(report) })
@@ -241,7 +248,7 @@ impl AsRawFd for ExecReport {
 }
 
 impl Failed {
-    const STEPS: [Step; 8] = [
+    const STEPS: [Step; 9] = [
         Step::Bonds,
         Step::Descriptors,
         Step::Dir,
@@ -250,6 +257,7 @@ impl Failed {
         Step::Sandbox,
         Step::Exec,
         Step::Interpreter,
+        Step::Group,
     ];
 
     fn read(bytes: &[u8]) -> Option<Self> {
@@ -290,6 +298,7 @@ struct Plan<'a> {
     ids: Option<(u32, u32)>,
     no_new_privs: bool,
     landlock: Option<c_int>,
+    groups: &'a [c_int],
     report: c_int,
 }
 
@@ -389,7 +398,7 @@ unsafe fn prepare(plan: &Plan<'_>) -> Result<(), Step> {
     Ok(())
 }
 
-/// Folder, limits, user and rights, in the order in which each still has the right to do it.
+/// Cgroups, folder, limits, user and rights, in the order in which each still has the right to do it.
 ///
 /// # Safety
 /// As [`child`].
@@ -398,6 +407,10 @@ unsafe fn confine(plan: &Plan<'_>) -> Result<(), Step> {
     let check = |step: Step, outcome: libc::c_long| if outcome < 0 { Err(step) } else { Ok(()) };
     // SAFETY: as in `child`.
     unsafe {
+        for group in plan.groups {
+            // While it is who we are; a 0 is the process that writes it.
+            check(Step::Group, libc::write(*group, c"0".as_ptr().cast(), 1) as libc::c_long)?;
+        }
         if let Some(dir) = plan.dir {
             check(Step::Dir, libc::c_long::from(libc::chdir(dir)))?;
         }

@@ -107,6 +107,7 @@ pub(super) static PROCESS: Shape = Shape {
         "output_max",
         "limits",
         "sandbox",
+        "cgroup",
         "user",
         "input",
         "output",
@@ -133,7 +134,7 @@ pub(super) static PROCESS: Shape = Shape {
         "strip",
         "set",
     ],
-    later: &["seccomp", "cgroup"],
+    later: &["seccomp"],
 };
 pub(super) static PROCESS_LIMITS: Shape = Shape {
     section: "upstreams.NAME.process.limits",

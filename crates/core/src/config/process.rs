@@ -44,6 +44,8 @@ pub struct Process {
     pub limits: ProcessLimits,
     /// Where it may read and write; none leaves the file system as its user finds it.
     pub sandbox: Option<Sandbox>,
+    /// Whether it has a cgroup of its own.
+    pub cgroup: Cgroup,
     /// User and group it runs as; only for a gateway that runs as root.
     pub user: Option<Ids>,
 }
@@ -170,10 +172,22 @@ pub enum Replace {
     Overlap,
 }
 
+/// Whether a program has a cgroup of its own (cgroups(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cgroup {
+    /// One that is kept does where the machine allows it. The default.
+    Auto,
+    /// None does.
+    Off,
+    /// It does, in every mode, or is not started.
+    Required,
+}
+
 /// Limits of setrlimit(2); none leaves the gateway's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessLimits {
-    /// Address space, bytes (`RLIMIT_AS`).
+    /// Memory of its cgroup, bytes, where that bounds it; otherwise address space (`RLIMIT_AS`).
     pub memory: Option<u64>,
     /// Open files (`RLIMIT_NOFILE`).
     pub open_files: Option<u32>,

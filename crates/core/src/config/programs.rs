@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::keys::{PROCESS, PROCESS_LIMITS, SANDBOX, USER};
 use super::process::{
-    Command, EnvValue, Frames, Ids, Input, Mode, Output, Process, ProcessLimits, Replace, Sandbox, Server, Stdio,
+    Cgroup, Command, EnvValue, Frames, Ids, Input, Mode, Output, Process, ProcessLimits, Replace, Sandbox, Server,
+    Stdio,
 };
 use super::read::{Section, Value, shown};
 use super::secrets::{Vault, is_variable};
@@ -80,6 +81,7 @@ pub(super) fn process<'a>(upstream: &Section<'a>, vault: &Vault<'a>) -> Option<P
         replace: replace(&section),
         limits: limits(&section),
         sandbox: sandbox(&section),
+        cgroup: cgroup(&section),
         user: user(&section),
         mode,
     })
@@ -204,6 +206,18 @@ fn group(section: &Section<'_>) -> Option<String> {
         section.report.mistake(place, text);
     }
     Some(name.to_owned())
+}
+
+fn cgroup(section: &Section<'_>) -> Cgroup {
+    match section.text("cgroup") {
+        None | Some(("auto", _)) => Cgroup::Auto,
+        Some(("off", _)) => Cgroup::Off,
+        Some(("required", _)) => Cgroup::Required,
+        Some((_, place)) => {
+            section.report.mistake(place, "\"cgroup\" must be \"auto\", \"off\" or \"required\"");
+            Cgroup::Auto
+        }
+    }
 }
 
 fn replace(section: &Section<'_>) -> Replace {

@@ -127,11 +127,14 @@ pub enum ProgramEnd {
     Boot = 4,
     /// With its host, which was told to go.
     Stopped = 5,
+    /// By the kernel, for want of memory in its cgroup.
+    OutOfMemory = 6,
 }
 
 impl ProgramEnd {
     /// All of them, in their order.
-    pub const ALL: [Self; 6] = [Self::Done, Self::Crash, Self::Host, Self::Unknown, Self::Boot, Self::Stopped];
+    pub const ALL: [Self; 7] =
+        [Self::Done, Self::Crash, Self::Host, Self::Unknown, Self::Boot, Self::Stopped, Self::OutOfMemory];
 
     /// The label, and the initiator in the record.
     #[must_use]
@@ -143,6 +146,7 @@ impl ProgramEnd {
             Self::Unknown => "unknown",
             Self::Boot => "boot",
             Self::Stopped => "stopped",
+            Self::OutOfMemory => "out_of_memory",
         }
     }
 }

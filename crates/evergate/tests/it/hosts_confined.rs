@@ -44,7 +44,8 @@ fn written(folder: &Path, name: &str) -> Value {
 #[test]
 fn g26_a_program_sees_nothing_of_the_gateway_but_what_its_section_names() {
     for mode in MODES {
-        let more = ", pass_env = [\"OWN\"], env = { MORE = \"more\" }, limits = { open_files = 77, memory = \"8GiB\" }";
+        let more = ", pass_env = [\"OWN\"], env = { MORE = \"more\" }, cgroup = \"off\", \
+                    limits = { open_files = 77, memory = \"8GiB\" }";
         let gateway = run(mode, &own(mode, &["dump:seen.json"], more));
         let folder = gateway.state_dir().join("models/tiny");
         let seen = written(&folder, "seen.json");

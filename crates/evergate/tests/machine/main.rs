@@ -2,6 +2,7 @@
 //! itself whether it can run here; one that cannot is reported as ignored, which `./test` holds against tests/skips.txt.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
 
+mod groups;
 mod kernel;
 mod memory;
 mod packaging;
@@ -10,12 +11,15 @@ mod ports;
 
 use evergate_testkit::cases::{self, Case};
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 13] = [
     ("j3_more_large_bodies_than_there_is_memory_for_end_no_worker", memory::large_bodies_end_no_worker),
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
     ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
     ("s21_a_stop_does_not_wait_for_who_hangs_in_the_kernel", kernel::a_stop_does_not_wait),
     ("s04_a_killed_clerk_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_clerk_is_succeeded),
+    ("g5_a_memory_kill_of_a_program_is_told_from_others", groups::memory_kills_are_told_from_others),
+    ("g10_cgroups_of_programs_go_with_their_hosts", groups::folders_go_with_their_hosts),
+    ("g10_where_no_cgroup_may_be_made_programs_run_without", groups::where_it_may_not),
     ("s10_a_memory_kill_is_told_from_an_operators_twenty_of_twenty", memory::twenty_of_twenty),
     ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),
     ("s10_without_a_counter_nothing_is_guessed", memory::nothing_is_guessed),

@@ -81,6 +81,15 @@ pub(crate) fn sweep(over: Option<u64>, seen: &BTreeSet<Killed>) -> Swept {
     swept
 }
 
+/// Those of a program's cgroup that have left its process group, of which this is the first.
+pub(crate) fn strays(members: &[i32], first: Pid) -> BTreeSet<Killed> {
+    let first = u64::from(first.as_raw_nonzero().get().unsigned_abs());
+    let found = members.iter().filter_map(|pid| Some((*pid, stat(*pid)?.1)));
+    // The fields after the state, which is number 3: the group is number 5, the start number 22 (proc_pid_stat(5)).
+    let found = found.filter(|(_, fields)| fields.get(1) != Some(&first));
+    found.map(|(pid, fields)| (pid, fields.get(18).copied().unwrap_or(0))).collect()
+}
+
 /// Whether orphans of a program are alive.
 pub(crate) fn has_orphans(number: u64) -> bool {
     let leaders = leaders();

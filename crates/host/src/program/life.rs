@@ -20,6 +20,7 @@ use super::start::Failed;
 use super::streams::LINGER;
 use super::tail::Tail;
 use super::{Ended, Ladder, Order, State, house};
+use crate::cgroup::Group;
 use crate::report::Report;
 
 /// How long a sweep looks for descendants that must be dead already; beyond it they hang in the kernel.
@@ -40,6 +41,8 @@ pub(crate) struct Life {
     pub(crate) request: Option<String>,
     pub(crate) program: OsString,
     pub(crate) grace: Duration,
+    /// Empty where it has none.
+    pub(crate) group: Group,
     pub(crate) born: Instant,
     pub(crate) state: watch::Sender<State>,
     pub(crate) order: watch::Receiver<Order>,
@@ -119,7 +122,10 @@ impl Life {
         all_closed(&self.logs).await;
         let exit = self.bury().unwrap_or(Exit { status, rss_max_kib: 0, cpu_ms: 0 });
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner).bytes();
-        let ended = Ended { pid: self.pid, request: self.request.take(), exit, ladder, age, strays, left, tail };
+        let (request, oom_kills) = (self.request.take(), self.group.oom_kills());
+        // Before anybody hears of the end: whoever starts the next one finds nothing of this.
+        self.group = Group::default();
+        let ended = Ended { pid: self.pid, request, exit, ladder, age, strays, left, oom_kills, tail };
         self.report.ended(&ended);
         self.state.send_modify(|state| state.ended = Some(ended));
     }
@@ -195,13 +201,17 @@ impl Life {
     /// Kills what has left its group, and what that leaves, until nothing is found (G10). How many there were, and how many
     /// are still there.
     async fn sweep(&self) -> (u32, u32) {
-        let (mut seen, mut pause, end) = (BTreeSet::new(), Duration::from_millis(1), Instant::now() + SWEEP_MAX);
+        let (mut pause, end) = (Duration::from_millis(1), Instant::now() + SWEEP_MAX);
+        let mut seen = house::strays(&self.group.members(), self.pid);
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         loop {
+            self.group.kill();
+            let members = self.group.members();
+            seen.extend(house::strays(&members, self.pid));
             let swept = house::sweep(Some(self.number), &seen);
             seen.extend(&swept.killed);
-            if swept.is_clean() || Instant::now() >= end {
-                return (count(seen.len()), count(swept.killed.len()));
+            if (swept.is_clean() && members.is_empty()) || Instant::now() >= end {
+                return (count(seen.len()), count(swept.killed.len().max(members.len())));
             }
             sleep(pause).await;
             pause = (pause * 2).min(SWEEP_PAUSE_MAX);

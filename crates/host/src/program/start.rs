@@ -67,6 +67,7 @@ impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let attempted = match self.step {
             Step::Bonds => "make a process group for",
+            Step::Group => "enter the cgroup of",
             Step::Descriptors => "hand descriptors to",
             Step::Dir => "enter the working folder of",
             Step::Limits => "set the limits of",
@@ -228,10 +229,15 @@ impl Programs {
         let mut fds = vec![(stdin, 0), (output.as_fd(), 1), (errors.as_fd(), 2)];
         fds.extend_from_slice(wiring.fds);
 
+        let group = plan.cgroups.as_ref().map(|cgroups| cgroups.group(number, plan.memory)).transpose();
+        let mut group =
+            group.map_err(|error| io::Error::new(error.kind(), format!("its cgroup: {error}")))?.unwrap_or_default();
+
         let (pid, exec) = house::enter(number, || {
-            let starting = fork(plan, wiring.args, &self.environment(plan, number), &fds)?;
+            let starting = fork(plan, wiring.args, &self.environment(plan, number), (&fds, &group.entrances()))?;
             Ok((starting.pid, starting.report))
         })?;
+        group.close();
         let (state, order) = (watch::Sender::new(State::default()), watch::Sender::new(Order::Live));
         let (open, logs) = (watch::Sender::new(0), watch::Sender::new(0));
         let tail = Arc::<Mutex<Tail>>::default();
@@ -242,6 +248,7 @@ impl Programs {
             request: wiring.request.map(str::to_owned),
             program: plan.argv.first().cloned().unwrap_or_default(),
             grace: plan.grace,
+            group,
             born: Instant::now(),
             state: state.clone(),
             order: order.subscribe(),
@@ -295,7 +302,7 @@ fn fork(
     plan: &Plan,
     args: &[OsString],
     env: &[(OsString, OsString)],
-    fds: &[(BorrowedFd<'_>, i32)],
+    (fds, entrances): (&[(BorrowedFd<'_>, i32)], &[BorrowedFd<'_>]),
 ) -> io::Result<evergate_sys::Starting> {
     let Some((program, rest)) = plan.argv.split_first() else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "no program is named"));
@@ -307,6 +314,7 @@ fn fork(
         ids: plan.ids,
         no_new_privs: true,
         landlock: plan.landlock.as_ref().map(|landlock| landlock.as_fd()),
+        groups: entrances,
     };
     evergate_sys::start(&Spawn {
         exe: Exe::Paths(&candidates(program, env)),

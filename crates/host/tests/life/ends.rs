@@ -1,13 +1,18 @@
 //! Ends: exact causes, the ladder, and nothing left behind.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use evergate_core::cgroup;
+use evergate_host::cgroup::Cgroups;
 use evergate_host::program::Ladder;
 use evergate_host::{Plan, Wiring};
 use evergate_sys::{Limit, Status};
 use evergate_testkit::wait_until;
 
-use super::support::{House, LONG, OUTPUT, alone, exists, is_full, open_files, plan, read, run, sim, text, until};
+use super::support::{
+    House, LONG, OUTPUT, PIPES, alone, exists, is_full, open_files, plan, read, run, sim, text, until,
+};
 
 /// On a machine that is not overrun; promises of 100 ms and the like are checked with this on top.
 const SLACK: Duration = Duration::from_secs(2);
@@ -175,6 +180,51 @@ fn g10_one_that_hides_its_maker_is_found_too() {
         program.end();
         program.ended().await.unwrap();
         until("it is gone too", || !exists(naked)).await;
+    });
+}
+
+/// Groups of this process's; none, and a word about it, where it may not make any.
+fn cgroups() -> Option<Arc<Cgroups>> {
+    let cgroups = Cgroups::make();
+    let why = cgroups.check().err().map(str::to_owned);
+    why.inspect(|why| println!("no cgroup can be made here ({why}): nothing to test"))
+        .is_none()
+        .then(|| Arc::new(cgroups))
+}
+
+/// Puts a process into a group within each of its own, as a container's runtime would.
+fn nest(pid: i32) {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    for folder in cgroup::folders(&read(&format!("/proc/{pid}/cgroup")), &read("/proc/self/mountinfo")) {
+        let inner = folder.join("inner");
+        std::fs::create_dir(&inner).unwrap();
+        std::fs::write(inner.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn g10_one_that_hides_its_maker_goes_with_its_cgroup_while_others_live() {
+    let Some(cgroups) = cgroups() else { return };
+    run(|house| async move {
+        // As far as marks, groups and sessions tell, both could have made it.
+        let bystander = house.start(&sim(&["hang"]), OUTPUT).await;
+        for (last, is_nested) in [("hang", false), ("exit:7", false), ("exit:7", true)] {
+            house.ear.lines.lock().unwrap().clear();
+            let mut plan = sim(&["fork:naked:pid,hang", "read", last]);
+            plan.cgroups = Some(Arc::clone(&cgroups));
+            let mut program = house.start(&plan, PIPES).await;
+            let naked = house.heard("pid ", 1).await[0];
+            if is_nested {
+                nest(naked);
+            }
+            if last == "hang" {
+                program.end();
+            }
+            drop(program.take_input());
+            let ended = program.ended().await.unwrap();
+            assert_eq!((exists(naked), ended.strays, ended.left), (false, 1, 0), "{ended:?}");
+        }
+        assert!(exists(bystander.pid().as_raw_nonzero().get()));
     });
 }
 

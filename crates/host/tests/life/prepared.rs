@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use evergate_core::config::SecretRef;
-use evergate_core::config::process::{EnvValue, Frames, Mode, Process, ProcessLimits, Replace, Sandbox, Stdio};
+use evergate_core::config::process::{Cgroup, EnvValue, Frames, Mode, Process, ProcessLimits, Replace, Sandbox, Stdio};
 use evergate_host::prepare::{Level, Surroundings, prepare};
 use evergate_sys::Landlock;
 use serde_json::Value;
@@ -41,6 +41,7 @@ fn section(argv: &[&str]) -> Process {
         replace: Replace::Drain,
         limits: ProcessLimits::default(),
         sandbox: None,
+        cgroup: Cgroup::Off,
         user: None,
     }
 }

@@ -87,6 +87,8 @@ pub(crate) fn plan<S: AsRef<OsStr>>(argv: &[S]) -> Plan {
         limits: Vec::new(),
         ids: None,
         landlock: None,
+        cgroups: None,
+        memory: None,
         grace: Duration::from_millis(300),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use super::super::process::{Command, EnvValue, Frames, Input, Mode, Output, Process, Replace, Server, Stdio};
+use super::super::process::{Cgroup, Command, EnvValue, Frames, Input, Mode, Output, Process, Replace, Server, Stdio};
 use super::{duration, list, reference, size_text, text};
 
 pub(super) fn write(out: &mut String, upstream: &str, process: &Process) -> fmt::Result {
@@ -54,6 +54,12 @@ fn bounds(out: &mut String, process: &Process) -> fmt::Result {
         size("file_size", limits.file_size),
     ];
     writeln!(out, "limits = {}", table(entries.into_iter().flatten()))?;
+    let cgroup = match process.cgroup {
+        Cgroup::Auto => "auto",
+        Cgroup::Off => "off",
+        Cgroup::Required => "required",
+    };
+    writeln!(out, "cgroup = \"{cgroup}\"")?;
     if let Some(sandbox) = &process.sandbox {
         writeln!(out, "sandbox = {{ read = {}, write = {} }}", list(&sandbox.read), list(&sandbox.write))?;
     }

@@ -166,6 +166,10 @@ impl Ear {
             (Ladder::Untouched, Status::Code(_)) => ProgramEnd::Crash,
             // Those that a process raises by its own mistake.
             (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ProgramEnd::Crash,
+            // The counter is its own group's: nobody else's memory can have been meant.
+            (Ladder::Untouched, Status::Signal { number: 9, .. }) if ended.oom_kills > Some(0) => {
+                ProgramEnd::OutOfMemory
+            }
             (Ladder::Untouched, Status::Signal { .. }) => ProgramEnd::Unknown,
         }
     }
@@ -236,7 +240,8 @@ impl Report for Ear {
             "generation": self.place.child.generation, "code": code, "signal": signal,
             "core": core, "initiator": end.name(), "sent": sent,
             "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
-            "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "request_id": ended.request,
+            "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "oom_kills": ended.oom_kills,
+            "request_id": ended.request,
             "note": last.trim(), "stderr": tail,
         });
         self.send(Entry::Exit(format!("{record}\n")));

@@ -121,6 +121,9 @@ fn plan(parts: &Parts<'_>) -> Result<Plan, String> {
     if prepared.level != Level::Open {
         eprintln!("evergate host {name}: sandbox: {}", prepared.level);
     }
+    if let Some(cgroup) = &prepared.cgroup {
+        eprintln!("evergate host {name}: cgroup: {cgroup}");
+    }
     Ok(prepared.plan)
 }
 
