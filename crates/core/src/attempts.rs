@@ -30,7 +30,9 @@ pub enum How {
     NotReached,
     /// The connection ended after the request was written, without a byte of an answer (D10).
     Unanswered,
-    /// An answer with this status, which is no success (E1 to E4, E10).
+    /// It does not accept our credential (E2).
+    NotAccepted,
+    /// An answer with this status, which is no success (E1, E3, E4, E10).
     Status(u16),
     /// An answer larger than our limits (E8, F10).
     TooLarge,
@@ -64,8 +66,8 @@ impl How {
             Self::Full | Self::NotReached | Self::Slow | Self::Broken => true,
             // The upstream may have worked, and sent its bill.
             Self::Unanswered => retry_unknown,
-            // Our credential (401, 403), its limit (429): no other target has the same.
-            Self::Status(401 | 403 | 429) => true,
+            // Our credential (whatever its status was), its limit (429): no other target has the same.
+            Self::NotAccepted | Self::Status(429) => true,
             // The client's to mend, or a redirect, which is a mistake in the configuration that should be seen.
             Self::Status(300..500) => false,
             Self::Status(_) => true,

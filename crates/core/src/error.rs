@@ -97,6 +97,8 @@ faults! {
     HeadersTooLarge => 431 "invalid_request_error" "headers_too_large" retry=false after=None, close=true Client;
     /// The upstream refuses for its rate limit.
     RateLimitExceeded => 429 "rate_limit_error" "rate_limit_exceeded" retry=true after=Some(1), close=false Upstream;
+    /// The upstream's account has used up what it may; waiting does not help.
+    InsufficientQuota => 429 "insufficient_quota" "insufficient_quota" retry=false after=None, close=false Upstream;
     /// A defect of ours, a caught panic included.
     Internal => 500 "server_error" "internal_error" retry=true after=None, close=false Gateway;
     /// The upstream's answer is not what its API promises.

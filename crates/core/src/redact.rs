@@ -18,6 +18,8 @@ const SECRET_BYTES_MIN: usize = 8;
 const KEY_BYTES: usize = 8;
 /// From this length on a part of a secret is taken for it: half of one that is shorter may be a word.
 const PART_BYTES_MIN: usize = 2 * KEY_BYTES;
+/// What is a part of a secret in a client's word, where nobody shortens keys for show.
+const PART_OF_WORD: usize = 16;
 /// Before what is a key though none of ours, such as that of a client's other provider; and the fewest characters that
 /// make one.
 const MARKS: [&str; 6] = ["sk-", "AIza", "bearer ", "key=", "api-key: ", "api_key="];
@@ -90,7 +92,7 @@ impl Redactor {
     /// The text without what is, or looks like, a secret.
     #[must_use]
     pub fn redact(&self, text: &str) -> String {
-        let mut found = self.known(text.as_bytes());
+        let mut found = self.known(text.as_bytes(), KEY_BYTES);
         found.extend(MARKS.iter().flat_map(|mark| marked(text, mark)));
         if found.is_empty() {
             return text.to_owned();
@@ -109,13 +111,16 @@ impl Redactor {
         out
     }
 
-    /// Whether a text has something in it that is, or looks like, a secret.
+    /// Whether a client's word has something in it that is, or looks like, a secret. Of a part it takes more than in a
+    /// text of an upstream's: eight characters, as of "sk-team-production", are soon those of a good name.
     #[must_use]
     pub fn finds(&self, text: &str) -> bool {
-        !self.known(text.as_bytes()).is_empty() || MARKS.iter().any(|mark| marked(text, mark).next().is_some())
+        !self.known(text.as_bytes(), PART_OF_WORD).is_empty()
+            || MARKS.iter().any(|mark| marked(text, mark).next().is_some())
     }
 
-    fn known(&self, text: &[u8]) -> Vec<Range<usize>> {
+    /// What is a form, or at least so many bytes of its beginning or its end.
+    fn known(&self, text: &[u8], part: usize) -> Vec<Range<usize>> {
         let mut found = Vec::new();
         for (at, window) in text.windows(KEY_BYTES).enumerate() {
             let Some(key) = window.first_chunk::<KEY_BYTES>() else { break };
@@ -125,7 +130,7 @@ impl Redactor {
             let (before, after) = text.split_at_checked(at).unwrap_or_default();
             for form in self.starts.get(key).into_iter().flatten().filter_map(|index| self.forms.get(*index)) {
                 let common = form.iter().zip(after).take_while(|(ours, theirs)| ours == theirs).count();
-                if is_enough(common, form) {
+                if is_enough(common, form, part) {
                     found.push(at..at + common);
                 }
             }
@@ -133,7 +138,7 @@ impl Redactor {
             for form in self.ends.get(key).into_iter().flatten().filter_map(|index| self.forms.get(*index)) {
                 let common =
                     form.iter().rev().zip(upto.iter().rev()).take_while(|(ours, theirs)| ours == theirs).count();
-                if is_enough(common, form) {
+                if is_enough(common, form, part) {
                     found.push(upto.len() - common..upto.len());
                 }
             }
@@ -142,20 +147,19 @@ impl Redactor {
     }
 }
 
-/// Whether a token, which may be none of ours, stands in a text: as it is, in no encoding, whole or by one of its ends.
+/// Whether a token, which may be none of ours, stands in a client's word: in no encoding, whole or by one of its ends.
 #[must_use]
 pub fn is_quoted(token: &[u8], text: &str) -> bool {
     let stands = |part: &[u8]| text.as_bytes().windows(part.len()).any(|window| window == part);
-    match (token.first_chunk::<KEY_BYTES>(), token.last_chunk::<KEY_BYTES>()) {
-        (Some(first), Some(last)) if token.len() >= PART_BYTES_MIN => stands(first) || stands(last),
-        (Some(_), _) => stands(token),
-        // A word.
-        (None, _) => false,
+    match (token.first_chunk::<PART_OF_WORD>(), token.last_chunk::<PART_OF_WORD>()) {
+        (Some(first), Some(last)) => stands(first) || stands(last),
+        // A shorter one than the least secret is a word.
+        _ => token.len() >= SECRET_BYTES_MIN && stands(token),
     }
 }
 
-fn is_enough(common: usize, form: &[u8]) -> bool {
-    common == form.len() || (common >= KEY_BYTES && form.len() >= PART_BYTES_MIN)
+fn is_enough(common: usize, form: &[u8], part: usize) -> bool {
+    common == form.len() || (common >= part && form.len() >= PART_BYTES_MIN)
 }
 
 /// What follows a mark, if it is long enough for a key.
@@ -304,12 +308,10 @@ mod tests {
 
     #[test]
     fn a_text_with_a_secret_is_told_from_one_without() {
-        for text in
-            [SECRET, "x-k/9+\"se&c", "ay85KyJzZSZjcmV0PD14XFEydzc", "sk-0123456789abcdef", "openai/sk-0123456789abcdef"]
-        {
+        for text in [SECRET, "ay85KyJzZSZjcmV0PD14XFEydzc", "sk-0123456789abcdef", "openai/sk-0123456789abcdef"] {
             assert!(redactor().finds(text), "{text}");
         }
-        for text in ["", "gpt-4o-mini", "openai/gpt-4o-mini", "0f8fad5b-d9cb-469f-a165-70867728950e", "k/9+"] {
+        for text in ["", "gpt-4o-mini", "openai/gpt-4o-mini", "0f8fad5b-d9cb-469f-a165-70867728950e", "x-k/9+\"se&c"] {
             assert!(!redactor().finds(text), "{text}");
         }
     }
@@ -317,10 +319,10 @@ mod tests {
     #[test]
     fn a_token_of_nobodys_is_found_as_it_is() {
         let token = b"my-own-token-0123";
-        for text in ["my-own-token-0123", "fake/my-own-token-0123", "a my-own-t...", "...ken-0123"] {
+        for text in ["my-own-token-0123", "fake/my-own-token-0123", "a my-own-token-012...", "...y-own-token-0123"] {
             assert!(is_quoted(token, text), "{text}");
         }
-        assert!(!is_quoted(token, "my-own") && !is_quoted(token, "own-token-01") && !is_quoted(token, ""));
+        assert!(!is_quoted(token, "my-own-token-1") && !is_quoted(token, "token-0123-a") && !is_quoted(token, ""));
         assert!(is_quoted(b"tokentoken", "a tokentoken") && !is_quoted(b"tokentoken", "a tokentok"));
         assert!(!is_quoted(b"token", "a token") && !is_quoted(b"", "a token"));
     }

@@ -189,11 +189,14 @@ const cases = {
     for (const stream of [false, true]) {
       await raises(InternalServerError, () => chat("status-500", { stream }), 502, "upstream_failed");
     }
+    // A defect of the gateway itself, which its debug build has on demand.
+    const options = { headers: { "x-evergate-fault": "panic-handler" } };
+    await raises(InternalServerError, () => chat("ok", {}, options), 500, "internal_error");
   },
 
   async error_504() {
-    await raises(InternalServerError, () => chat("silent"), 504);
-    await raises(InternalServerError, () => chat("never-headers", { stream: true }), 504);
+    await raises(InternalServerError, () => chat("silent"), 504, "deadline_exceeded");
+    await raises(InternalServerError, () => chat("never-headers", { stream: true }), 504, "first_token_timeout");
   },
 
   async broken_streams_raise() {

@@ -196,12 +196,15 @@ def error_429():
 def error_500():
     raises(openai.InternalServerError, lambda: chat("status-500"), 502, "upstream_failed")
     raises(openai.InternalServerError, lambda: chat("status-500", stream=True), 502, "upstream_failed")
+    # A defect of the gateway itself, which its debug build has on demand.
+    broken = {"x-evergate-fault": "panic-handler"}
+    raises(openai.InternalServerError, lambda: chat("ok", extra_headers=broken), 500, "internal_error")
 
 
 @case
 def error_504():
-    raises(openai.InternalServerError, lambda: chat("silent"), 504)
-    raises(openai.InternalServerError, lambda: chat("never-headers", stream=True), 504)
+    raises(openai.InternalServerError, lambda: chat("silent"), 504, "deadline_exceeded")
+    raises(openai.InternalServerError, lambda: chat("never-headers", stream=True), 504, "first_token_timeout")
 
 
 @case

@@ -10,7 +10,7 @@ const ENDED: Ended = Ended {
 };
 
 /// Every way to fail, and whether the next target is tried: without and with `retry_unknown`.
-const TABLE: [(How, [bool; 2]); 30] = [
+const TABLE: [(How, [bool; 2]); 29] = [
     (How::Full, [true, true]),
     (How::NotReached, [true, true]),
     (How::Unanswered, [false, true]),
@@ -26,9 +26,8 @@ const TABLE: [(How, [bool; 2]); 30] = [
     (How::Status(307), [false, false]),
     (How::Status(399), [false, false]),
     (How::Status(400), [false, false]),
-    (How::Status(401), [true, true]),
+    (How::NotAccepted, [true, true]),
     (How::Status(402), [false, false]),
-    (How::Status(403), [true, true]),
     (How::Status(404), [false, false]),
     (How::Status(408), [false, false]),
     (How::Status(409), [false, false]),

@@ -84,6 +84,12 @@ impl Record {
         }
     }
 
+    /// Milliseconds since the request came.
+    #[must_use]
+    pub fn elapsed_ms(&self) -> f64 {
+        self.started.elapsed().as_secs_f64() * 1000.0
+    }
+
     /// Puts the attempt under way on the path, if it belongs there.
     fn close_attempt(&mut self, cause: &'static str) {
         if let Some(began) = self.attempt_began.take() {
@@ -240,8 +246,13 @@ impl Pass {
     /// Notes the arrival of the answer's first piece.
     pub fn note_first_token(&mut self) {
         if self.record.first_token_ms.is_none() {
-            self.record.first_token_ms = Some(self.record.started.elapsed().as_secs_f64() * 1000.0);
+            self.note_first_token_at(self.record.elapsed_ms());
         }
+    }
+
+    /// The same, so many milliseconds after the request.
+    pub fn note_first_token_at(&mut self, ms: f64) {
+        self.record.first_token_ms.get_or_insert(ms);
     }
 
     /// Sets how it ends, with the status that the client was sent. The first call counts.
@@ -393,7 +404,7 @@ impl Gate {
             bytes_in: record.bytes_in,
             bytes_out: record.bytes_out,
             first_byte_ms: record.first_token_ms,
-            duration_ms: record.started.elapsed().as_secs_f64() * 1000.0,
+            duration_ms: record.elapsed_ms(),
             tokens_in: record.usage.map(|usage| usage.tokens_in),
             tokens_out: record.usage.map(|usage| usage.tokens_out),
             detail: &record.detail,

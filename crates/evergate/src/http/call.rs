@@ -72,7 +72,7 @@ impl ModelCall {
         if let Some(permit) = permit {
             answer.body.hold(permit);
         }
-        pass.note_first_token();
+        let first_token_ms = pass.record.elapsed_ms();
         if !answer.status.is_success() {
             return Err(Box::pin(self.refused(name, answer, deadline)).await);
         }
@@ -91,6 +91,8 @@ impl ModelCall {
         if !seen.has_choices_or_data {
             return Err(broken(bad(format!("the upstream \"{name}\" sent an answer without choices or data"))));
         }
+        // Of answers only: a refusal has no first token, and comes sooner than any.
+        pass.note_first_token_at(first_token_ms);
         pass.record.usage = seen.usage;
         let mut response = respond::json(status, body);
         pass_headers(&headers, response.headers_mut());
@@ -154,7 +156,8 @@ impl ModelCall {
             return Failure { error, how: if is_undone { How::NotReached } else { How::Status(status.as_u16()) } };
         }
         let error = refusal::of(&self.app, name, status, &headers, &read);
-        Failure { error, how: How::Status(status.as_u16()) }
+        let is_our_key = error.fault == Fault::UpstreamAuthFailed;
+        Failure { error, how: if is_our_key { How::NotAccepted } else { How::Status(status.as_u16()) } }
     }
 }
 

@@ -19,21 +19,22 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
     let code = status.as_u16();
     let detail = format!("upstream {upstream} answered {code}");
     let error = match code {
-        // The client would take it for a word about its own key.
-        401 | 403 => Error::new(
-            Fault::UpstreamAuthFailed,
-            format!("the upstream \"{upstream}\" does not accept the gateway's credential; its operator has to look"),
-        ),
-        429 => {
-            let mut error = passed_on(app, upstream, status, body);
-            error.fault = Fault::RateLimitExceeded;
-            error.retry_after_s = headers
-                .get(RETRY_AFTER)
-                .and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok())
-                .map(|s| s.ceil() as u32);
-            error
+        401 | 403 | 407 => not_accepted(upstream),
+        400..=499 => {
+            let error = passed_on(app, upstream, status, body);
+            match (error.code.as_deref(), code) {
+                // Some say so with a 400.
+                (Some("invalid_api_key"), _) => not_accepted(upstream),
+                (Some("insufficient_quota"), 429) => Error { fault: Fault::InsufficientQuota, ..error },
+                (_, 429) => {
+                    let wait =
+                        headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
+                    let retry_after_s = wait.map(|seconds| seconds.ceil() as u32);
+                    Error { fault: Fault::RateLimitExceeded, retry_after_s, ..error }
+                }
+                _ => error,
+            }
         }
-        400..=499 => passed_on(app, upstream, status, body),
         500..=599 => {
             Error::new(Fault::UpstreamFailed, format!("the upstream \"{upstream}\" failed with status {code}"))
         }
@@ -48,6 +49,13 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
         ),
     };
     error.detail(detail)
+}
+
+/// The client would take the upstream's own words for some about its own key.
+fn not_accepted(upstream: &str) -> Error {
+    let message =
+        format!("the upstream \"{upstream}\" does not accept the gateway's credential; its operator has to look");
+    Error::new(Fault::UpstreamAuthFailed, message)
 }
 
 /// The error that a program's host answers with, as it stands in its own table, and whether a program may have seen the

@@ -1,6 +1,8 @@
 //! `tr`, and the references of the stdio protocol.
 
-use crate::{ask, can, end, examples, gateway, needs_python, said, streamed, tour};
+use evergate_testkit::raw::{Raw, post_request};
+
+use crate::{LIMIT, ask, can, end, examples, gateway, needs_python, said, streamed, tour};
 
 pub(crate) fn a_command_shouts() -> Result<(), String> {
     let gateway = tour();
@@ -41,6 +43,13 @@ fn answers(argv: &str) {
         assert_eq!(said(&ask(&gateway, "kept/x", &text, false)), text);
         assert_eq!(streamed(&ask(&gateway, "kept/x", &text, true)), text);
     }
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&post_request("/v1/embeddings", "", r#"{"model":"kept/x","input":"x"}"#));
+    let refused = raw.read_response(LIMIT);
+    assert_eq!(
+        (refused.status, refused.json()["error"]["message"].as_str()),
+        (400, Some("this model makes no embeddings"))
+    );
     assert_eq!(gateway.model("kept")["restarts"], 0);
     end(gateway);
 }

@@ -139,6 +139,7 @@ fn a_client_that_left_leaves_the_queue_at_once() {
 
 /// On HTTP/2 a client leaves one request and keeps the connection.
 #[test]
+#[allow(clippy::disallowed_methods, reason = "a task of the test, which ends with its runtime")]
 fn a_cancelled_http2_request_leaves_the_queue_at_once() {
     let fake = FakeUpstream::start();
     let gateway = one_place(&fake, 2, "");

@@ -5,10 +5,14 @@ use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, Response, gateway_config, wait_until};
 use serde_json::Value;
 
+use crate::metrics::{samples, sum};
 use crate::support::{CHAT, EXE, LIMIT, assert_alive, assert_error, assert_error_shape, before, echo_with};
 
 const KEY_A: &str = "sk-alpha-0123456789abcdef";
 const KEY_B: &str = "sk-beta-0123456789abcdef";
+
+/// Where it listens is said on the command line.
+const BARE: &str = "[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\ntargets = [{ upstream = \"echo\" }]\n";
 
 fn with_keys() -> Evergate {
     let text = "[server]\nlisten = [\"127.0.0.1:0\"]\nauth = \"keys\"\n[admin]\nlisten = \"127.0.0.1:0\"\n\
@@ -29,6 +33,12 @@ fn a_right_key_opens_and_any_other_does_not() {
         raw.send(&chat_with(&format!("authorization: Bearer {key}\r\nx-request-id: as-{name}\r\n")));
         assert_eq!(raw.read_response(LIMIT).status, 200);
         assert_eq!(gateway.wait_access(&format!("as-{name}"), LIMIT)["tenant"], name);
+    }
+    // Who used what: the prompt's tokens are counted under the key's name.
+    let tokens =
+        |key| sum(&samples(&gateway.metrics()), "evergate_tokens_in_total", &[("model", "echo"), ("key", key)]);
+    for name in ["team-a", "team-b"] {
+        wait_until("its tokens", LIMIT, || tokens(name) > 0.0);
     }
     let (prefix, longer) = (&KEY_A[..20], format!("{KEY_A}x"));
     let almost = KEY_A.replace("cdef", "cdee");
@@ -117,6 +127,14 @@ fn the_environment_alone_can_ask_for_a_key() {
     raw.send(&chat_with(&format!("authorization: Bearer {KEY_A}\r\nx-request-id: by-env\r\n")));
     assert_eq!(raw.read_response(LIMIT).status, 200);
     assert_eq!(gateway.wait_access("by-env", LIMIT)["tenant"], "default");
+    // With a key it may listen to others, without it may not.
+    let everywhere = || Evergate::builder(EXE).config(BARE).arg("--listen").arg("0.0.0.0:0");
+    let gateway = everywhere().env("EVERGATE_API_KEY", KEY_A).start();
+    let mut raw = Raw::connect(&gateway.addr().replace("0.0.0.0", "127.0.0.1"));
+    raw.send(&chat_with(&format!("authorization: Bearer {KEY_A}\r\n")));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    let ended = everywhere().try_start().err().unwrap();
+    assert!(ended.code() == 78 && ended.stderr.contains("0.0.0.0:0"), "{}", ended.stderr);
     // Empty is not set.
     let gateway = Evergate::builder(EXE).without_config().env("EVERGATE_API_KEY", "").start();
     assert_alive(&gateway);

@@ -227,6 +227,7 @@ fn warmed(gateway: &Evergate) -> Raw {
 
 pub type H2 = hyper::client::conn::http2::SendRequest<Full<Bytes>>;
 
+#[allow(clippy::disallowed_methods, reason = "a task of the test, which ends with its runtime")]
 pub async fn h2_connect(gateway: &Evergate) -> H2 {
     let io = TokioIo::new(tokio::net::TcpStream::connect(gateway.addr()).await.unwrap());
     let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();

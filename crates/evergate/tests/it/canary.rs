@@ -172,7 +172,7 @@ fn drive(gateway: &Evergate, fake: &FakeUpstream, said: &mut Said) {
             said.answer(&String::from_utf8_lossy(&request), &response);
         }
     }
-    for (key, word) in [(TEAM, TEAM), (TEAM, &TEAM[12..]), (FILED, TEAM)] {
+    for (key, word) in [(TEAM, TEAM), (TEAM, &TEAM[9..]), (FILED, TEAM)] {
         misplace(gateway, fake, (key, word), said);
     }
     // In base64, as it may stand in an id.
@@ -243,7 +243,7 @@ fn a_clients_own_token_stands_in_nothing_that_is_said_or_left() {
     let mut said = Said::default();
     misplace(&gateway, &fake, (OWN, OWN), &mut said);
     // By a part of it, and under another scheme.
-    misplace(&gateway, &fake, (OWN, &OWN[..12]), &mut said);
+    misplace(&gateway, &fake, (OWN, &OWN[..18]), &mut said);
     let mut raw = Raw::connect(&gateway.addr());
     raw.send(&post_request(CHAT, &format!("authorization: Basic {OWN}\r\nx-request-id: {OWN}\r\n"), "{"));
     assert!(raw.read_response(LIMIT).header("x-request-id").unwrap().starts_with("req_"));

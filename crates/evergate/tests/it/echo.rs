@@ -39,6 +39,17 @@ fn a_start_without_a_file_prints_a_line_to_try_and_the_line_works() {
 }
 
 #[test]
+fn a_providers_key_in_the_environment_opens_its_models() {
+    let config = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n";
+    let start = || Evergate::builder(EXE).config(config);
+    let gateway = start().env("DEEPSEEK_API_KEY", "sk-no-such-key").start();
+    let said = gateway.wait_stderr("models: ", LIMIT);
+    let models = said.lines().find(|line| line.starts_with("models: ")).unwrap();
+    assert!(models.contains("deepseek/<model>") && !models.contains("openai/"), "{models}");
+    assert_error(&post_chat(&gateway.addr(), "openai/x", false, &Value::Null), 404, "model_not_found");
+}
+
+#[test]
 fn a_chat_completion_has_every_required_field() {
     let gateway = echo();
     let response = post_chat(&gateway.addr(), "echo", false, &Value::Null);

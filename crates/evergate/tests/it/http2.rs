@@ -32,6 +32,7 @@ async fn connect(gateway: &Evergate) -> Client {
     over(TokioIo::new(TcpStream::connect(gateway.addr()).await.unwrap())).await
 }
 
+#[allow(clippy::disallowed_methods, reason = "a task of the test, which ends with its runtime")]
 async fn over<T>(io: T) -> Client
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use crate::support::{CHAT, EXE, LIMIT, assert_error, before, chat, open, open_stream};
 
 /// One line of the text format: name, labels, value.
-type Sample = (String, BTreeMap<String, String>, f64);
+pub type Sample = (String, BTreeMap<String, String>, f64);
 
 /// Reads the Prometheus text format, strictly enough that a malformed line fails the test.
-fn samples(text: &str) -> Vec<Sample> {
+pub fn samples(text: &str) -> Vec<Sample> {
     let mut samples = Vec::new();
     let (mut helped, mut typed) = (Vec::new(), Vec::new());
     for line in text.lines().filter(|line| !line.is_empty()) {
@@ -53,7 +53,7 @@ fn labels(text: &str) -> BTreeMap<String, String> {
 }
 
 /// The sum of all samples of that name whose labels include these.
-fn sum(samples: &[Sample], name: &str, wanted: &[(&str, &str)]) -> f64 {
+pub fn sum(samples: &[Sample], name: &str, wanted: &[(&str, &str)]) -> f64 {
     let fits = |labels: &BTreeMap<String, String>| {
         wanted.iter().all(|(name, value)| labels.get(*name).is_some_and(|found| found == value))
     };
@@ -92,7 +92,9 @@ fn every_request_is_counted_with_its_cause_and_tokens() {
     let prompt = sum(&all, "evergate_tokens_in_total", &[("model", "named")]);
     assert_eq!(prompt, 4.0 * PROMPT_TOKENS as f64);
     assert_eq!(sum(&all, "evergate_tokens_out_total", &[("model", "named")]), 4.0 * 5.0);
-    assert!(sum(&all, "evergate_first_token_seconds_count", &[("model", "named")]) >= 1.0);
+    // Refusals have none, and come sooner than any.
+    assert_eq!(sum(&all, "evergate_first_token_seconds_count", &[("model", "named")]), 4.0);
+    assert_eq!(sum(&all, "evergate_first_token_seconds_count", &[("model", "fake/*")]), 1.0);
     let infinite = sum(&all, "evergate_first_token_seconds_bucket", &[("model", "named"), ("le", "+Inf")]);
     assert_eq!(infinite, sum(&all, "evergate_first_token_seconds_count", &[("model", "named")]));
     // A client's own words are never a label: they are not bounded.

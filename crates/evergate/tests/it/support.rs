@@ -138,6 +138,7 @@ fn promise(code: &str) -> (&'static str, &'static str, bool, bool) {
         "origin_not_allowed" => ("permission_error", "false", false, false),
         "request_timeout" => (REQUEST, "true", false, true),
         "request_too_large" | "uri_too_long" | "headers_too_large" => (REQUEST, "false", false, true),
+        "insufficient_quota" => ("insufficient_quota", "false", false, false),
         "rate_limit_exceeded" => ("rate_limit_error", "true", true, false),
         "internal_error"
         | "upstream_bad_response"

@@ -238,7 +238,7 @@ fn e1_a_complaint_about_the_request_is_the_clients_and_nobody_else_is_asked() {
 
 #[test]
 fn e2_a_refused_credential_goes_on_and_is_never_the_clients() {
-    assert_goes_on(&["status-401", "status-403"], &BOTH, "upstream_auth_failed", "");
+    assert_goes_on(&["status-401", "status-403", "code-400-invalid_api_key"], &BOTH, "upstream_auth_failed", "");
     let (first, second, gateway) = before_two(&["status-401>status-403", "status-500>status-401"], "");
     assert_error(&ask(&gateway, "status-401>status-403", false), 502, "upstream_auth_failed");
     // What may pass is told before what will not.
@@ -249,6 +249,7 @@ fn e2_a_refused_credential_goes_on_and_is_never_the_clients() {
 #[test]
 fn e3_a_429_goes_on_and_is_told_only_if_all_said_so() {
     assert_goes_on(&["status-429", "status-429-300"], &BOTH, "rate_limit_exceeded", "");
+    assert_goes_on(&["code-429-insufficient_quota"], &BOTH, "insufficient_quota", "");
     let all = ["status-429-7>status-429-3", "status-429-300>status-429-400", "status-429-7>status-500"];
     let (_first, second, gateway) = before_two(&all, "");
     for stream in BOTH {

@@ -1,5 +1,7 @@
 //! What reaches an upstream, and how: bytes, headers, connections, transports.
 
+use std::path::Path;
+
 use evergate_testkit::fake::TEXT;
 use evergate_testkit::raw::{chat_body, post, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
@@ -165,6 +167,20 @@ fn an_upstream_over_tls_is_trusted_by_its_root_only() {
     let gateway = Evergate::builder(EXE).config(config.clone()).file("ca.pem", &identity.cert_pem).start();
     assert_eq!(chat(&gateway, "ok", false).content(), TEXT);
     assert!(chat(&gateway, "stream-5", true).events().last().unwrap().is_done());
+
+    // The system's own list, where OpenSSL's variable says it is.
+    let system = config.replace("[upstreams.fake.roots]\nfile = \"ca.pem\"\n", "");
+    let system = system.replace("[upstreams.fake]\n", "[upstreams.fake]\nroots = \"system\"\n");
+    let gateway = |pem: &Path| {
+        let start = Evergate::builder(EXE).config(system.clone()).env("SSL_CERT_FILE", pem.to_str().unwrap());
+        start.env("SSL_CERT_DIR", "").start()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let pem = folder.path().join("system.pem");
+    std::fs::write(&pem, &identity.cert_pem).unwrap();
+    assert_eq!(chat(&gateway(&pem), "ok", false).content(), TEXT);
+    std::fs::write(&pem, &Identity::generate().cert_pem).unwrap();
+    assert_error(&chat(&gateway(&pem), "ok", false), 502, "upstream_connect_failed");
 
     // D7: an authority that did not sign it, a name that is not on it, and the bundled list.
     let stranger = Identity::generate();

@@ -13,7 +13,8 @@ use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, before, 
 fn e2_an_upstreams_401_is_never_the_clients() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
-    for script in ["status-401", "status-403"] {
+    // Some tell a bad key by another status.
+    for script in ["status-401", "status-403", "status-407", "code-400-invalid_api_key"] {
         for stream in [false, true] {
             assert_error(&chat(&gateway, script, stream), 502, "upstream_auth_failed");
         }
@@ -48,6 +49,19 @@ fn e3_an_upstreams_429_says_how_long_to_wait() {
         assert_eq!((response.status, response.error_code().as_str()), (429, "rate_limit_exceeded"));
         let wait: u32 = response.header("retry-after").unwrap().parse().unwrap();
         assert!(wait <= 20 && response.header("x-should-retry") == Some("false"), "{:?}", response.headers);
+    }
+}
+
+/// The SDKs would send it twice more, and wait in between.
+#[test]
+fn e3_an_exhausted_quota_is_not_retried() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for stream in [false, true] {
+        let response = chat(&gateway, "code-429-insufficient_quota", stream);
+        assert_error(&response, 429, "insufficient_quota");
+        assert_eq!(response.json()["error"]["type"], "insufficient_quota");
+        assert!(response.header("retry-after").is_none(), "{:?}", response.headers);
     }
 }
 

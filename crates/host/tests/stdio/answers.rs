@@ -3,34 +3,9 @@
 use evergate_core::config::process::Frames;
 use serde_json::{Value, json};
 
-use super::host::{model, said, serve, setup, stop, streamed};
-use super::support::{LONG, plan, run};
+use super::host::{model, said, serve, stop, streamed};
+use super::support::run;
 use super::wire::{chat, read};
-
-#[test]
-fn the_reference_program_answers_streams_refuses_and_ends() {
-    if std::process::Command::new("python3").arg("--version").output().is_err() {
-        println!("SKIPPED: there is no python3, and with it no test of examples/stdio_model.py");
-        return;
-    }
-    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/stdio_model.py");
-    run(|house| async move {
-        let mut plan = plan(&["python3", example]);
-        plan.env = std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HOME").collect();
-        plan.grace = LONG;
-        let (host, stdio) = serve(&house, setup(plan));
-        assert_eq!(host.say("one two  three\u{e9}").await.content(), "one two  three\u{e9}");
-        let (text, last) = host.ask(&streamed("one two")).await.streamed();
-        assert_eq!((text.as_str(), last.as_str()), ("one two", "[DONE]"));
-        let refused = host.ask_at("/v1/embeddings", "", &json!({ "model": "m", "input": "x" })).await;
-        assert_eq!(refused.status, 400);
-        assert_eq!(refused.json()["error"]["message"], "this model makes no embeddings");
-        stop(&house, &stdio).await;
-        let ended = house.ear.ended.lock().unwrap();
-        assert_eq!(ended.len(), 1, "one process for all of them");
-        assert_eq!(format!("{:?} {:?}", ended[0].exit.status, ended[0].ladder), "Code(0) Untouched");
-    });
-}
 
 #[test]
 fn texts_deltas_and_bodies_become_answers_whole_and_streamed() {

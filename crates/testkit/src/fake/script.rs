@@ -65,6 +65,8 @@ pub enum Script {
     /// `status-N`: an error of that status with OpenAI's error body; 429 with `retry-after: 1`, or `retry-after: S`
     /// with `status-N-S`.
     Status(u16, Option<u32>),
+    /// `code-N-NAME`: as `status-N`, with NAME as the error's type and code.
+    Code(u16, String),
     /// `leak-N`: an error of that status which quotes the request's credential in every way that comes to mind, also in
     /// header fields; 200 is an error object or error event, 500 a web page.
     Leak(u16),
@@ -192,6 +194,9 @@ impl Script {
     }
 
     fn with_numbers(name: &str) -> Option<Self> {
+        if let Some((status, code)) = name.strip_prefix("code-").and_then(|rest| rest.split_once('-')) {
+            return Some(Self::Code(status.parse().ok()?, code.to_owned()));
+        }
         let (kind, numbers) = name.split_at(name.find(|c: char| c.is_ascii_digit())?);
         let numbers: Vec<u64> = numbers.split('-').map(str::parse).collect::<Result<_, _>>().ok()?;
         let words = |count: u64, ms: u64| {
@@ -231,6 +236,8 @@ mod tests {
             ("status-429", Some(Script::Status(429, Some(1)))),
             ("status-503-300", Some(Script::Status(503, Some(300)))),
             ("status-500", Some(Script::Status(500, None))),
+            ("code-429-insufficient_quota", Some(Script::Code(429, "insufficient_quota".into()))),
+            ("code-x-y", None),
             ("big-event-10", Some(Script::BigEvent(10))),
             ("delay-5:sk-1-2", Some(Script::Delay(Duration::from_millis(5)))),
             ("gpt-4o", None),

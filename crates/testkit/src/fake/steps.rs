@@ -95,6 +95,12 @@ fn whatever_was_asked(script: &Script) -> Option<Vec<Step>> {
             let field = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
             whole(*status, "application/json", &field, &answer::error(*status).to_string())
         }
+        Script::Code(status, code) => {
+            let mut body = answer::error(*status);
+            body["error"]["type"] = code.as_str().into();
+            body["error"]["code"] = code.as_str().into();
+            json_answer(*status, &body)
+        }
         Script::Html(status) => {
             let page = "<!DOCTYPE html><html><body><h1>It works, but not as you think</h1></body></html>";
             whole(*status, "text/html", "", page)
