@@ -273,6 +273,12 @@ impl Pass {
         self.set_end(status, End::Fault(error.fault));
     }
 
+    /// What cancels it.
+    #[must_use]
+    pub fn token(&self) -> &Arc<Token> {
+        &self.token
+    }
+
     /// Its client reads nothing: what of the answer is not the kernel's yet never will be.
     pub fn stall(&self) {
         self.token.cancel(Cause::ClientStalled);

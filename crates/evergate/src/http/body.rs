@@ -23,7 +23,7 @@ use crate::panics;
 use crate::server::shared::Shared;
 use crate::server::streams::Taken;
 use crate::tasks::caught;
-use crate::telemetry::names::End;
+use crate::telemetry::names;
 
 /// What the HTTP/2 library gets of a whole body at once, the least that is the largest frame everywhere (RFC 9113, 4.2):
 /// what it holds is lost to memory until the client opens its window.
@@ -45,6 +45,22 @@ impl Active {
 impl Drop for Active {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What an answer holds until its last byte has gone.
+#[derive(Debug)]
+pub(super) struct End {
+    pass: Option<Pass>,
+    active: Active,
+}
+
+impl End {
+    /// The end of the answer is about to be written.
+    pub(super) fn finish(self) {
+        if let Some(pass) = self.pass {
+            self.active.0.finish(pass);
+        }
     }
 }
 
@@ -120,6 +136,9 @@ impl Body {
         self.pass = pass;
         self.active = Some(active);
         self.taken = Taken::current();
+        if let (Some(taken), Some(pass)) = (&self.taken, &self.pass) {
+            taken.set_token(pass.token());
+        }
     }
 
     /// The stream under way, if this is one: what is left has no content.
@@ -133,12 +152,25 @@ impl Body {
         }
     }
 
-    /// The last byte was taken: the pass waits for the flush.
+    /// The last byte was taken: the pass waits for the flush. On HTTP/2 it may wait for the client's window first, and goes
+    /// with the frame behind it: see [`Body::take_end`].
     fn finish(&mut self) {
         self.drop_content();
-        if let (Some(pass), Some(active)) = (self.pass.take(), &self.active) {
+        if self.taken.is_some() {
+            self.pass.iter().for_each(|pass| pass.enter(InflightPhase::Stream));
+        } else if let (Some(pass), Some(active)) = (self.pass.take(), &self.active) {
             active.0.finish(pass);
         }
+    }
+
+    /// What there is to say of the library's pieces of it; of an HTTP/2 stream's answer.
+    pub(super) fn taken(&self) -> Option<Arc<Taken>> {
+        self.taken.clone()
+    }
+
+    /// What has lived until the last byte has gone; of an HTTP/2 stream's answer, after its content.
+    pub(super) fn take_end(&mut self) -> Option<End> {
+        self.active.take().map(|active| End { pass: self.pass.take(), active })
     }
 
     /// A panic in it would end the connection, and with it the other requests on it.
@@ -180,7 +212,7 @@ impl Body {
             }
             None => {
                 if let Some(pass) = &mut self.pass {
-                    pass.set_end(200, End::Ok);
+                    pass.set_end(200, names::End::Ok);
                 }
                 self.finish();
                 Poll::Ready(None)
@@ -188,18 +220,19 @@ impl Body {
         }
     }
 
-    fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, std::convert::Infallible>>> {
+    /// The next piece of the content.
+    pub(super) fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         match &mut self.content {
             Content::Done => Poll::Ready(None),
             Content::Whole(bytes) if self.taken.is_some() && bytes.len() > H2_PIECE_BYTES => {
-                Poll::Ready(Some(Ok(Frame::data(bytes.split_to(H2_PIECE_BYTES)))))
+                Poll::Ready(Some(bytes.split_to(H2_PIECE_BYTES)))
             }
             Content::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
                 self.finish();
-                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+                Poll::Ready((!bytes.is_empty()).then_some(bytes))
             }
-            Content::Stream(_) => self.poll_stream(cx).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Stream(_) => self.poll_stream(cx),
         }
     }
 
@@ -281,15 +314,7 @@ impl http_body::Body for Body {
     type Error = std::convert::Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let this = self.get_mut();
-        let Some(taken) = &this.taken else { return this.poll_content(cx) };
-        let taken = Arc::clone(taken);
-        taken.ask();
-        let polled = this.poll_content(cx);
-        if matches!(polled, Poll::Ready(Some(_))) {
-            taken.take();
-        }
-        polled
+        self.get_mut().poll_content(cx).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes))))
     }
 
     fn is_end_stream(&self) -> bool {

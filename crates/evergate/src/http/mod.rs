@@ -7,6 +7,7 @@ pub mod body;
 mod call;
 pub mod cors;
 pub mod fault;
+pub mod h2;
 pub mod intake;
 pub mod left;
 pub mod local;

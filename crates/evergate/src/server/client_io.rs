@@ -475,6 +475,7 @@ impl AsyncWrite for ClientIo {
         let this = self.get_mut();
         let Poll::Ready(written) = this.stream.poll_write(cx, bytes) else { return this.poll_stuck(cx) };
         this.stall.reset();
+        this.shared.is_taken_from();
         this.is_writing = true;
         Poll::Ready(written)
     }
@@ -484,6 +485,7 @@ impl AsyncWrite for ClientIo {
         let Poll::Ready(flushed) = this.stream.poll_flush(cx) else { return this.poll_stuck(cx) };
         flushed?;
         this.stall.reset();
+        this.shared.is_taken_from();
         this.shared.flushed();
         if std::mem::take(&mut this.is_writing) {
             this.active_at = Instant::now();

@@ -19,6 +19,7 @@ use super::stream::Stream;
 use super::streams::Streams;
 use crate::gate::Stage;
 use crate::http::app::App;
+use crate::http::h2::H2Service;
 use crate::http::service::Service;
 use crate::tasks::Tasks;
 
@@ -151,7 +152,13 @@ async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut drain: Dr
 /// An HTTP/2 connection ends by two GOAWAY frames with a PING between: streams on their way here are still taken (RFC
 /// 9113, 6.8). The same is done when this worker has far more to do than its peers.
 async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service, mut drain: Drain<'_>) {
-    let streams = Streams { tasks, clock: drain.app.clock.clone(), limit: config.timeouts.client_stall };
+    let streams = Streams {
+        tasks,
+        clock: drain.app.clock.clone(),
+        limit: config.timeouts.client_stall,
+        patience: config.shutdown.cancel / 2,
+        shared: Arc::clone(&drain.shared),
+    };
     let connection = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)
@@ -161,7 +168,7 @@ async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service,
         .max_frame_size(H2_FRAME_BYTES_MAX)
         .max_send_buf_size(H2_SEND_BYTES_MAX)
         .keep_alive_interval(config.timeouts.client_idle)
-        .serve_connection(TokioIo::new(io), service);
+        .serve_connection(TokioIo::new(io), H2Service(service));
     let mut connection = pin!(connection);
     let shared = Arc::clone(&drain.shared);
     let mut is_leaving = drain.look();

@@ -42,6 +42,9 @@ pub struct Shared {
     is_shedding: AtomicBool,
     was_shed: AtomicBool,
     is_stalled: AtomicBool,
+    /// Whether the socket is full, and when it ceased to be.
+    is_full: AtomicBool,
+    full_until: Mutex<Option<Instant>>,
     is_unwanted: AtomicBool,
     unwanted: Notify,
 }
@@ -89,9 +92,23 @@ impl Shared {
 
     /// The socket is full: the last byte waits after all.
     pub(super) fn is_stuck(&self) {
+        self.is_full.store(true, Ordering::Relaxed);
         if self.has_finishing.load(Ordering::Relaxed) {
             lock(&self.finishing).iter().for_each(|pass| pass.enter(InflightPhase::Stream));
         }
+    }
+
+    /// The socket takes something.
+    pub(super) fn is_taken_from(&self) {
+        if self.is_full.load(Ordering::Relaxed) {
+            self.is_full.store(false, Ordering::Relaxed);
+            *lock(&self.full_until) = Some(Instant::now());
+        }
+    }
+
+    /// Until when the socket was full, if it ever was.
+    pub(super) fn full_until(&self) -> Option<Instant> {
+        if self.is_full.load(Ordering::Relaxed) { Some(Instant::now()) } else { *lock(&self.full_until) }
     }
 
     /// Everything written is the kernel's now, so requests whose last byte was in it are over.

@@ -79,13 +79,31 @@ impl Wire {
 
     /// Sends a chat request.
     pub fn post_body(&mut self, stream: u32, body: &str) {
+        self.post_as(stream, "h2", body);
+    }
+
+    /// Sends a chat request with that id.
+    pub fn post_as(&mut self, stream: u32, id: &str, body: &str) {
         let mut head = vec![0x83, 0x86];
         literal(&mut head, &[0x04], CHAT);
         literal(&mut head, &[0x01], "localhost");
         // "content-type" is entry 31, which needs a second byte.
         literal(&mut head, &[0x0f, 31 - 15], "application/json");
+        head.push(0);
+        literal(&mut head, &[], "x-request-id");
+        literal(&mut head, &[], id);
         self.send(HEADERS, END_HEADERS, stream, &head);
         self.send(DATA, END, stream, body.as_bytes());
+    }
+
+    /// Sets the window that a stream begins with.
+    pub fn set_window(&mut self, bytes: u32) {
+        self.send(SETTINGS, 0, 0, &[&[0, 4], &bytes.to_be_bytes()[..]].concat());
+    }
+
+    /// Opens a stream's window.
+    pub fn open_window(&mut self, stream: u32, bytes: u32) {
+        self.send(WINDOW_UPDATE, 0, stream, &bytes.to_be_bytes());
     }
 
     /// The next frame, with settings acknowledged and left out; `None` at the connection's end.
@@ -202,6 +220,7 @@ impl Wire {
     }
 }
 
+/// Of up to 126 bytes.
 fn literal(head: &mut Vec<u8>, name: &[u8], value: &str) {
     head.extend(name);
     head.push(value.len() as u8);
