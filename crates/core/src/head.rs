@@ -27,6 +27,46 @@ pub struct HeadLimits {
     pub uri_bytes: usize,
 }
 
+impl HeadLimits {
+    /// The error for a head with more bytes.
+    #[must_use]
+    pub fn too_large(&self) -> Error {
+        Error::new(Fault::HeadersTooLarge, format!("the request head is larger than {} bytes", self.bytes))
+    }
+
+    fn too_many(&self) -> Error {
+        Error::new(Fault::HeadersTooLarge, format!("the request has more than {} header fields", self.fields))
+    }
+
+    fn too_long(&self) -> Error {
+        Error::new(Fault::UriTooLong, format!("the request target is longer than {} bytes", self.uri_bytes))
+    }
+}
+
+/// Judges the sizes of a head that did not come as text (HTTP/2): those that it would have as such. `fields` are the bytes of
+/// each field's name and value.
+///
+/// # Errors
+/// `uri_too_long` or `headers_too_large`.
+pub fn check_sizes(target_bytes: usize, fields: impl Iterator<Item = usize>, limits: &HeadLimits) -> Result<(), Error> {
+    /// `GET`, two spaces, the version, and the ends of two lines: what any head has beside its target and fields.
+    const LEAST: usize = 3 + 2 + 8 + 4;
+    /// The colon, a space and the end of the line.
+    const PER_FIELD: usize = 4;
+    if target_bytes > limits.uri_bytes {
+        return Err(limits.too_long());
+    }
+    let (mut count, mut bytes) = (0_usize, LEAST + target_bytes);
+    for field in fields {
+        count += 1;
+        bytes = bytes.saturating_add(field + PER_FIELD);
+    }
+    if count > limits.fields {
+        return Err(limits.too_many());
+    }
+    if bytes > limits.bytes { Err(limits.too_large()) } else { Ok(()) }
+}
+
 /// Length of the first head in `bytes`, its empty line included; `None` while it is not complete.
 ///
 /// `from` is where the search may begin: everything before it was searched without a hit.
@@ -70,8 +110,7 @@ pub fn check(head: &[u8], limits: &HeadLimits) -> Result<Framing, Error> {
         }
         count += 1;
         if count > limits.fields {
-            let message = format!("the request has more than {} header fields", limits.fields);
-            return Err(Error::new(Fault::HeadersTooLarge, message));
+            return Err(limits.too_many());
         }
         fields.take(line)?;
     }
@@ -136,8 +175,7 @@ fn request_line<'a>(line: &'a [u8], limits: &HeadLimits) -> Result<RequestLine<'
         return Err(refuse("the request method is not a token"));
     }
     if target.len() > limits.uri_bytes {
-        let message = format!("the request target is longer than {} bytes", limits.uri_bytes);
-        return Err(Error::new(Fault::UriTooLong, message));
+        return Err(limits.too_long());
     }
     let is_http_1_0 = match version {
         b"HTTP/1.1" => false,
@@ -311,6 +349,21 @@ mod tests {
         assert_eq!(judge("GET / HTTP/1.0\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n"), Ok(Framing::Length(0)));
+    }
+
+    #[test]
+    fn heads_that_are_no_text_have_the_same_sizes() {
+        let sizes = |target: usize, fields: &[usize]| {
+            check_sizes(target, fields.iter().copied(), &LIMITS).map_err(|error| error.fault)
+        };
+        assert_eq!(sizes(64, &[5, 5, 5, 5]), Ok(()));
+        assert_eq!(sizes(65, &[]), Err(Fault::UriTooLong));
+        assert_eq!(sizes(1, &[5; 5]), Err(Fault::HeadersTooLarge));
+        // As `complete` and the limit of bytes have it: "GET / HTTP/1.1", a field of "x: ...", an empty line.
+        let text = |value: usize| format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(value)).len();
+        let value = 4096 - text(0);
+        assert_eq!(text(value), LIMITS.bytes);
+        assert_eq!((sizes(1, &[1 + value]), sizes(1, &[2 + value])), (Ok(()), Err(Fault::HeadersTooLarge)));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use evergate_core::ids::{RequestId, is_well_formed};
-use evergate_core::{Cause, Error, Fault, chat};
+use evergate_core::{Cause, Error, Fault, chat, head};
 use http::header::{ALLOW, CONNECTION, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
@@ -20,6 +20,7 @@ use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
 use crate::panics;
+use crate::server::connection::limits;
 use crate::server::shared::Shared;
 use crate::tasks::Caught;
 use crate::telemetry::names::End;
@@ -165,6 +166,15 @@ impl Service {
         Some((id, value))
     }
 
+    /// The sizes of a head that `ClientIo` has not seen as text.
+    fn check_h2(&self, request: &Request<Incoming>) -> Result<(), Error> {
+        let uri = request.uri();
+        let target = uri.path_and_query().map_or(0, |target| target.as_str().len());
+        let host = uri.authority().map(|host| "host".len() + host.as_str().len());
+        let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len());
+        head::check_sizes(target, host.into_iter().chain(fields), &limits(&self.app.sealed.config).head)
+    }
+
     /// What can be said by the head alone.
     fn judge(&self, head: &http::request::Parts, path: Path) -> Judged {
         // A browser asks without the key that it will send.
@@ -275,10 +285,13 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 
     fn call(&self, request: Request<Incoming>) -> Bounded {
         self.newcomer.has_sent();
-        let (path, method) = (Path::of(request.uri().path()), method_label(request.method()));
+        let is_h1 = request.version() <= Version::HTTP_11;
+        // Of HTTP/1, `ClientIo` has judged the head, and the path is not the client's.
+        let refusal = if is_h1 { self.shared.next_refusal() } else { self.check_h2(&request).err() };
+        let path = if refusal.is_none() { Path::of(request.uri().path()) } else { Path::Unknown };
+        let method = method_label(request.method());
         let seen = Seen { id: self.app.gate.next_id(), path, method, started: Instant::now() };
         let token = Arc::new(Token::default());
-        let is_h1 = request.version() <= Version::HTTP_11;
         let own_id = HeaderValue::from_bytes(seen.id.text().as_bytes()).ok();
         let (client_id, given) = self.client_id(request.headers()).unzip();
         let client_id = client_id.unwrap_or_default().to_owned();
@@ -286,7 +299,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let page = self.app.cors.listed(request.headers()).cloned();
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
-        let ground = (self.shared.next_refusal(), Active::new(&self.shared));
+        let ground = (refusal, Active::new(&self.shared));
         let serving = self.clone().serve(request, seen, (client_id, own_id, Arc::clone(&token)), ground);
         Bounded {
             serving: Caught::of(Box::pin(serving)),

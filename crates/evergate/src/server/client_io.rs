@@ -340,14 +340,13 @@ impl ClientIo {
         let Some(length) = head::complete(&self.raw, self.searched) else {
             self.searched = self.raw.len();
             if self.raw.len() > limit {
-                let message = format!("the request head is larger than {limit} bytes");
-                self.refuse(Error::new(Fault::HeadersTooLarge, message));
+                self.refuse(self.limits.head.too_large());
                 return true;
             }
             return false;
         };
         let checked = if length > limit {
-            Err(Error::new(Fault::HeadersTooLarge, format!("the request head is larger than {limit} bytes")))
+            Err(self.limits.head.too_large())
         } else {
             self.raw.get(..length).map_or_else(
                 || Err(Error::new(Fault::Internal, "a head longer than what was read")),

@@ -65,6 +65,13 @@ const H2_FRAME_BYTES_MAX: u32 = 16 * 1024;
 /// Of an answer's bytes, per stream, that wait for the client's window.
 const H2_SEND_BYTES_MAX: usize = 400 * 1024;
 
+/// Of a request's header list, as HTTP/2 counts it: 32 bytes more per field (RFC 9113, 6.5.2). Beyond it the library answers 431 by
+/// itself, without a word, an id or a record, so it is well above what is refused here.
+fn h2_header_list_bytes(config: &Config) -> u32 {
+    let limits = &config.limits;
+    u32::try_from(2 * limits.header_bytes + 32 * u64::from(limits.headers) + 16 * 1024).unwrap_or(u32::MAX)
+}
+
 /// Serves a connection to its end. Errors are the connection's own: the requests on it have their records.
 pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Receiver<Stage>) {
     let config = &app.sealed.config;
@@ -162,7 +169,7 @@ async fn serve_h2(config: &Config, tasks: Tasks, io: ClientIo, service: Service,
     let connection = http2::Builder::new(streams)
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.limits.h2_streams)
-        .max_header_list_size(u32::try_from(config.limits.header_bytes).unwrap_or(u32::MAX))
+        .max_header_list_size(h2_header_list_bytes(config))
         .max_pending_accept_reset_streams(H2_PENDING_RESETS_MAX)
         .max_local_error_reset_streams(H2_OUR_RESETS_MAX)
         .max_frame_size(H2_FRAME_BYTES_MAX)

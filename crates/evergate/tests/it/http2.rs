@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::h2_wire::{DATA, RESET, WINDOW_UPDATE, Wire};
-use crate::support::{CHAT, EXE, LIMIT, assert_good_stream, before, echo, echo_with};
+use crate::support::{CHAT, EXE, LIMIT, assert_alive, assert_counted, assert_good_stream, before, echo, echo_with};
 use crate::until::until;
 
 type Client = SendRequest<Full<Bytes>>;
@@ -116,6 +116,48 @@ fn errors_are_those_of_the_table() {
             assert_eq!(status.as_u16(), if model == "echo" { 200 } else { 404 });
         }
     });
+}
+
+/// B7: what a head may be does not depend on the protocol; `framing` has the same for HTTP/1.1.
+#[test]
+fn b7_heads_beyond_the_limits_are_refused() {
+    let gateway = echo_with("[limits]\nheader = \"4KiB\"\nheaders = 10\nuri = \"1KiB\"\n");
+    let get = |path: &str, fields: &[(String, String)]| {
+        let mut request = request(Method::GET, path, "");
+        request.headers_mut().clear();
+        for (name, value) in fields {
+            request.headers_mut().append(http::HeaderName::try_from(name).unwrap(), value.parse().unwrap());
+        }
+        request
+    };
+    // The host is a field too.
+    let many = |count: usize| vec![("x".to_owned(), "y".to_owned()); count - 1];
+    let long = |bytes: usize| format!("/{}", "x".repeat(bytes - 1));
+    let one = |bytes: usize| vec![("x-request-id".to_owned(), "b7".to_owned()), ("x".to_owned(), "y".repeat(bytes))];
+    run(async {
+        let mut client = connect(&gateway).await;
+        for (request, status, code) in [
+            (get("/healthz", &many(10)), 200, None),
+            (get("/healthz", &many(11)), 431, Some("headers_too_large")),
+            (get(&long(1024), &[]), 404, Some("not_found")),
+            (get(&long(1025), &[]), 414, Some("uri_too_long")),
+            (get("/healthz", &one(3_900)), 200, None),
+            (get("/healthz", &one(4_100)), 431, Some("headers_too_large")),
+            (get("/healthz", &one(20_000)), 431, Some("headers_too_large")),
+        ] {
+            let (found, value) = ask(&mut client, request).await;
+            assert_eq!((found.as_u16(), value["error"]["code"].as_str()), (status, code), "{value}");
+        }
+        // Far beyond, the library answers by itself; the connection goes on.
+        let response = client.send_request(get("/healthz", &one(40_000))).await.unwrap();
+        assert_eq!(response.status(), 431);
+        assert_eq!(ask(&mut client, get("/healthz", &[])).await.0, 200);
+    });
+    assert_counted(&gateway, 431, "headers_too_large", 3);
+    assert_counted(&gateway, 414, "uri_too_long", 1);
+    let record = gateway.wait_access("b7", LIMIT);
+    assert_eq!((&record["status"], &record["route"]), (&json!(431), &json!("other")), "{record}");
+    assert_alive(&gateway);
 }
 
 #[test]
