@@ -21,8 +21,9 @@ use evergate_upstream::clock::{Clock, Sleep};
 use evergate_upstream::standstill::Standstill;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::frames::{Frames, SHUTDOWN_ACK};
-use super::shared::{Leaving, Shared};
+use super::frames::Frames;
+use super::frames_io::Http2;
+use super::shared::Shared;
 use super::stream::Stream;
 use crate::http::fault::{Place, pass_by};
 
@@ -49,7 +50,7 @@ pub struct IoLimits {
 }
 
 #[derive(Debug)]
-enum Reading {
+pub(super) enum Reading {
     Head,
     Body(u64),
     Chunked(Chunks),
@@ -61,10 +62,10 @@ enum Reading {
 
 /// A client connection.
 pub struct ClientIo {
-    stream: Stream,
-    shared: Arc<Shared>,
-    limits: IoLimits,
-    reading: Reading,
+    pub(super) stream: Stream,
+    pub(super) shared: Arc<Shared>,
+    pub(super) limits: IoLimits,
+    pub(super) reading: Reading,
     /// Read from the socket, not yet judged.
     raw: BytesMut,
     searched: usize,
@@ -74,17 +75,17 @@ pub struct ClientIo {
     ready: Bytes,
     head_since: Option<Instant>,
     /// When it was accepted, or its last answer was the kernel's.
-    active_at: Instant,
+    pub(super) active_at: Instant,
     /// Whether bytes of an answer are not the kernel's yet.
-    is_writing: bool,
+    pub(super) is_writing: bool,
     /// Whether the limits wait for an answer to be gone.
     is_timer_due: bool,
-    clock: Clock,
-    timer: Option<Sleep>,
+    pub(super) clock: Clock,
+    pub(super) timer: Option<Sleep>,
     stall: Standstill,
     linger: Option<(usize, Sleep)>,
-    /// The HTTP/2 client was given up on: see `frames`.
-    is_acknowledged: bool,
+    /// HTTP/2: see `frames_io`.
+    pub(super) h2: Http2,
 }
 
 impl ClientIo {
@@ -108,7 +109,7 @@ impl ClientIo {
             timer: None,
             stall: Standstill::default(),
             linger: None,
-            is_acknowledged: false,
+            h2: Http2::default(),
         }
     }
 
@@ -275,43 +276,6 @@ impl ClientIo {
         }
     }
 
-    /// Reads for the HTTP/2 library, and answers its PING when the client does not in time.
-    fn poll_frames(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, frames: Frames) -> Poll<io::Result<()>> {
-        let before = out.filled().len();
-        if let Poll::Ready(read) = self.stream.poll_read(cx, out) {
-            self.follow(frames, out.filled().get(before..).unwrap_or_default());
-            return Poll::Ready(read);
-        }
-        if self.shared.active.load(Ordering::Relaxed) == 0 && self.shared.is_shed(self.active_at) {
-            self.shared.send_elsewhere();
-        }
-        let Some(Leaving { since, linger, .. }) = self.shared.leaving().filter(|_| !self.is_acknowledged) else {
-            return Poll::Pending;
-        };
-        let due = since + linger;
-        let timer = match &mut self.timer {
-            Some(timer) if timer.deadline() <= due => timer,
-            slot => slot.insert(self.clock.sleep_until(due)),
-        };
-        ready!(Pin::new(timer).poll(cx));
-        if Instant::now() < due {
-            self.timer = None;
-            return self.poll_frames(cx, out, frames);
-        }
-        if !frames.is_between() || out.remaining() < SHUTDOWN_ACK.len() {
-            // Half a frame is awaited; its rest wakes this up.
-            return Poll::Pending;
-        }
-        self.is_acknowledged = true;
-        out.put_slice(&SHUTDOWN_ACK);
-        Poll::Ready(Ok(()))
-    }
-
-    fn follow(&mut self, mut frames: Frames, bytes: &[u8]) {
-        frames.take(bytes);
-        self.reading = Reading::Frames(frames);
-    }
-
     /// Puts a refusal in the place of the head at hand.
     fn refuse(&mut self, error: Error) {
         self.shared.refuse(error);
@@ -412,8 +376,10 @@ impl ClientIo {
         let room = self.ready.len().min(out.remaining());
         let piece = self.ready.get(..room).unwrap_or_default();
         out.put_slice(piece);
-        if let Reading::Frames(frames) = &mut self.reading {
+        if let Reading::Frames(mut frames) = self.reading {
             frames.take(piece);
+            self.reading = Reading::Frames(frames);
+            self.h2.note(frames);
         }
         self.ready.advance(room);
         if self.ready.is_empty() {
@@ -486,7 +452,7 @@ impl AsyncWrite for ClientIo {
         this.stall.reset();
         this.shared.is_taken_from();
         this.shared.flushed();
-        if std::mem::take(&mut this.is_writing) {
+        if std::mem::take(&mut this.is_writing) && this.is_of_a_request() {
             this.active_at = Instant::now();
         }
         this.resume_timer(cx);

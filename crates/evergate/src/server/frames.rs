@@ -10,9 +10,13 @@
 pub(super) const SHUTDOWN_ACK: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 0x0b, 0x7b, 0xa2, 0xf0, 0x8b, 0x9b, 0xfe, 0x54];
 
 const HEAD_BYTES: u8 = 9;
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
 
 /// Where in the client's frames the reader is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Frames {
     /// Bytes of the preface or of a payload that are still to come.
     left: u32,
@@ -20,12 +24,17 @@ pub(super) struct Frames {
     head_bytes: u8,
     /// The payload's length as far as that head has said it.
     length: u32,
+    /// Of the frame at hand, or the last one.
+    kind: u8,
+    flags: u8,
+    /// Frames that have ended, those of one header block together.
+    ended: u32,
 }
 
 impl Frames {
     /// A connection of which nothing has been handed on, with that many bytes of preface.
     pub(super) fn after_preface(bytes: usize) -> Self {
-        Self { left: u32::try_from(bytes).unwrap_or(u32::MAX), head_bytes: 0, length: 0 }
+        Self { left: u32::try_from(bytes).unwrap_or(u32::MAX), ..Self::default() }
     }
 
     /// Follows bytes that are handed on.
@@ -35,23 +44,45 @@ impl Frames {
                 let here = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
                 self.left -= here as u32;
                 bytes = bytes.get(here..).unwrap_or_default();
+                self.count();
                 continue;
             }
             let Some((byte, rest)) = bytes.split_first() else { return };
-            if self.head_bytes < 3 {
-                self.length = self.length << 8 | u32::from(*byte);
+            match self.head_bytes {
+                0..3 => self.length = self.length << 8 | u32::from(*byte),
+                3 => self.kind = *byte,
+                4 => self.flags = *byte,
+                _ => {}
             }
             self.head_bytes += 1;
             if self.head_bytes == HEAD_BYTES {
-                *self = Self { left: self.length, head_bytes: 0, length: 0 };
+                (self.left, self.head_bytes, self.length) = (self.length, 0, 0);
+                self.count();
             }
             bytes = rest;
         }
     }
 
-    /// Whether the next byte begins a frame.
+    fn count(&mut self) {
+        if self.is_between() {
+            self.ended = self.ended.wrapping_add(1);
+        }
+    }
+
+    /// Whether the next byte begins a frame that may be any.
     pub(super) fn is_between(self) -> bool {
-        self.left == 0 && self.head_bytes == 0
+        let is_block_open = matches!(self.kind, HEADERS | CONTINUATION) && self.flags & END_HEADERS == 0;
+        self.left == 0 && self.head_bytes == 0 && !is_block_open
+    }
+
+    /// Whether what is missing are bytes of a body.
+    pub(super) fn is_in_data(self) -> bool {
+        self.left > 0 && self.kind == DATA && self.ended > 0
+    }
+
+    /// Changes when a frame ends, or a header block.
+    pub(super) fn ended(self) -> u32 {
+        self.ended
     }
 }
 
@@ -83,5 +114,31 @@ mod tests {
                 assert_eq!(follower.is_between(), ends.contains(&seen), "{step} {seen}");
             }
         }
+    }
+
+    /// A header block is one thing, whatever its frames; the rest of a body is another than the rest of anything else.
+    #[test]
+    fn header_blocks_and_bodies_are_told_from_other_frames() {
+        let head = |length: u8, kind: u8, flags: u8| [0, 0, length, kind, flags, 0, 0, 0, 1];
+        let mut follower = Frames::after_preface(24);
+        let mut look = |bytes: &[u8]| {
+            follower.take(bytes);
+            (follower.is_between(), follower.is_in_data(), follower.ended())
+        };
+        assert_eq!(look(&[b'P'; 23]), (false, false, 0));
+        assert_eq!(look(b"P"), (true, false, 1));
+        assert_eq!(look(&head(1, HEADERS, 0)), (false, false, 1));
+        assert_eq!(look(b"x"), (false, false, 1));
+        assert_eq!(look(&head(0, CONTINUATION, 0)), (false, false, 1));
+        assert_eq!(look(&head(1, CONTINUATION, END_HEADERS)), (false, false, 1));
+        assert_eq!(look(b"x"), (true, false, 2));
+        assert_eq!(look(&head(2, DATA, 0)[..8]), (false, false, 2));
+        assert_eq!(look(&[1]), (false, true, 2));
+        assert_eq!(look(b"x"), (false, true, 2));
+        assert_eq!(look(b"x"), (true, false, 3));
+        assert_eq!(look(&head(8, 6, 0)), (false, false, 3));
+        assert_eq!(look(&[0; 8]), (true, false, 4));
+        // A head without END_HEADERS, then the end of it: never between.
+        assert_eq!(look(&head(0, HEADERS, 0)), (false, false, 4));
     }
 }

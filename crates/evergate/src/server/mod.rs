@@ -4,6 +4,7 @@ pub mod accept;
 pub mod client_io;
 pub mod connection;
 mod frames;
+mod frames_io;
 pub mod shared;
 pub mod stream;
 pub mod streams;

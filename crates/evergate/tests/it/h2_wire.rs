@@ -184,6 +184,20 @@ impl Wire {
         }
     }
 
+    /// As `goaway`, behind whatever PING asks whether the client is still there.
+    #[track_caller]
+    pub fn skip_to_goaway(&mut self) -> u32 {
+        loop {
+            let frame = self.next().expect("not the end");
+            if frame.kind == GOAWAY {
+                assert_eq!(frame.payload[4..8], [0; 4], "an error in GOAWAY");
+                return u32::from_be_bytes(frame.payload[..4].try_into().unwrap());
+            }
+            assert_eq!(frame.kind, PING, "{frame:?}");
+            self.send(PING, END, 0, &frame.payload);
+        }
+    }
+
     /// Acknowledges the PING that comes next.
     #[track_caller]
     pub fn pong(&mut self) {

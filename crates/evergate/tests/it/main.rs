@@ -36,6 +36,7 @@ mod hosts_drill;
 mod hosts_kept;
 mod hosts_limits;
 mod http2;
+mod http2_limits;
 mod http2_window;
 mod limits;
 mod limits_named;
