@@ -8,7 +8,8 @@ use evergate_testkit::{Evergate, FakeUpstream, gateway_config};
 use serde_json::json;
 
 use crate::support::{
-    EXE, LIMIT, ONE_WORKER, assert_error, assert_good_stream, before, chat, open, open_as, open_stream,
+    EXE, LIMIT, ONE_WORKER, assert_error, assert_good_stream, assert_left_soon, before, chat, open, open_as,
+    open_stream,
 };
 
 /// Ends within its limit, not before it and not long after it.
@@ -127,20 +128,10 @@ fn cancel_times(gateway: &Evergate, fake: &FakeUpstream, scripts: &[&str], strea
                 Way::Close => raw.close(),
                 Way::Reset => raw.reset(),
             }
-            let time = fake.wait_closed(index, LIMIT).saturating_duration_since(left);
-            assert!(time < Duration::from_secs(1), "{script}: the upstream was left only after {time:?}");
-            times.push(time);
+            times.push(fake.wait_closed(index, LIMIT).saturating_duration_since(left));
         }
     }
-    times.sort_unstable();
     times
-}
-
-fn report(what: &str, times: &[Duration]) {
-    let (median, most) = (times[times.len() / 2], times[times.len() - 1]);
-    println!("client gone, {what}: upstream left after {median:?} (median of {}), at most {most:?}", times.len());
-    // The promise is 100 ms; a busy machine may delay one, not most.
-    assert!(median < Duration::from_millis(100), "{what}: median {median:?}");
 }
 
 /// A2, A5.
@@ -148,8 +139,8 @@ fn report(what: &str, times: &[Duration]) {
 fn client_gone_stops_the_upstream_of_a_unary_request() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
-    let times = cancel_times(&gateway, &fake, &["never-headers", "silent", "idle-mid", "hold"], false);
-    report("unary", &times);
+    let scripts = ["never-headers", "silent", "idle-mid", "hold"];
+    assert_left_soon("unary", || cancel_times(&gateway, &fake, &scripts, false));
 }
 
 /// A3, A5.
@@ -157,8 +148,8 @@ fn client_gone_stops_the_upstream_of_a_unary_request() {
 fn client_gone_stops_the_upstream_of_a_stream() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
-    let times = cancel_times(&gateway, &fake, &["idle-mid", "flood", "hold-mid", "stream-200-50"], true);
-    report("stream", &times);
+    let scripts = ["idle-mid", "flood", "hold-mid", "stream-200-50"];
+    assert_left_soon("stream", || cancel_times(&gateway, &fake, &scripts, true));
 }
 
 /// A2, A3: the record says who ended it.
@@ -185,14 +176,16 @@ fn client_gone_is_on_record() {
 fn client_gone_before_the_first_event_stops_the_upstream() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, ONE_WORKER);
-    for (index, script) in ["never-headers", "silent", "pings-only"].into_iter().enumerate() {
+    let left_one = |script: &str| {
+        let index = fake.request_count();
         let raw = open(&gateway, script, true);
         let _ = fake.wait_request(index, LIMIT);
         let left = Instant::now();
         raw.close();
-        let time = fake.wait_closed(index, LIMIT).saturating_duration_since(left);
-        assert!(time < Duration::from_secs(1), "{script}: {time:?}");
-    }
+        fake.wait_closed(index, LIMIT).saturating_duration_since(left)
+    };
+    let scripts = ["never-headers", "silent", "pings-only"];
+    assert_left_soon("before the first event", || scripts.into_iter().cycle().take(12).map(left_one).collect());
     // Nothing was left behind in the worker.
     assert_eq!(chat(&gateway, "ok", false).content(), TEXT);
 }

@@ -121,6 +121,29 @@ pub fn assert_counted(gateway: &Evergate, status: u16, cause: &str, count: u64) 
     wait_until(&format!("{count} counted as {status} {cause}"), LIMIT, || counted() == count);
 }
 
+/// Checks the promise that an upstream is left within 100 ms of its client's leaving: nine times of ten, in one round of several,
+/// since in any of them the machine may have given this test or the gateway no processor.
+#[track_caller]
+pub fn assert_left_soon(what: &str, mut measure: impl FnMut() -> Vec<Duration>) {
+    const ROUNDS: usize = 8;
+    let mut rounds = Vec::new();
+    while rounds.len() < ROUNDS {
+        let mut times = measure();
+        times.sort_unstable();
+        assert!(times.len() >= 10, "too few to tell");
+        let (median, most) = (times[times.len() / 2], times[times.len() * 9 / 10 - 1]);
+        println!(
+            "client gone, {what}: upstream left after {median:?} (median of {}), nine of ten {most:?}",
+            times.len()
+        );
+        if most < Duration::from_millis(100) {
+            return;
+        }
+        rounds.push((median, most));
+    }
+    panic!("{what}: median and nine of ten in each round: {rounds:?}");
+}
+
 /// What the error table promises about a code: type, `x-should-retry`, whether waiting helps, whether the connection
 /// ends.
 fn promise(code: &str) -> (&'static str, &'static str, bool, bool) {
