@@ -271,7 +271,14 @@ mod tests {
     fn our_own_events_are_read_back_by_our_own_scanner() {
         let read: Vec<_> = Chunks::chat(reply("a \"b\"", true))
             .map(|event| crate::json::scan_chunk(event.trim_start_matches("data: ").as_bytes()))
-            .map(|chunk| (chunk.is_object, chunk.has_content, chunk.finish, chunk.usage.is_some()))
+            .map(|chunk| {
+                (
+                    chunk.is_object,
+                    chunk.has_content,
+                    chunk.finished != crate::json::Choices::default(),
+                    chunk.usage.is_some(),
+                )
+            })
             .collect();
         let content = (true, true, false, false);
         let expected = [

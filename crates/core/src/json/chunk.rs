@@ -17,15 +17,41 @@ pub struct Chunk {
     pub has_error: bool,
     /// The top-level `usage`, if it is an object with a count.
     pub usage: Option<Usage>,
-    /// Whether any choice has a `finish_reason` that is a string and not empty.
-    pub finish: bool,
+    /// The choices it speaks of.
+    pub choices: Choices,
+    /// Those of them whose `finish_reason` is a string and not empty.
+    pub finished: Choices,
     /// Whether any choice carries text, a tool call or any other piece of the answer, and not only its role.
     pub has_content: bool,
+}
+
+/// A set of choices, by their `index`; one without is the first. From the 127th on they count as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Choices(u128);
+
+impl Choices {
+    const FIRST: Self = Self(1);
+
+    fn of(index: u32) -> Self {
+        Self(1 << index.min(u128::BITS - 1))
+    }
+
+    /// Takes these in, too.
+    pub fn add(&mut self, others: Self) {
+        self.0 |= others.0;
+    }
+
+    /// Whether it has any, and all of those.
+    #[must_use]
+    pub fn are_all_of(self, others: Self) -> bool {
+        self.0 != 0 && others.0 & !self.0 == 0
+    }
 }
 
 static ERROR: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"error\""));
 static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
 static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"finish_reason\""));
+static INDEX: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"index\":"));
 static CONTENT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"content\":\""));
 
 /// Reads one event's data. What is not a JSON object gives the default: nothing but `is_object: false`.
@@ -39,17 +65,20 @@ pub fn scan_chunk(data: &[u8]) -> Chunk {
         return Chunk::default();
     }
     if is_text_only(data) {
-        return Chunk { is_object: true, has_content: true, ..Chunk::default() };
+        return Chunk { is_object: true, has_content: true, choices: Choices::FIRST, ..Chunk::default() };
     }
     walk(data).unwrap_or_default()
 }
 
-/// Whether there is text for the client, and nothing that could be an error, a usage or an end.
+/// Whether there is text of the first choice for the client, and nothing that could be an error, a usage or an end.
 fn is_text_only(data: &[u8]) -> bool {
     let is_null = |at: usize, key: &[u8]| data.get(at + key.len()..).is_some_and(|rest| rest.starts_with(b":null"));
     ERROR.find(data).is_none()
         && FINISH.find_iter(data).all(|at| is_null(at, FINISH.needle()))
         && USAGE.find_iter(data).all(|at| is_null(at, USAGE.needle()))
+        && INDEX
+            .find_iter(data)
+            .all(|at| matches!(data.get(at + INDEX.needle().len()..), Some([b'0', b',' | b'}', ..])))
         && CONTENT.find(data).is_some_and(|at| data.get(at + CONTENT.needle().len()) != Some(&b'"'))
 }
 
@@ -79,12 +108,17 @@ fn choice(scanner: &mut Scanner<'_>, chunk: &mut Chunk) -> Result<(), Stop> {
         scanner.skip_value()?;
         return Ok(());
     }
-    scanner.members(|scanner, key| {
+    let (mut index, mut is_finished) = (0, false);
+    scanner.members::<Stop>(|scanner, key| {
         match &*scanner.name(key) {
+            b"index" => {
+                let span = scanner.skip_value()?;
+                index = std::str::from_utf8(scanner.slice(span)).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+            }
             b"finish_reason" => {
                 let span = scanner.skip_value()?;
                 let value = scanner.slice(span);
-                chunk.finish |= value.starts_with(b"\"") && value.len() > 2;
+                is_finished = value.starts_with(b"\"") && value.len() > 2;
             }
             b"text" => chunk.has_content |= piece(scanner)?,
             b"delta" if scanner.peek() == Some(b'{') => scanner.members(|scanner, key| {
@@ -98,7 +132,12 @@ fn choice(scanner: &mut Scanner<'_>, chunk: &mut Chunk) -> Result<(), Stop> {
             }
         }
         Ok(())
-    })
+    })?;
+    chunk.choices.add(Choices::of(index));
+    if is_finished {
+        chunk.finished.add(Choices::of(index));
+    }
+    Ok(())
 }
 
 /// Takes a value and says whether there is something in it: a string, array or object that is not empty.
@@ -122,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_piece_of_text_is_content_and_nothing_else() {
-        let text = Chunk { is_object: true, has_content: true, ..Chunk::default() };
+        let text = Chunk { is_object: true, has_content: true, choices: Choices::FIRST, ..Chunk::default() };
         for data in [
             r#"{"choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}],"usage":null}"#,
             r#" {"choices":[{"index":0,"delta":{"content": "hi"},"finish_reason": null}], "usage": null, "error":null} "#,
@@ -148,7 +187,12 @@ mod tests {
             r#"{"choices":null}"#,
             r"{}",
         ] {
-            assert_eq!(read(data), Chunk { is_object: true, ..Chunk::default() }, "{data}");
+            let chunk = read(data);
+            assert_eq!(
+                Chunk { choices: Choices::default(), ..chunk },
+                Chunk { is_object: true, ..Chunk::default() },
+                "{data}"
+            );
         }
     }
 
@@ -157,12 +201,34 @@ mod tests {
         let end = read(
             r#"{"choices":[{"delta":{"content":"x"},"finish_reason":null},{"delta":{},"finish_reason":"length"}]}"#,
         );
-        assert!(end.finish && end.has_content && end.usage.is_none());
+        assert!(end.finished == Choices::FIRST && end.has_content && end.usage.is_none());
         let usage = read(r#"{"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}"#).usage.unwrap();
         assert_eq!((usage.tokens_in, usage.tokens_out), (2, 3));
         assert!(read(r#"{"error":{"message":"overloaded"}}"#).has_error);
         assert!(read(r#"{"\u0065rror":"x"}"#).has_error);
         assert!(!read(r#"{"error":null}"#).has_error);
+    }
+
+    #[test]
+    fn each_choice_has_an_end_of_its_own() {
+        let (mut choices, mut finished) = (Choices::default(), Choices::default());
+        for (data, is_whole) in [
+            (r#"{"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}"#, false),
+            (r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#, true),
+            (r#"{"choices":[{"index":1,"delta":{"content":"b"},"finish_reason":null}]}"#, false),
+            (r#"{"choices":[{"delta":{"content":"c"}, "index": 2}]}"#, false),
+            (r#"{"choices":[{"index":1,"text":"","finish_reason":"length"}]}"#, false),
+            (r#"{"choices":[],"usage":{"prompt_tokens":1}}"#, false),
+            (r#"{"choices":[{"finish_reason":"stop","index":2}]}"#, true),
+            (r#"{"choices":[{"index":400,"delta":{"content":"d"}}]}"#, false),
+            (r#"{"choices":[{"index":400,"delta":{},"finish_reason":"stop"}]}"#, true),
+        ] {
+            let chunk = read(data);
+            choices.add(chunk.choices);
+            finished.add(chunk.finished);
+            assert_eq!(finished.are_all_of(choices), is_whole, "{data}");
+        }
+        assert!(!Choices::default().are_all_of(Choices::default()), "no choice has ended where there was none");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Holds INV-AUTH-1 (ARCHITECTURE.md).
 
+use std::time::SystemTime;
+
 use evergate_core::{Error, Fault};
 use evergate_host::service::{DISPATCHED, FAULT};
 use http::StatusCode;
@@ -27,9 +29,7 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
                 (Some("invalid_api_key"), _) => not_accepted(upstream),
                 (Some("insufficient_quota"), 429) => Error { fault: Fault::InsufficientQuota, ..error },
                 (_, 429) => {
-                    let wait =
-                        headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
-                    let retry_after_s = wait.map(|seconds| seconds.ceil() as u32);
+                    let retry_after_s = wait_asked(headers, SystemTime::now());
                     Error { fault: Fault::RateLimitExceeded, retry_after_s, ..error }
                 }
                 _ => error,
@@ -49,6 +49,21 @@ pub fn of(app: &App, upstream: &str, status: StatusCode, headers: &HeaderMap, bo
         ),
     };
     error.detail(detail)
+}
+
+/// How many seconds an upstream asks to wait: `retry-after-ms`, which the official SDKs read first, else `retry-after`, a
+/// number or a date (RFC 9110, 10.2.3). What is none of these is no word.
+fn wait_asked(headers: &HeaderMap, now: SystemTime) -> Option<u32> {
+    let text = |name: &str| Some(headers.get(name)?.to_str().ok()?.trim());
+    let number = |text: &str| text.parse::<f64>().ok().filter(|number| number.is_finite() && *number >= 0.0);
+    let seconds = text("retry-after-ms").and_then(number).map(|ms| ms / 1000.0).or_else(|| {
+        let text = text(RETRY_AFTER.as_str())?;
+        // One that is over says to wait no longer.
+        let until =
+            || Some(httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default().as_secs_f64());
+        number(text).or_else(until)
+    })?;
+    Some(seconds.ceil() as u32)
 }
 
 /// The client would take the upstream's own words for some about its own key.
@@ -126,4 +141,41 @@ pub fn of_object(app: &App, upstream: &str, message: Option<&str>) -> Error {
         None => format!("the upstream \"{upstream}\" reported an error"),
     };
     Error::new(Fault::UpstreamFailed, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use http::header::{HeaderMap, HeaderName, HeaderValue};
+
+    use super::wait_asked;
+
+    #[test]
+    fn an_upstreams_wait_is_understood_in_every_form() {
+        // Sun, 06 Nov 1994 08:49:37 GMT, RFC 9110's own example.
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+        for (fields, wait) in [
+            (&[("retry-after", "7")][..], Some(7)),
+            (&[("retry-after", " 0.2 ")], Some(1)),
+            (&[("retry-after", "0")], Some(0)),
+            (&[("retry-after-ms", "1500")], Some(2)),
+            (&[("retry-after-ms", "500"), ("retry-after", "9")], Some(1)),
+            (&[("retry-after-ms", "soon"), ("retry-after", "9")], Some(9)),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT")], Some(60)),
+            (&[("retry-after", "Sun Nov  6 08:49:47 1994")], Some(10)),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:49:07 GMT")], Some(0)),
+            (&[("retry-after", "1e30")], Some(u32::MAX)),
+            (&[("retry-after", "-5")], None),
+            (&[("retry-after", "nan")], None),
+            (&[("retry-after", "tomorrow")], None),
+            (&[], None),
+        ] {
+            let field = |(name, value): &(&'static str, &'static str)| {
+                (HeaderName::from_static(name), HeaderValue::from_static(value))
+            };
+            let headers: HeaderMap = fields.iter().map(field).collect();
+            assert_eq!(wait_asked(&headers, now), wait, "{fields:?}");
+        }
+    }
 }

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use evergate_core::attempts::{How, Reached};
 use evergate_core::chat::Chunks;
 use evergate_core::deadline::Limit;
-use evergate_core::json::{Chunk, Usage, scan_chunk};
+use evergate_core::json::{Choices, Chunk, Usage, scan_chunk};
 use evergate_core::sse::{Splitter, TooLarge};
 use evergate_core::{Deadline, Error, Fault};
 use evergate_upstream::AnswerBody;
@@ -103,13 +103,21 @@ pub struct Relay {
 struct Seen {
     /// An event that is more than a comment.
     any: bool,
-    finish: bool,
+    choices: Choices,
+    finished: Choices,
     done: bool,
     usage: Option<Usage>,
     /// What an error object stands for; the bytes before it in the same piece end here.
     error: Option<(Box<Error>, usize)>,
     /// Where `[DONE]` ends.
     done_at: usize,
+}
+
+impl Seen {
+    /// Whether every choice has its `finish_reason`, so that nothing but `[DONE]` can be missing.
+    fn is_whole(&self) -> bool {
+        self.finished.are_all_of(self.choices)
+    }
 }
 
 impl fmt::Debug for Relay {
@@ -250,14 +258,14 @@ impl Relay {
     fn take(&mut self, data: Option<Result<Bytes, Error>>) {
         match data {
             Some(Ok(data)) => self.take_bytes(data),
-            Some(Err(error)) if self.seen.finish && !self.seen.done => {
+            Some(Err(error)) if self.seen.is_whole() && !self.seen.done => {
                 // The answer itself was complete; only its end was cut.
                 self.ready.push_back(Ok(Bytes::from_static(b"data: [DONE]\n\n")));
                 drop(error);
                 self.end();
             }
             Some(Err(error)) => self.ready.push_back(Err(self.cut(error))),
-            None if self.seen.finish => {
+            None if self.seen.is_whole() => {
                 self.ready.push_back(Ok(Bytes::from_static(b"data: [DONE]\n\n")));
                 self.end();
             }
@@ -297,7 +305,8 @@ impl Relay {
                 return;
             }
             seen.any = true;
-            seen.finish |= chunk.finish;
+            seen.choices.add(chunk.choices);
+            seen.finished.add(chunk.finished);
             seen.usage = chunk.usage.or(seen.usage);
         });
         let (bytes, overflow) = match pushed {

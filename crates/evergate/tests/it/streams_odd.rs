@@ -107,6 +107,20 @@ fn f1_a_cut_after_the_finish_takes_nothing_away() {
     }
 }
 
+/// F3: a choice that has its finish says nothing of another one.
+#[test]
+fn f3_a_stream_cut_in_its_second_choice_ends_with_an_error() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for script in ["second-open", "second-open-cut"] {
+        let response = chat(&gateway, script, true);
+        assert!(response.text().contains("\"index\":1"), "{}", response.text());
+        assert_failed_stream(&response.events(), response.is_complete, "upstream_disconnected");
+        let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
+        assert_eq!(record["cause"], "upstream_disconnected", "{record}");
+    }
+}
+
 /// F2, F3, F7: in the middle of an event and of a character; what was whole is passed on.
 #[test]
 fn f3_a_stream_cut_in_an_event_ends_with_an_error() {

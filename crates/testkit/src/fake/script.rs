@@ -110,6 +110,10 @@ pub enum Script {
     ErrorEventMid,
     /// `no-done`: all text and a `finish_reason`, then a clean end without `[DONE]`.
     NoDone,
+    /// `second-open`: all of the first choice, its `finish_reason` too, the beginning of a second one, then a clean end.
+    SecondOpen,
+    /// `second-open-cut`: the same, then FIN against the framing's promise.
+    SecondOpenCut,
     /// `no-done-cut`: all text and a `finish_reason`, then FIN against the framing's promise.
     NoDoneCut,
     /// `no-finish`: the first half, then a clean end with neither `finish_reason` nor `[DONE]`.
@@ -180,6 +184,8 @@ impl Script {
             "error-event-first" => Self::ErrorEventFirst,
             "error-event-mid" => Self::ErrorEventMid,
             "no-done" => Self::NoDone,
+            "second-open" => Self::SecondOpen,
+            "second-open-cut" => Self::SecondOpenCut,
             "no-done-cut" => Self::NoDoneCut,
             "no-finish" => Self::NoFinish,
             "half-event" => Self::HalfEvent,

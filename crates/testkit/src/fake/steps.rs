@@ -185,6 +185,7 @@ fn events(script: &Script, answer: &Answer) -> Vec<Step> {
     let finish = || vec![done(), end()];
     let extra = |event: &str| vec![chunk(event)];
     let error = || extra(&answer::event(&answer::error(500)));
+    let second = || extra(&answer.text_event("more").replacen("\"index\":0", "\"index\":1", 1));
     let odd = |events: Vec<Value>| events.iter().map(|value| chunk(&answer::event(value))).collect::<Vec<_>>();
     let head = vec![head];
     match script {
@@ -218,6 +219,8 @@ fn events(script: &Script, answer: &Answer) -> Vec<Step> {
         Script::ErrorEventMid => [head, first, error(), vec![end()]].concat(),
         Script::NoDone => [head, first, rest, vec![end()]].concat(),
         Script::NoDoneCut => [head, first, rest, vec![Step::Close]].concat(),
+        Script::SecondOpen => [head, first, rest, second(), vec![end()]].concat(),
+        Script::SecondOpenCut => [head, first, rest, second(), vec![Step::Close]].concat(),
         Script::NoFinish => [head, first, vec![end()]].concat(),
         Script::HalfEvent => [head, first, extra("data: {\"id\":\"cut he"), vec![end()]].concat(),
         // In one piece, and what follows in another.
