@@ -1,7 +1,7 @@
 //! The access record: one JSON line per request, written by the worker that served it or, if that died, on its behalf.
 
 use crate::digits::push_decimal;
-use crate::json::write_string;
+use crate::json::{write_string, write_text};
 
 /// Longest line, `PIPE_BUF`: a write of at most this many bytes to a pipe is never interleaved with another (pipe(7)).
 pub const LINE_BYTES_MAX: usize = 4096;
@@ -76,18 +76,22 @@ impl Access<'_> {
         out.push_str("{\"at_ms\":");
         push_decimal(out, self.at_ms);
         for (key, value) in [
-            (",\"request_id\":", self.request_id),
-            (",\"client_id\":", self.client_id),
-            (",\"tenant\":", self.tenant),
-            (",\"method\":", self.method),
-            (",\"route\":", self.route),
-            (",\"model\":", self.model),
-            (",\"backend\":", self.backend),
-            (",\"cause\":", self.cause),
+            (",\"request_id\":\"", self.request_id),
+            ("\",\"client_id\":\"", self.client_id),
+            ("\",\"tenant\":\"", self.tenant),
+            ("\",\"method\":\"", self.method),
+            ("\",\"route\":\"", self.route),
+            ("\",\"model\":\"", self.model),
+            ("\",\"backend\":\"", self.backend),
+            ("\",\"cause\":\"", self.cause),
         ] {
+            // With the quotes around the value, which most often is none.
             out.push_str(key);
-            write_string(out, cut(value, 256));
+            if !value.is_empty() {
+                write_text(out, cut(value, 256));
+            }
         }
+        out.push('"');
         push_number(out, ",\"attempts\":", Some(self.attempts.into()));
         self.write_path(out);
         push_number(out, ",\"status\":", Some(self.status.into()));
@@ -154,12 +158,15 @@ fn push_number(out: &mut String, key: &str, value: Option<u64>) {
 fn push_ms(out: &mut String, key: &str, ms: Option<f64>) {
     out.push_str(key);
     let Some(ms) = ms else { return out.push_str("null") };
-    let us = (ms.max(0.0) * 1000.0).round() as u64;
+    let us = (ms.max(0.0) * 1000.0 + 0.5) as u64;
     push_decimal(out, us / 1000);
-    // A leading 1 keeps the zeros of the fraction; the point takes its place.
-    let at = out.len();
-    push_decimal(out, 1000 + us % 1000);
-    out.replace_range(at..=at, ".");
+    let thousandths = us % 1000;
+    out.push_str(match thousandths {
+        0..10 => ".00",
+        10..100 => ".0",
+        _ => ".",
+    });
+    push_decimal(out, thousandths);
 }
 
 fn cut(text: &str, bytes_max: usize) -> &str {

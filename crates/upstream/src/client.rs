@@ -19,7 +19,7 @@ use http::header::{
 };
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::Full;
-use hyper::client::conn::http1;
+use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
 
 use crate::answer::AnswerBody;
@@ -110,6 +110,8 @@ pub struct Answer {
     pub body: AnswerBody,
 }
 
+type Asked = Request<Full<Bytes>>;
+
 pub(crate) type Driver = http1::Connection<TokioIo<UpstreamIo>, Full<Bytes>>;
 
 /// An open connection and the half that speaks on it.
@@ -165,6 +167,9 @@ impl Pool {
 }
 
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("evergate/", env!("CARGO_PKG_VERSION")));
+/// So soon after an answer a connection that was ready for more is not asked whether it has ended since. If it has, the call
+/// finds that before anything of the request is written, and opens another.
+const FRESH: Duration = Duration::from_millis(5);
 /// Between two complaints of one client.
 const COMPLAIN: Duration = Duration::from_secs(60);
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -224,49 +229,55 @@ impl Client {
     /// # Errors
     /// `upstream_connect_failed`, `overloaded` (no local port), `upstream_timeout` (connect, dns), `first_token_timeout`, `deadline_exceeded`,
     /// `upstream_disconnected`, `upstream_bad_response` (framing, a content encoding that was not asked for).
-    pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
-        let mut request = self.request(&call)?;
+    pub fn call(&self, call: Call) -> impl Future<Output = Result<Answer, Failure>> {
+        // Before anything is waited for, and in a box: what a future holds at its waits it has room for in all its states, and
+        // this one is part of a request's, which is moved about whole.
+        let request = self.request(&call).map(Box::new).map_err(Box::new);
+        let Call { deadline, first_byte, begun, .. } = call;
+        async move {
+            let request = request.map_err(|failure| *failure)?;
+            self.send(request, (deadline, first_byte), begun).await
+        }
+    }
+
+    async fn send(
+        &self,
+        mut request: Box<Asked>,
+        (deadline, first_byte): (Deadline, Option<Duration>),
+        begun: Option<Arc<AtomicBool>>,
+    ) -> Result<Answer, Failure> {
         let name = &self.settings.name;
         let sent = |error| Failure { error, phase: Phase::Sent };
-        let pooled = self.take().await;
-        let mut is_reused = pooled.is_some();
-        let mut connection = match pooled {
-            Some(connection) => connection,
-            None => Box::pin(self.open(call.deadline)).await?,
+        let begin = |has_begun| begun.iter().for_each(|begun| begun.store(has_begun, Ordering::Relaxed));
+        let (mut connection, mut is_reused) = match self.take().await {
+            Some(connection) => (connection, true),
+            None => (Box::pin(self.open(deadline)).await?, false),
         };
         let response = loop {
-            let until = match call.first_byte {
-                Some(limit) => call.deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
-                None => call.deadline,
+            let until = match first_byte {
+                Some(limit) => deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
+                None => deadline,
             };
-            if let Some(begun) = &call.begun {
-                begun.store(true, Ordering::Relaxed);
-            }
-            let mut answering = std::pin::pin!(connection.sender.try_send_request(request));
-            let Connection { driver, filter, .. } = &mut connection;
-            let head = poll_fn(|cx| {
-                filter.poll(cx, |cx| {
-                    drive(driver, cx);
-                    answering.as_mut().poll(cx)
-                })
-            });
-            match self.settings.clock.timeout_at(until.at(), head).await {
-                Ok(Ok(response)) => break response,
-                // Closed under our hands, and the request is still ours: nothing was written.
-                Ok(Err(mut failed)) => match failed.take_message() {
-                    Some(message) if is_reused => {
-                        request = message;
-                        if let Some(begun) = &call.begun {
-                            begun.store(false, Ordering::Relaxed);
-                        }
-                        connection = Box::pin(self.open(call.deadline)).await?;
-                        is_reused = false;
-                    }
-                    Some(_) => return Err(unsent(name, failed.error())),
-                    None => return Err(sent(broken(name, failed.error()))),
-                },
-                Err(_) => return Err(sent(until.limit().overrun(name, "did not answer within"))),
-            }
+            begin(true);
+            let answered = {
+                let mut answering = std::pin::pin!(connection.sender.try_send_request(*request));
+                let Connection { driver, filter, .. } = &mut connection;
+                let head = poll_fn(|cx| {
+                    filter.poll(cx, |cx| {
+                        drive(driver, cx);
+                        answering.as_mut().poll(cx)
+                    })
+                });
+                match self.settings.clock.timeout_at(until.at(), head).await {
+                    Ok(Ok(response)) => break response,
+                    Ok(Err(failed)) => Box::new(failed),
+                    Err(_) => return Err(sent(until.limit().overrun(name, "did not answer within"))),
+                }
+            };
+            request = again(name, answered, is_reused)?;
+            begin(false);
+            connection = Box::pin(self.open(deadline)).await?;
+            is_reused = false;
         };
         let (head, body) = response.into_parts();
         if head.headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
@@ -306,7 +317,9 @@ impl Client {
     async fn take(&self) -> Option<Connection> {
         loop {
             let mut connection = self.pool.lock().pop()?;
-            if connection.idle_since.elapsed() < self.settings.idle && is_usable(&mut connection).await {
+            let idle = connection.idle_since.elapsed();
+            let is_fresh = idle < FRESH && connection.sender.is_ready();
+            if is_fresh || (idle < self.settings.idle && is_usable(&mut connection).await) {
                 return Some(connection);
             }
         }
@@ -379,6 +392,15 @@ async fn is_usable(connection: &mut Connection) -> bool {
         Poll::Ready(driver.is_some() && sender.is_ready())
     })
     .await
+}
+
+/// The request of a kept connection that was closed under our hands, if it is still ours: nothing was written.
+fn again(name: &str, mut failed: Box<TrySendError<Asked>>, is_reused: bool) -> Result<Box<Asked>, Failure> {
+    match failed.take_message() {
+        Some(message) if is_reused => Ok(Box::new(message)),
+        Some(_) => Err(unsent(name, failed.error())),
+        None => Err(Failure { error: broken(name, failed.error()), phase: Phase::Sent }),
+    }
 }
 
 /// The failure of a new connection that ended before a byte of the request was written.

@@ -139,12 +139,26 @@ impl Clock {
     ///
     /// # Errors
     /// `Elapsed` when it was not ready by then.
-    pub async fn timeout_at<F: Future>(&self, at: Instant, future: F) -> Result<F::Output, Elapsed> {
+    pub fn timeout_at<F: Future>(&self, at: Instant, future: F) -> impl Future<Output = Result<F::Output, Elapsed>> {
+        self.timeout_from(move || at, future)
+    }
+
+    /// Polls `future` until the time that `at` says when it was not ready at once: most pieces are there already, and then
+    /// nobody has to look what time it is.
+    ///
+    /// # Errors
+    /// As `timeout_at`.
+    pub async fn timeout_from<F: Future>(&self, at: impl FnOnce() -> Instant, future: F) -> Result<F::Output, Elapsed> {
         let mut future = std::pin::pin!(future);
-        let mut sleep = self.sleep_until(at);
-        std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Ok(output)),
-            Poll::Pending => Pin::new(&mut sleep).poll(cx).map(|()| Err(Elapsed)),
+        let (mut at, mut sleep) = (Some(at), None);
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(output) = future.as_mut().poll(cx) {
+                return Poll::Ready(Ok(output));
+            }
+            if let Some(at) = at.take() {
+                sleep = Some(self.sleep_until(at()));
+            }
+            sleep.as_mut().map_or(Poll::Pending, |sleep| Pin::new(sleep).poll(cx).map(|()| Err(Elapsed)))
         })
         .await
     }

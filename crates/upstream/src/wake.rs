@@ -5,7 +5,7 @@
 //! second turn of everything that stands above them (measured: a third of the cost of a chunk). Wakes from within a
 //! turn are therefore answered by looking again in that turn; wakes from outside go on to the task.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
@@ -13,17 +13,24 @@ use std::task::{Context, Poll, Wake, Waker};
 /// been away, so looking again without end would never end.
 const TURNS_MAX: usize = 4;
 
+/// A turn is under way.
+const POLLING: u8 = 1;
+/// Somebody was woken in it.
+const WOKEN: u8 = 2;
+
 /// The filter of one connection.
 pub(crate) struct Filter {
     shared: Arc<Shared>,
     waker: Waker,
+    /// Who polled last, as `shared` has it: asked at every poll, and without a lock.
+    task: Option<Waker>,
 }
 
 #[derive(Default)]
 struct Shared {
     task: Mutex<Option<Waker>>,
-    is_polling: AtomicBool,
-    is_woken: AtomicBool,
+    /// One word, so that a turn's end and a wake from another thread cannot miss each other.
+    state: AtomicU8,
 }
 
 impl Wake for Shared {
@@ -32,9 +39,9 @@ impl Wake for Shared {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.is_woken.store(true, Ordering::SeqCst);
-        if !self.is_polling.load(Ordering::SeqCst) {
-            let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Who has been woken already has not looked since.
+        if self.state.fetch_or(WOKEN, Ordering::AcqRel) == 0 {
+            let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(task) = task {
                 task.wake();
             }
@@ -45,24 +52,23 @@ impl Wake for Shared {
 impl Filter {
     pub(crate) fn new() -> Self {
         let shared = Arc::<Shared>::default();
-        Self { waker: Waker::from(Arc::clone(&shared)), shared }
+        Self { waker: Waker::from(Arc::clone(&shared)), shared, task: None }
     }
 
     /// Polls until there is a result or nothing moves any more.
-    pub(crate) fn poll<T>(&self, cx: &Context<'_>, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        let shared = &self.shared;
-        match &mut *shared.task.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(task) => task.clone_from(cx.waker()),
-            none => *none = Some(cx.waker().clone()),
+    pub(crate) fn poll<T>(&mut self, cx: &Context<'_>, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        if !self.task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
+            let (before, task) = (self.task.replace(cx.waker().clone()), cx.waker().clone());
+            let shared = self.shared.task.lock().unwrap_or_else(PoisonError::into_inner).replace(task);
+            // Outside the lock: it may be the last thing that holds a task.
+            drop((before, shared));
         }
         let mut inner = Context::from_waker(&self.waker);
         for _ in 0..TURNS_MAX {
-            shared.is_polling.store(true, Ordering::SeqCst);
-            shared.is_woken.store(false, Ordering::SeqCst);
+            self.shared.state.swap(POLLING, Ordering::AcqRel);
             let polled = poll(&mut inner);
-            shared.is_polling.store(false, Ordering::SeqCst);
-            // A wake before the store above is seen here; one after it has woken the task.
-            if polled.is_ready() || !shared.is_woken.load(Ordering::SeqCst) {
+            // A wake before this is seen here; one after it wakes the task.
+            if self.shared.state.swap(0, Ordering::AcqRel) & WOKEN == 0 || polled.is_ready() {
                 return polled;
             }
         }
@@ -91,7 +97,7 @@ mod tests {
     fn own_wakes_poll_again_and_foreign_ones_reach_the_task() {
         let count = Arc::new(Count::default());
         let task = Waker::from(Arc::clone(&count));
-        let filter = Filter::new();
+        let mut filter = Filter::new();
         let mut kept = None;
         let mut turns = 0;
         let polled = filter.poll(&Context::from_waker(&task), |cx| {

@@ -24,6 +24,12 @@ pub use usage::{TOKENS_MAX, Usage};
 /// Appends `text` as a JSON string with its quotes (RFC 8259, section 7).
 pub fn write_string(out: &mut String, text: &str) {
     out.push('"');
+    write_text(out, text);
+    out.push('"');
+}
+
+/// Appends what stands between the quotes of `text` as a JSON string.
+pub(crate) fn write_text(out: &mut String, text: &str) {
     let mut rest = text;
     loop {
         // Only ASCII bytes end a plain part, so both ends are character boundaries.
@@ -45,5 +51,4 @@ pub fn write_string(out: &mut String, text: &str) {
         }
         rest = special.get(1..).unwrap_or_default();
     }
-    out.push('"');
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use evergate_board::InflightPlace;
 use evergate_core::attempts::{How, Reached};
 use evergate_core::deadline::Limit;
 use evergate_core::json::scan_answer;
@@ -33,7 +34,7 @@ const REFUSAL_BYTES_MAX: u64 = 64 * 1024;
 const REFUSAL_TIME: Duration = Duration::from_secs(2);
 
 impl ModelCall {
-    pub(super) fn call(&self, body: Bytes, deadline: Deadline) -> Call {
+    fn call(&self, body: Bytes, deadline: Deadline) -> Call {
         let mut headers = HeaderMap::new();
         let (mut parent, mut state, mut parents) = (None, None, 0);
         // One walk over the few that there are, instead of a look-up for each that might be.
@@ -61,24 +62,34 @@ impl ModelCall {
         Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None, begun }
     }
 
+    /// The same for an upstream that may be a program of this machine, which is told how much time there is.
+    pub(super) fn call_within(
+        &self,
+        body: Bytes,
+        until: Deadline,
+        (end, local): (Deadline, Option<InflightPlace>),
+    ) -> Call {
+        let mut call = self.call(body, until);
+        if let Some(place) = local {
+            local::tell(&mut call, end, place);
+        }
+        call
+    }
+
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
         let Attempt { client, name, body, deadline, permit, first_by, local, .. } = attempt;
-        let mut call = self.call(body, first_by);
-        if let Some(place) = local {
-            local::tell(&mut call, deadline, place);
-        }
-        let mut answer = client.call(call).await?;
+        let Answer { status, headers, mut body } =
+            client.call(self.call_within(body, first_by, (deadline, local))).await?;
         if let Some(permit) = permit {
-            answer.body.hold(permit);
+            body.hold(permit);
         }
         let first_token_ms = pass.record.elapsed_ms();
-        if !answer.status.is_success() {
-            return Err(Box::pin(self.refused(name, answer, deadline)).await);
+        if !status.is_success() {
+            return Err(Box::pin(self.refused(name, Answer { status, headers, body }, deadline)).await);
         }
         let limits = &self.app.sealed.config.limits;
-        let (status, headers) = (answer.status, answer.headers);
-        let body = self.read_whole(answer.body, name, deadline, limits.answer_bytes).await?;
+        let body = self.read_whole(&mut body, name, deadline, limits.answer_bytes).await?;
         let broken = |error| Failure::new(Reached::Answer, error);
         let bad = |message: String| Error::new(Fault::UpstreamBadResponse, message);
         let seen = scan_answer(&body).map_err(|found| {
@@ -101,7 +112,7 @@ impl ModelCall {
 
     pub(super) async fn read_whole(
         &self,
-        mut body: AnswerBody,
+        body: &mut AnswerBody,
         name: &str,
         deadline: Deadline,
         bytes_max: u64,
@@ -109,9 +120,13 @@ impl ModelCall {
         let mut first = Bytes::new();
         let mut rest = BytesMut::new();
         loop {
-            let idle = Deadline::new(Instant::now(), self.app.sealed.config.timeouts.idle, Limit::Idle);
-            let until = deadline.min(idle);
-            let data = match self.app.clock.timeout_at(until.at(), body.data()).await {
+            let mut until = deadline;
+            let from = || {
+                let idle = Deadline::new(Instant::now(), self.app.sealed.config.timeouts.idle, Limit::Idle);
+                until = deadline.min(idle);
+                until.at()
+            };
+            let data = match self.app.clock.timeout_from(from, body.data()).await {
                 Ok(Some(data)) => data.map_err(|error| Failure::new(Reached::Answer, error))?,
                 Ok(None) => break,
                 Err(_) => {
@@ -140,9 +155,9 @@ impl ModelCall {
 
     /// The failure for an answer that is not a 2xx. Its body only adds words, so no failure to read it matters.
     pub(super) async fn refused(&self, name: &str, answer: Answer, deadline: Deadline) -> Failure {
-        let Answer { status, headers, body } = answer;
+        let Answer { status, headers, mut body } = answer;
         let until = deadline.min(Deadline::new(Instant::now(), REFUSAL_TIME, Limit::Idle));
-        let read = self.read_whole(body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
+        let read = self.read_whole(&mut body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
         if self.app.locals.contains_key(name)
             && let Some((error, is_dispatched)) = refusal::of_host(&self.app, status, &headers, &read)
         {

@@ -97,17 +97,24 @@ impl From<hyper::Error> for Stopped {
 pub async fn read(mut body: Incoming, config: &Config, (clock, memory): (&Clock, &Memory)) -> Result<Bytes, Stopped> {
     let limit = config.limits.body_bytes;
     let mut looked = if body.size_hint().exact().is_some() { u64::MAX } else { LARGE_BYTES };
-    let end = Instant::now() + config.timeouts.body;
+    // From when it has to be waited for.
+    let mut end = None;
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
-        let until = end.min(Instant::now() + config.timeouts.body_idle);
-        let frame = match clock.timeout_at(until, body.frame()).await {
+        let mut is_idle = false;
+        let until = || {
+            let now = Instant::now();
+            let (end, idle) = (*end.get_or_insert(now + config.timeouts.body), now + config.timeouts.body_idle);
+            is_idle = idle < end;
+            end.min(idle)
+        };
+        let frame = match clock.timeout_from(until, body.frame()).await {
             Ok(Some(Ok(frame))) => frame,
             Ok(None) => break,
             Ok(Some(Err(error))) => return Err(error.into()),
             Err(_) => {
-                let key = if until == end { "timeouts.body" } else { "timeouts.body_idle" };
+                let key = if is_idle { "timeouts.body_idle" } else { "timeouts.body" };
                 let message = format!("the request body did not arrive within {key}");
                 return Err(Stopped::Refused(Error::new(Fault::RequestTimeout, message)));
             }

@@ -99,7 +99,7 @@ pub type Outcome = (Result<Response<Body>, Error>, Option<Pass>);
 
 impl ModelCall {
     /// Serves it. What is awaited boxed here is rare or long: the way of a unary call is moved about whole.
-    pub async fn run(mut self, body: Incoming) -> Outcome {
+    pub async fn run(mut self: Box<Self>, body: Incoming) -> Outcome {
         let planted = planted(&self.headers);
         strike(planted, Moment::Head);
         let mut coming = match self.check_head() {
@@ -179,7 +179,7 @@ impl ModelCall {
 
     /// Serves a request of a model whose calls may outlive their clients.
     async fn kept(
-        mut self,
+        mut self: Box<Self>,
         body: Bytes,
         request: json::Request,
         policy: OnDisconnect,

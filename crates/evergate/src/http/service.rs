@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 
 use super::app::App;
 use super::body::{Active, Body};
-use super::model_call::{Endpoint, ModelCall, Outcome, settle};
+use super::model_call::{Endpoint, ModelCall, settle};
 use super::{cors, respond};
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
@@ -41,6 +41,26 @@ struct Seen {
     path: Path,
     method: &'static str,
     started: Instant,
+}
+
+/// A request before anything was made of it. Boxed, and taken apart before the first wait: what a future is given, and what
+/// it has while it waits, it has room for all the time.
+struct Asked {
+    request: Request<Incoming>,
+    /// The client's own id, or empty.
+    client_id: String,
+    /// Our id as a header's value.
+    own_id: Option<HeaderValue>,
+    /// What its head was refused for.
+    refusal: Option<Error>,
+}
+
+/// What follows a request's head.
+enum Next {
+    /// A model is called.
+    Call(Box<ModelCall>, Incoming),
+    /// It is answered.
+    Done(Box<Result<Response<Body>, Error>>),
 }
 
 /// Where a request goes.
@@ -108,30 +128,12 @@ impl Service {
         Self { app, shared, newcomer }
     }
 
-    async fn serve(
-        self,
-        request: Request<Incoming>,
-        Seen { id, path, method, started }: Seen,
-        (client_id, own_id, token): (String, Option<HeaderValue>, Arc<Token>),
-        (refusal, active): (Option<Error>, Active),
-    ) -> Response<Body> {
-        let (head, body) = request.into_parts();
-        let mut arrival = Arrival { client_id, tenant: Arc::default(), method, route: path.label() };
-        let judged = match refusal {
-            Some(error) => Judged::Refused(error),
-            None => self.judge(&head, path),
-        };
-        let (served, mut pass) = match judged {
-            Judged::Served(tenant) => {
-                if !tenant.is_empty() {
-                    token.set_tenant(&tenant);
-                }
-                arrival.tenant = tenant;
-                let call = (arrival.clone(), started, Arc::clone(&token));
-                self.dispatch(head, body, path, (id, own_id), call).await
-            }
-            Judged::Answered(response) => (Ok(response), None),
-            Judged::Refused(error) => (Err(error), None),
+    async fn serve(self, asked: Box<Asked>, seen: Seen, (token, active): (Arc<Token>, Active)) -> Response<Body> {
+        let Seen { id, path, started, .. } = seen;
+        let (arrival, next) = self.begin(*asked, seen, &token);
+        let (served, mut pass) = match next {
+            Next::Call(call, body) => call.run(body).await,
+            Next::Done(served) => (*served, None),
         };
         match &mut pass {
             Some(pass) => settle(pass, &served),
@@ -207,44 +209,62 @@ impl Service {
         if is_allowed { Ok(()) } else { Err(Error::new(Fault::MethodNotAllowed, message())) }
     }
 
-    async fn dispatch(
-        &self,
-        head: http::request::Parts,
-        body: Incoming,
-        path: Path,
-        (id, own_id): (RequestId, Option<HeaderValue>),
-        (arrival, started, token): (Arrival, Instant, Arc<Token>),
-    ) -> Outcome {
+    /// What comes before the first wait.
+    fn begin(&self, asked: Asked, seen: Seen, token: &Arc<Token>) -> (Arrival, Next) {
+        let Asked { request, client_id, own_id, refusal } = asked;
+        let (head, body) = request.into_parts();
+        let mut arrival = Arrival { client_id, tenant: Arc::default(), method: seen.method, route: seen.path.label() };
+        let judged = match refusal {
+            Some(error) => Judged::Refused(error),
+            None => self.judge(&head, seen.path),
+        };
+        let done = |served| Next::Done(Box::new(served));
+        let next = match (judged, seen.path) {
+            (Judged::Served(tenant), path) => {
+                if !tenant.is_empty() {
+                    token.set_tenant(&tenant);
+                }
+                arrival.tenant = tenant;
+                if let Path::Model(endpoint) = path {
+                    let call = ModelCall {
+                        app: Arc::clone(&self.app),
+                        endpoint,
+                        id: seen.id,
+                        own_id,
+                        arrival: arrival.clone(),
+                        headers: head.headers,
+                        token: Arc::clone(token),
+                        started: seen.started,
+                        client_by: None,
+                        left: None,
+                    };
+                    Next::Call(Box::new(call), body)
+                } else {
+                    done(self.answer(&head, path))
+                }
+            }
+            (Judged::Answered(response), _) => done(Ok(response)),
+            (Judged::Refused(error), _) => done(Err(error)),
+        };
+        (arrival, next)
+    }
+
+    /// The answer to what is no call of a model.
+    fn answer(&self, head: &http::request::Parts, path: Path) -> Result<Response<Body>, Error> {
         let app = &self.app;
         let plain = |text: String| respond::json(StatusCode::OK, text);
         match path {
-            Path::Model(endpoint) => {
-                let app = Arc::clone(app);
-                let call = ModelCall {
-                    app,
-                    endpoint,
-                    id,
-                    own_id,
-                    arrival,
-                    headers: head.headers,
-                    token,
-                    started,
-                    client_by: None,
-                    left: None,
-                };
-                call.run(body).await
-            }
             Path::Models => {
                 let models = app.router.models().map(|name| app.listed(name));
-                (Ok(plain(chat::models_list(models, app.started_s))), None)
+                Ok(plain(chat::models_list(models, app.started_s)))
             }
             Path::OneModel => {
                 let name = percent_decoded(head.uri.path().strip_prefix("/v1/models/").unwrap_or_default());
-                (app.router.find(&name).map(|name| plain(chat::model(&app.listed(name), app.started_s))), None)
+                app.router.find(&name).map(|name| plain(chat::model(&app.listed(name), app.started_s)))
             }
-            Path::Healthz => (Ok(plain("{\"status\":\"alive\"}".into())), None),
-            Path::Readyz => (self.readiness(), None),
-            Path::Unknown => (Err(Error::new(Fault::NotFound, "there is nothing at this path")), None),
+            Path::Healthz => Ok(plain("{\"status\":\"alive\"}".into())),
+            Path::Readyz => self.readiness(),
+            Path::Model(_) | Path::Unknown => Err(Error::new(Fault::NotFound, "there is nothing at this path")),
         }
     }
 
@@ -299,8 +319,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let page = self.app.cors.listed(request.headers()).cloned();
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
-        let ground = (refusal, Active::new(&self.shared));
-        let serving = self.clone().serve(request, seen, (client_id, own_id, Arc::clone(&token)), ground);
+        let active = Active::new(&self.shared);
+        let asked = Box::new(Asked { request, client_id, own_id, refusal });
+        let serving = self.clone().serve(asked, seen, (Arc::clone(&token), active));
         Bounded {
             serving: Caught::of(Box::pin(serving)),
             seen,

@@ -17,7 +17,7 @@ use super::body::{Body, Stream};
 use super::fault::{Bomb, Planted, planted};
 use super::model_call::{Endpoint, ModelCall};
 use super::relay::{Called, Calling, Limits, Relay};
-use super::{local, refusal, respond};
+use super::{refusal, respond};
 use crate::gate::Arrival;
 use crate::gate::pass::Pass;
 
@@ -45,11 +45,8 @@ impl ModelCall {
     ) -> Result<Response<Body>, Failure> {
         let Attempt { client, name, body, deadline, permit, first_by, wants_usage, local } = attempt;
         let limits = self.limits(first_by);
-        let mut call = self.call(body, first_by.min(limits.stream_total));
         let stream_total = limits.stream_total;
-        if let Some(place) = local {
-            local::tell(&mut call, stream_total, place);
-        }
+        let call = self.call_within(body, first_by.min(stream_total), (stream_total, local));
         let asking = Self {
             app: Arc::clone(&self.app),
             headers: HeaderMap::new(),
@@ -104,8 +101,8 @@ impl ModelCall {
             let message = format!("the upstream \"{name}\" answered a stream request with something else");
             broken(Error::new(Fault::UpstreamBadResponse, message))
         };
-        let body = body.ok_or_else(other)?;
-        let body = self.read_whole(body, name, deadline, self.app.sealed.config.limits.answer_bytes).await?;
+        let mut body = body.ok_or_else(other)?;
+        let body = self.read_whole(&mut body, name, deadline, self.app.sealed.config.limits.answer_bytes).await?;
         let seen = scan_answer(&body).map_err(|_| other())?;
         if seen.has_error {
             return Err(broken(refusal::of_object(&self.app, name, seen.error_message.as_deref())));

@@ -199,6 +199,35 @@ impl ClientIo {
         }
     }
 
+    /// Reads straight into the library's buffer. What is not one whole good head, with nothing behind it but its body, is taken
+    /// out again and goes the long way, by `raw`.
+    fn poll_head(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<Filled>> {
+        let before = out.filled().len();
+        let Poll::Ready(read) = self.stream.poll_read(cx, out) else { return self.poll_timer(cx).map(Ok) };
+        read?;
+        let bytes = out.filled().get(before..).unwrap_or_default();
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(Filled::End));
+        }
+        match whole(bytes, &self.limits.head) {
+            Some(reading) => self.begin(reading),
+            None => {
+                self.raw.extend_from_slice(bytes);
+                self.head_since = self.head_since.or_else(|| Some(Instant::now()));
+                out.set_filled(before);
+            }
+        }
+        Poll::Ready(Ok(Filled::Bytes))
+    }
+
+    /// A head goes to the library.
+    fn begin(&mut self, reading: Reading) {
+        self.shared.deliver();
+        (self.searched, self.blank) = (0, 0);
+        self.head_since = None;
+        self.reading = reading;
+    }
+
     /// When the limit that is running is over: the header's, the idle one, or the patience of a connection that is to
     /// end.
     fn due(&self) -> Instant {
@@ -265,12 +294,12 @@ impl ClientIo {
 
     /// The answer has gone: has the limits looked at again, unless a timer comes in time for that anyway, as it does
     /// between the requests of a busy connection.
-    fn resume_timer(&mut self, cx: &Context<'_>) {
+    fn resume_timer(&mut self, cx: &Context<'_>, now: Instant) {
         if !self.is_timer_due || self.shared.active.load(Ordering::Relaxed) > 0 {
             return;
         }
         self.is_timer_due = false;
-        let (now, due) = (Instant::now(), self.due());
+        let due = self.due();
         if !self.timer.as_ref().is_some_and(|timer| now < timer.deadline() && timer.deadline() <= due) {
             cx.waker().wake_by_ref();
         }
@@ -320,14 +349,12 @@ impl ClientIo {
         match checked {
             Ok(framing) => {
                 self.ready = self.raw.split_to(length).freeze();
-                self.shared.deliver();
-                (self.searched, self.blank) = (0, 0);
-                self.head_since = (!self.raw.is_empty()).then(Instant::now);
-                self.reading = match framing {
+                self.begin(match framing {
                     Framing::Length(0) => Reading::Head,
                     Framing::Length(bytes) => Reading::Body(bytes),
                     Framing::Chunked => Reading::Chunked(Chunks::default()),
-                };
+                });
+                self.head_since = (!self.raw.is_empty()).then(Instant::now);
             }
             Err(error) => self.refuse(error),
         }
@@ -389,6 +416,21 @@ impl ClientIo {
     }
 }
 
+/// What follows `bytes`, if they are one whole good head, and behind it nothing but its body.
+fn whole(bytes: &[u8], limits: &HeadLimits) -> Option<Reading> {
+    // An empty line is counted on the long way.
+    if bytes.first() == Some(&b'\r') {
+        return None;
+    }
+    let length = head::complete(bytes, 0).filter(|length| *length <= limits.bytes)?;
+    let rest = (bytes.len() - length) as u64;
+    match head::check(bytes.get(..length)?, limits).ok()? {
+        Framing::Length(body) if body == rest => Some(Reading::Head),
+        Framing::Length(body) => body.checked_sub(rest).map(Reading::Body),
+        Framing::Chunked => (rest == 0).then(|| Reading::Chunked(Chunks::default())),
+    }
+}
+
 enum Filled {
     Bytes,
     End,
@@ -407,6 +449,11 @@ impl AsyncRead for ClientIo {
                 Reading::Frames(frames) => return this.poll_frames(cx, out, frames),
                 // The refusal's answer ends the connection; end of file here would end it before.
                 Reading::Refused => return Poll::Pending,
+                Reading::Head if this.raw.is_empty() => match ready!(this.poll_head(cx, out))? {
+                    Filled::Bytes if this.raw.is_empty() => return Poll::Ready(Ok(())),
+                    Filled::End => return Poll::Ready(Ok(())),
+                    Filled::Bytes | Filled::Refused => continue,
+                },
                 Reading::Head => this.judge_head(),
                 Reading::Body(left) if this.raw.is_empty() => return this.poll_body(cx, out, left),
                 Reading::Body(_) | Reading::Chunked(_) => this.judge_body()?,
@@ -454,8 +501,10 @@ impl AsyncWrite for ClientIo {
         this.shared.flushed();
         if std::mem::take(&mut this.is_writing) && this.is_of_a_request() {
             this.active_at = Instant::now();
+            this.resume_timer(cx, this.active_at);
+        } else if this.is_timer_due {
+            this.resume_timer(cx, Instant::now());
         }
-        this.resume_timer(cx);
         Poll::Ready(Ok(()))
     }
 
