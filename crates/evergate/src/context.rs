@@ -103,5 +103,6 @@ pub fn cancelled(cause: Cause) -> Error {
         Cause::Memory => "the gateway is short of memory and has ended the request that held the most; try again",
         Cause::Operator => "an operator ended the request",
     };
-    Error::new(cause.fault(), message)
+    let error = Error::new(cause.fault(), message);
+    if cause == Cause::Memory { error.detail("memory") } else { error }
 }

@@ -2,6 +2,7 @@
 
 pub mod admission;
 mod idle;
+mod incoming;
 pub mod load;
 pub mod memory;
 pub mod pass;
@@ -57,6 +58,7 @@ pub struct Gate {
     /// When accepting last failed for want of descriptors; 0 for never.
     short_ns: AtomicU64,
     idle: idle::Idle,
+    incoming: incoming::Incoming,
 }
 
 /// What is known of a request when it arrives.
@@ -101,6 +103,7 @@ impl Gate {
             access,
             short_ns: AtomicU64::new(0),
             idle: idle::Idle::default(),
+            incoming: incoming::Incoming::default(),
         })
     }
 
@@ -207,11 +210,13 @@ impl Gate {
         }
     }
 
-    /// Ends the live request that holds the most memory, if one holds much; says whether there was one.
+    /// Ends the request that holds the most memory, if one holds much, be it live or still being read; says whether there was
+    /// one.
     pub fn end_most(&self) -> bool {
-        let live = self.lock_live();
-        let open = live.values().filter(|token| token.cause().is_none());
-        let most = open.max_by_key(|token| token.held()).filter(|token| token.held() > memory::LARGE_BYTES);
+        let live =
+            self.lock_live().values().filter(|token| token.cause().is_none()).max_by_key(|token| token.held()).cloned();
+        let most = live.into_iter().chain(self.incoming.most()).max_by_key(|token| token.held());
+        let most = most.filter(|token| token.held() > memory::LARGE_BYTES);
         most.inspect(|token| token.cancel(Cause::Memory)).is_some()
     }
 

@@ -1,5 +1,5 @@
 //! How near this worker is to a limit of memory, and what it refuses for that (J3). The rungs are `core/memory.rs`'s; here
-//! the limits are looked at: those of the cgroups that the process is in, and its own.
+//! the limits are looked at: those of the cgroups that the process is in, or the machine's; stalls; and its own.
 //!
 //! A look costs a few short reads of files that are open. It is taken with each beat, and before a large body is let in,
 //! since bodies come faster than beats.
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use evergate_board::{Board, monotonic_ns};
-use evergate_core::memory::{Rung, Usage};
+use evergate_core::memory::{Machine, Rung, Usage, stalled_percent, stalled_rung};
 use evergate_core::{Error, Fault, cgroup};
 
 use crate::lives::rss_kib;
@@ -34,31 +34,40 @@ const ASK_PERCENT: u64 = 80;
 pub struct Memory {
     board: Board,
     row: u32,
+    is_on: bool,
     sources: Vec<Source>,
+    /// What the machine has left, and how long all stand still for want of it.
+    machine_file: Option<File>,
+    stalls_file: Option<File>,
     rung: AtomicU8,
     /// As of the last look, the fullest of each kind.
     cgroup: Seen,
     own: Seen,
+    machine: Seen,
+    /// Percent of the time.
+    stalled: AtomicU64,
     looked_ns: AtomicU64,
     /// Bytes of large bodies that were let in and have not come yet.
     coming: AtomicU64,
 }
 
-/// A usage that was seen. Its two halves may be those of two looks, which differ by a few milliseconds.
+/// What was seen: bytes used, or left, of all that there may be. The two may be those of two looks, which differ by a few
+/// milliseconds.
 #[derive(Debug, Default)]
-struct Seen {
-    used: AtomicU64,
-    limit: AtomicU64,
-}
+struct Seen(AtomicU64, AtomicU64);
 
 impl Seen {
-    fn get(&self) -> Usage {
-        Usage { used: self.used.load(Ordering::Relaxed), limit: self.limit.load(Ordering::Relaxed) }
+    fn usage(&self) -> Usage {
+        Usage { used: self.0.load(Ordering::Relaxed), limit: self.1.load(Ordering::Relaxed) }
     }
 
-    fn set(&self, usage: Usage) {
-        self.used.store(usage.used, Ordering::Relaxed);
-        self.limit.store(usage.limit, Ordering::Relaxed);
+    fn machine(&self) -> Machine {
+        Machine { left: self.0.load(Ordering::Relaxed), total: self.1.load(Ordering::Relaxed) }
+    }
+
+    fn set(&self, bytes: u64, of: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+        self.1.store(of, Ordering::Relaxed);
     }
 }
 
@@ -131,14 +140,30 @@ impl Source {
     }
 }
 
-/// Our own cgroup and those above it. In debug builds `EVERGATE_FAULT_MEMORY` names a folder with such files instead.
+/// In debug builds, a folder with the files of a cgroup and of the machine, in place of the real ones.
+fn planted() -> Option<PathBuf> {
+    std::env::var_os("EVERGATE_FAULT_MEMORY").filter(|_| cfg!(debug_assertions)).map(Into::into)
+}
+
+/// Our own cgroup and those above it.
 fn folders() -> Vec<PathBuf> {
-    if let Some(planted) = std::env::var_os("EVERGATE_FAULT_MEMORY").filter(|_| cfg!(debug_assertions)) {
-        return vec![planted.into()];
+    if let Some(planted) = planted() {
+        return vec![planted];
     }
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let own = cgroup::folders(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
     own.iter().flat_map(|folder| folder.ancestors().map(Path::to_path_buf)).collect()
+}
+
+/// The files of the machine's memory and of stalls, by preference those of our own cgroup.
+fn machine_files() -> [Option<File>; 2] {
+    let open = |path: &Path| File::open(path).ok();
+    let folders = folders();
+    if let Some(planted) = folders.first().filter(|_| planted().is_some()) {
+        return [open(&planted.join("meminfo")), open(&planted.join("memory.pressure"))];
+    }
+    let own = folders.iter().find_map(|folder| open(&folder.join("memory.pressure")));
+    [open(Path::new("/proc/meminfo")), own.or_else(|| open(Path::new("/proc/pressure/memory")))]
 }
 
 impl Memory {
@@ -150,13 +175,19 @@ impl Memory {
             sources.extend(folders().iter().filter_map(|folder| Cgroup::open(folder)).map(Source::Cgroup));
             sources.extend((rss_max > 0).then(|| Source::Own(rss_max.saturating_add(rss_max / 2))));
         }
+        let [machine_file, stalls_file] = if is_on { machine_files() } else { [None, None] };
         Self {
             board,
             row,
+            is_on,
             sources,
+            machine_file,
+            stalls_file,
             rung: AtomicU8::new(0),
             cgroup: Seen::default(),
             own: Seen::default(),
+            machine: Seen::default(),
+            stalled: AtomicU64::new(0),
             looked_ns: AtomicU64::new(0),
             coming: AtomicU64::new(0),
         }
@@ -171,7 +202,7 @@ impl Memory {
     /// As of the last look.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        self.cgroup.get().max(self.own.get())
+        self.cgroup.usage().max(self.own.usage()).max(self.machine.machine().usage())
     }
 
     /// Looks, and shows the rung on the board.
@@ -180,15 +211,26 @@ impl Memory {
             let of_kind = self.sources.iter().filter(|source| matches!(source, Source::Own(_)) == is_own);
             of_kind.map(Source::usage).fold(Usage::default(), Usage::max)
         };
-        self.cgroup.set(fullest(false));
-        self.own.set(fullest(true));
+        let (cgroup, own) = (fullest(false), fullest(true));
+        self.cgroup.set(cgroup.used, cgroup.limit);
+        self.own.set(own.used, own.limit);
+        let machine = self.look_at_machine(cgroup.limit).unwrap_or_default();
+        self.machine.set(machine.left, machine.total);
+        let stalled = self.stalls_file.as_ref().and_then(|file| stalled_percent(&read(file)?)).unwrap_or(0);
+        self.stalled.store(stalled, Ordering::Relaxed);
         self.looked_ns.store(monotonic_ns(), Ordering::Relaxed);
-        let rung = self.usage().rung();
+        let rung = self.usage().rung().max(stalled_rung(stalled));
         self.rung.store(rung as u8, Ordering::Relaxed);
         if let Some(child) = self.board.child(self.row) {
             child.set_memory_rung(rung as u32);
         }
         rung
+    }
+
+    /// The machine's memory, unless a cgroup's limit keeps us from it.
+    fn look_at_machine(&self, limit: u64) -> Option<Machine> {
+        let machine = Machine::parse(&read(self.machine_file.as_ref()?)?)?;
+        (limit == 0 || limit >= machine.total).then_some(machine)
     }
 
     /// Lets a request in whose body is that long, as far as its head says.
@@ -215,7 +257,7 @@ impl Memory {
     /// # Errors
     /// `overloaded`.
     pub fn admit_large(&self, bytes: u64) -> Result<(), Error> {
-        if self.sources.is_empty() {
+        if !self.is_on {
             return Ok(());
         }
         if monotonic_ns().saturating_sub(self.looked_ns.load(Ordering::Relaxed)) > FRESH_NS {
@@ -223,8 +265,10 @@ impl Memory {
         }
         let all = self.board.children().fold(bytes, |sum, (_, child)| sum.saturating_add(child.coming()));
         let own = bytes.saturating_add(self.coming.load(Ordering::Relaxed));
-        let then = self.cgroup.get().with(all).max(self.own.get().with(own));
-        if then.rung() >= Rung::Large { Err(self.refuse(Spared::LargeBody)) } else { Ok(()) }
+        let then = self.cgroup.usage().with(all).max(self.own.usage().with(own));
+        let then = then.max(self.machine.machine().without(all).usage()).rung();
+        let stalled = stalled_rung(self.stalled.load(Ordering::Relaxed));
+        if then.max(stalled) >= Rung::Large { Err(self.refuse(Spared::LargeBody)) } else { Ok(()) }
     }
 
     /// Counts what was given up.
@@ -253,7 +297,14 @@ impl Memory {
 /// For the records.
 impl std::fmt::Display for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let usage = self.usage();
+        let (usage, machine) = (self.usage(), self.machine.machine());
+        let stalled = self.stalled.load(Ordering::Relaxed);
+        if stalled_rung(stalled) > usage.rung() {
+            return write!(f, "memory: all stand still for it {stalled} % of the time");
+        }
+        if usage.limit > 0 && usage == machine.usage() {
+            return write!(f, "memory: {} MiB of the machine's are left", machine.left >> 20);
+        }
         write!(f, "memory: {} % of {} MiB used", usage.percent(), usage.limit >> 20)
     }
 }

@@ -11,6 +11,7 @@ use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use crate::context::Token;
 use crate::gate::memory::{LARGE_BYTES, Memory};
 
 fn too_large(limit: u64) -> Error {
@@ -89,12 +90,16 @@ impl From<hyper::Error> for Stopped {
     }
 }
 
-/// Reads the whole body.
+/// Reads the whole body. Whose request it is holds what has come of a large one.
 ///
 /// # Errors
 /// `request_too_large` at the limit, `request_timeout`, `malformed_request` when its framing breaks, `overloaded` when
 /// one that said no length grows and memory is short; or the client is gone.
-pub async fn read(mut body: Incoming, config: &Config, (clock, memory): (&Clock, &Memory)) -> Result<Bytes, Stopped> {
+pub async fn read(
+    mut body: Incoming,
+    config: &Config,
+    (clock, memory, token): (&Clock, &Memory, &Token),
+) -> Result<Bytes, Stopped> {
     let limit = config.limits.body_bytes;
     let mut looked = if body.size_hint().exact().is_some() { u64::MAX } else { LARGE_BYTES };
     // From when it has to be waited for.
@@ -127,6 +132,9 @@ pub async fn read(mut body: Incoming, config: &Config, (clock, memory): (&Clock,
         if bytes > looked {
             memory.admit_large(0).map_err(Stopped::Refused)?;
             looked = bytes.saturating_add(LARGE_BYTES);
+        }
+        if bytes > LARGE_BYTES {
+            token.hold(bytes.saturating_sub(token.held()));
         }
         if first.is_empty() {
             // Most bodies are one piece, and need no copy.

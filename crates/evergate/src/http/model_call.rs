@@ -14,6 +14,7 @@ use evergate_core::router::Place;
 use evergate_core::{Cause, Deadline, Error, Fault};
 use http::header::{HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
+use http_body::Body as _;
 use hyper::body::Incoming;
 
 use super::app::App;
@@ -126,9 +127,6 @@ impl ModelCall {
             Err(error) => return (Err(error), None),
         };
         pass.record.bytes_in = body.len() as u64;
-        if body.len() as u64 > LARGE_BYTES {
-            self.token.hold(body.len() as u64);
-        }
         strike(planted, Moment::Handler);
         let bomb = Bomb::new(planted, Planted::PanicDrop);
         let served = match self.serve(&body, deadline, &mut pass).await {
@@ -165,12 +163,14 @@ impl ModelCall {
 
     /// Reads the body; not beyond the time that a worker which ends has for its requests.
     async fn read(&self, body: Incoming) -> Result<Bytes, intake::Stopped> {
+        let is_large = body.size_hint().exact().is_none_or(|bytes| bytes > LARGE_BYTES);
+        let _shown = is_large.then(|| self.app.gate.show_incoming(self.id.seq, &self.token));
         let mut stage = self.app.gate.stage();
         tokio::select! {
             // Most bodies are there already. The loser is dropped, and the request with it; waiting for a stage is
             // cancel-safe.
             biased;
-            read = intake::read(body, &self.app.sealed.config, (&self.app.clock, &self.app.memory)) => read,
+            read = intake::read(body, &self.app.sealed.config, (&self.app.clock, &self.app.memory, &self.token)) => read,
             _ = stage.wait_for(|stage| *stage == Stage::Cancelling) => {
                 Err(intake::Stopped::Refused(cancelled(Cause::Draining)))
             }

@@ -382,6 +382,15 @@ impl Bounded {
         self.answer(&error)
     }
 
+    /// Cancelled, wherever the handler waits. Before the admission, in its body, there is no pass to write the record.
+    fn given_up(&self, cause: Cause) -> Response<Body> {
+        let error = cancelled(cause);
+        if !self.token.is_accounted() {
+            self.record((error.status(), End::Fault(error.fault)), Some(&error));
+        }
+        self.answer(&error)
+    }
+
     /// The record of a request whose handler can write none.
     fn record(&self, end: (u16, End), error: Option<&Error>) {
         let Seen { id, path, method, started } = self.seen;
@@ -428,7 +437,7 @@ impl Future for Bounded {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut response = if let Some(cause) = self.token.check(cx) {
-            self.answer(&cancelled(cause))
+            self.given_up(cause)
         } else {
             self.app.gate.set_running(self.seen.id.seq);
             let polled = Pin::new(&mut self.serving).poll(cx);

@@ -23,7 +23,13 @@ struct Tight {
 fn tight(fake: &FakeUpstream, more: &str) -> Tight {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_path_buf();
-    for (name, text) in [("memory.max", "1000000000"), ("memory.high", "max"), ("memory.stat", "")] {
+    for (name, text) in [
+        ("memory.max", "1000000000"),
+        ("memory.high", "max"),
+        ("memory.stat", ""),
+        ("meminfo", ""),
+        ("memory.pressure", ""),
+    ] {
         std::fs::write(path.join(name), text).unwrap();
     }
     std::fs::write(path.join("memory.current"), (100 * MB).to_string()).unwrap();
@@ -44,11 +50,25 @@ impl Tight {
         std::os::unix::fs::FileExt::write_all_at(&file, text.as_bytes(), 0).unwrap();
     }
 
+    /// A file that the worker has open, never seen empty or by halves: as many bytes in one write.
+    fn replace(&self, name: &str, text: &str) {
+        let file = std::fs::OpenOptions::new().write(true).open(self.folder.join(name)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, format!("{text:<256}").as_bytes(), 0).unwrap();
+    }
+
     /// The same, and waits until the worker has seen it.
     fn be(&self, used: u64, rung: u8) {
         self.say(used, 0);
         let line = format!("evergate_memory_rung {rung}\n");
         wait_until(&line, LIMIT, || self.gateway.metrics().contains(&line));
+    }
+
+    /// Waits until so many requests are on the board: they have been let in, and their bodies are being read.
+    fn wait_in_flight(&self, count: usize) {
+        wait_until("requests in flight", LIMIT, || {
+            let status: Value = serde_json::from_slice(&self.gateway.cli(&["status", "--json"]).stdout).unwrap();
+            status["inflight"].as_array().map_or(0, Vec::len) == count
+        });
     }
 
     fn spared(&self, what: &str) -> u64 {
@@ -133,19 +153,9 @@ fn j3_at_92_percent_large_bodies_are_refused_and_small_ones_are_not() {
     let mut raws = Vec::new();
     std::fs::write(tight.folder.join("memory.max"), "100000000").unwrap();
     tight.be(50, 0);
-    let begin = |id: &str| {
-        let mut raw = Raw::connect(&tight.gateway.addr());
-        let fields = format!("x-request-id: {id}\r\ncontent-length: 8000000\r\n");
-        raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{fields}\r\n{{").as_bytes());
-        raw
-    };
-    raws.push(begin("first"));
-    let reading = |gateway: &Evergate| {
-        let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
-        status["inflight"].as_array().map_or(0, Vec::len)
-    };
-    wait_until("the first is being read", LIMIT, || reading(&tight.gateway) == 1);
-    let mut second = begin("second");
+    raws.push(begin(&tight, ("first", 8_000_000), "{"));
+    tight.wait_in_flight(1);
+    let mut second = begin(&tight, ("second", 8_000_000), "{");
     assert_eq!(second.read_response(LIMIT).status, 503);
     drop(raws);
 }
@@ -216,6 +226,106 @@ fn j3_at_98_percent_the_requests_that_hold_the_most_are_ended() {
     tight.be(100, 0);
     fake.release();
     assert_eq!(none.read_response(LIMIT).status, 200);
+}
+
+/// The head of a chat request whose body is that long, under this id, and a part of it.
+fn begin(tight: &Tight, (id, bytes): (&str, usize), part: &str) -> Raw {
+    let mut raw = Raw::connect(&tight.gateway.addr());
+    let fields = format!("x-request-id: {id}\r\ncontent-length: {bytes}\r\n");
+    raw.send(format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{fields}\r\n{part}").as_bytes());
+    raw
+}
+
+#[test]
+fn j3_at_98_percent_a_large_body_that_is_still_being_read_is_ended() {
+    let fake = FakeUpstream::start();
+    let tight = tight(&fake, "");
+    let text = large(900_000);
+    let mut much = begin(&tight, ("much", text.len()), &text[..400_000]);
+    let (mut little, rest) = (small(), small());
+    let rest = little.split_off(rest.len() / 2);
+    let mut little = begin(&tight, ("little", little.len() + rest.len()), &little);
+    tight.wait_in_flight(2);
+    tight.say(985, 0);
+    let response = much.read_response(LIMIT);
+    assert_eq!((response.status, response.error_code().as_str()), (503, "overloaded"), "{}", response.text());
+    assert!(response.error_message().contains("held the most"), "{}", response.text());
+    assert_eq!(response.header("connection"), Some("close"), "its rest is no request");
+    let record = tight.gateway.wait_access("much", LIMIT);
+    assert_eq!((&record["cause"], &record["detail"]), (&json!("overloaded"), &json!("memory")), "{record}");
+    wait_until("it is counted", LIMIT, || tight.spared("under_way") == 1);
+    tight.be(100, 0);
+    little.send(rest.as_bytes());
+    assert_eq!(little.read_response(LIMIT).status, 200);
+    assert_eq!(fake.request_count(), 1, "nobody is called for a part of a body");
+}
+
+/// Without a cgroup's limit it is the machine's memory that runs out, whatever its size.
+#[test]
+fn j3_without_a_limit_the_machines_memory_counts() {
+    let fake = FakeUpstream::start();
+    let tight = tight(&fake, "");
+    tight.be(860, 1);
+    let left = |mib: u64| {
+        let text = format!("MemTotal:       67108864 kB\nMemAvailable: {:>14} kB\nSwapFree: 0 kB\n", mib * 1024);
+        tight.replace("meminfo", &text);
+    };
+    let rung = |rung: u8| {
+        let line = format!("evergate_memory_rung {rung}\n");
+        wait_until(&line, LIMIT, || tight.gateway.metrics().contains(&line));
+    };
+    // As long as the cgroup has a limit, that one counts, whatever others have taken of the machine.
+    left(50);
+    for _ in 0..3 {
+        // Each is looked at afresh.
+        let response = tight.ask("bound", &large(200_000));
+        assert_eq!(response.status, 200, "{}", response.text());
+    }
+    std::fs::write(tight.folder.join("memory.max"), "max\n").unwrap();
+    rung(3);
+    let response = tight.ask("refused", &small());
+    assert_eq!((response.status, response.error_code().as_str()), (503, "overloaded"), "{}", response.text());
+    let record = tight.gateway.wait_access("refused", LIMIT);
+    assert_eq!(record["detail"], "memory: 50 MiB of the machine's are left", "{record}");
+    left(4_000);
+    rung(0);
+    assert_eq!(tight.ask("large", &large(200_000)).status, 200);
+    // What is about to come counts against all that is left: of 230 MiB there is enough for this body, but not for one of 19 MB.
+    left(230);
+    rung(1);
+    assert_eq!(tight.ask("large", &large(200_000)).status, 200);
+    let mut refused = begin(&tight, ("too-large", 19_000_000), "{");
+    assert_eq!(refused.read_response(LIMIT).status, 503);
+}
+
+/// While all stand still for want of memory, what costs little is given up, and no more.
+#[test]
+fn j3_stalls_for_memory_close_connections_and_refuse_large_bodies() {
+    let fake = FakeUpstream::start();
+    let tight = tight(&fake, "");
+    let stall = |percent: u64| {
+        let text =
+            format!("some avg10=99.00 avg60=0.00 avg300=0.00 total=1\nfull avg10={percent:02}.50 avg60=0.00 total=1\n");
+        tight.replace("memory.pressure", &text);
+    };
+    let ask = |id: &str, body: &str| {
+        let response = tight.ask(id, body);
+        (response.status, response.header("connection").map(str::to_owned))
+    };
+    stall(19);
+    assert_eq!(ask("calm", &small()), (200, None));
+    stall(25);
+    wait_until("it is seen", LIMIT, || tight.gateway.metrics().contains("evergate_memory_rung 1\n"));
+    assert_eq!(ask("closing", &large(200_000)), (200, Some("close".into())));
+    stall(90);
+    wait_until("it is seen", LIMIT, || tight.gateway.metrics().contains("evergate_memory_rung 2\n"));
+    assert_eq!(ask("large", &large(200_000)).0, 503);
+    let record = tight.gateway.wait_access("large", LIMIT);
+    assert_eq!(record["detail"], "memory: all stand still for it 90 % of the time", "{record}");
+    assert_eq!(ask("small", &small()).0, 200, "how far the end is, a stall does not say");
+    stall(0);
+    wait_until("it is over", LIMIT, || tight.gateway.metrics().contains("evergate_memory_rung 0\n"));
+    assert_eq!(ask("again", &large(200_000)), (200, None));
 }
 
 #[test]
