@@ -6,11 +6,14 @@ use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config};
 use serde_json::{Value, json};
 
 use crate::support::{
-    CHAT, EXE, LIMIT, assert_error, assert_failed_stream, assert_good_stream, before, chat, open_stream, rest_of, via,
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_error, assert_failed_stream, assert_good_stream, before, chat, open_stream,
+    rest_of, via,
 };
 
+/// One worker: all neighbours are in the process that panics, and none is told to go to another worker.
 fn faulty(fake: &FakeUpstream) -> Evergate {
-    Evergate::builder(EXE).config(gateway_config(fake.base_url(), &[], "")).env("EVERGATE_FAULT", "1").start()
+    let config = gateway_config(fake.base_url(), &[], ONE_WORKER);
+    Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start()
 }
 
 fn ask(raw: &mut Raw, fault: &str, script: &str, stream: bool) {
@@ -23,7 +26,6 @@ fn a_panic_in_the_handler_is_a_500_for_that_request_alone() {
     let fake = FakeUpstream::start();
     let gateway = faulty(&fake);
     let workers = gateway.workers();
-    // Enough neighbours that each worker has some.
     let mut neighbours: Vec<Raw> = (0..8).map(|_| open_stream(&gateway, "hold-mid")).collect();
     for _ in 0..5 {
         for stream in [false, true] {
