@@ -212,6 +212,20 @@ impl Error {
         out
     }
 
+    /// As [`Error::body`], with `detail` beside the four fields: what one process of ours tells another, and never a client.
+    #[must_use]
+    pub fn body_with_detail(&self) -> String {
+        let mut out = self.body();
+        if let Some(detail) = &self.detail {
+            // Its two closing braces.
+            out.truncate(out.len().saturating_sub(2));
+            out.push_str(",\"detail\":");
+            write_string(&mut out, detail);
+            out.push_str("}}");
+        }
+        out
+    }
+
     /// The event that ends a stream whose head is out already. No `[DONE]` may follow it: the official SDKs raise
     /// `APIError` with this message, and take any other end for success or for a broken connection.
     #[must_use]
@@ -265,5 +279,15 @@ mod tests {
         let bare = Error::new(Fault::Internal, "x");
         let value: serde_json::Value = serde_json::from_str(&bare.body()).unwrap();
         assert!(value["error"]["param"].is_null());
+    }
+
+    #[test]
+    fn a_detail_is_told_only_where_it_is_asked_for() {
+        let error = Error::new(Fault::AdapterExited, "x");
+        assert_eq!(error.body_with_detail(), error.body());
+        let error = error.detail("no \"weights\"\n");
+        assert!(!error.body().contains("weights") && !error.event().contains("weights"));
+        let value: serde_json::Value = serde_json::from_str(&error.body_with_detail()).unwrap();
+        assert_eq!((&value["error"]["detail"], &value["error"]["message"]), (&"no \"weights\"\n".into(), &"x".into()));
     }
 }

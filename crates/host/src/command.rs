@@ -111,7 +111,7 @@ impl Command {
     }
 
     /// Reads everything, and makes one answer of it.
-    async fn whole(&self, ask: &Ask, mut run: Run) -> Result<Bytes, Error> {
+    async fn whole(&self, ask: &Ask, run: &mut Run) -> Result<Bytes, Error> {
         let mut collector = Collector::new(self.config.output, self.output_bytes_max);
         let mut text = String::new();
         while let Some(bytes) = run.next().await? {
@@ -139,7 +139,7 @@ impl Command {
     }
 
     /// Reads piece by piece, and sends each on as it comes. Returns when the stream is over, however.
-    async fn stream(&self, ask: &Ask, mut run: Run, to: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
+    async fn stream(&self, ask: &Ask, run: &mut Run, to: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
         let reply = tell::reply(ask);
         let events =
             if ask.endpoint == Endpoint::Chat { chat::Events::chat(&reply) } else { chat::Events::text(&reply) };
@@ -174,13 +174,15 @@ impl Mode for Command {
         if ask.endpoint == Endpoint::Embeddings && self.config.output != Output::Json {
             return Err(Refusal::before(no_embeddings()));
         }
-        let run = self.begin(&ask).await?;
+        let mut run = self.begin(&ask).await?;
         if !ask.request.is_stream || ask.endpoint == Endpoint::Embeddings {
-            return self.whole(&ask, run).await.map(Answer::Whole).map_err(Refusal::after);
+            let whole = self.whole(&ask, &mut run).await;
+            return run.over(whole).map(Answer::Whole).map_err(Refusal::after);
         }
         let (send, mut rest) = mpsc::channel(EVENTS);
         tasks::finish(async move {
-            if let Err(error) = self.stream(&ask, run, &send).await {
+            let streamed = self.stream(&ask, &mut run, &send).await;
+            if let Err(error) = run.over(streamed) {
                 // Who has gone hears nothing.
                 let _ = send.send(Err(error)).await;
             }

@@ -11,9 +11,10 @@ mod streams;
 mod tail;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use evergate_sys::{Exit, Landlock, Limit, Pid, Status};
@@ -94,6 +95,8 @@ pub struct Ended {
     pub exit: Exit,
     /// How far we had to go.
     pub ladder: Ladder,
+    /// Why we did, where that was said; it may hold anything.
+    pub why: Option<String>,
     /// From its start to its exit.
     pub age: Duration,
     /// Processes of its making that had to be killed, its own group aside.
@@ -134,6 +137,7 @@ pub struct Program {
     input: Option<Input>,
     output: Option<Output>,
     tail: Arc<Mutex<tail::Tail>>,
+    why: Arc<OnceLock<String>>,
     state: watch::Receiver<State>,
     order: watch::Sender<Order>,
 }
@@ -196,6 +200,11 @@ impl Program {
             // An error is its end too.
             let _ = state.wait_for(|state| state.ended.is_some()).await;
         }
+    }
+
+    /// Says why it is about to be ended, for the record of that. The first word counts, and none does if it ends by itself.
+    pub fn blame(&self, why: impl fmt::Display) {
+        let _ = self.why.set(why.to_string());
     }
 
     /// Asks it to end: TERM to its group, and KILL after the plan's grace.

@@ -1,7 +1,8 @@
 //! What workers see of a host: OpenAI's HTTP API over a Unix socket.
 //!
 //! Errors have the fault table's code in `x-evergate-fault`, for the record of the worker, and `x-evergate-dispatched`: `0`
-//! says that no program has seen anything of the request, so that another may be asked without doing a thing twice.
+//! says that no program has seen anything of the request, so that another may be asked without doing a thing twice. What only
+//! the records are to have is beside the message, as `detail`: no client sees a body of ours as it is.
 
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
@@ -207,7 +208,7 @@ fn given(answer: Answer) -> Response<Content> {
 
 fn refused(refusal: &Refusal) -> Response<Content> {
     let (error, row) = (&refusal.error, refusal.error.fault.row());
-    let mut response = Response::new(Content::Whole(error.body().into()));
+    let mut response = Response::new(Content::Whole(error.body_with_detail().into()));
     *response.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -247,7 +248,7 @@ impl Body for Content {
                     // The last word, and nothing after it that would make it look like an end (INV-STREAM-1).
                     Some(Err(error)) => {
                         *rest = None;
-                        frame(error.event().into())
+                        frame(format!("data: {}\n\n", error.body_with_detail()).into())
                     }
                     None => Poll::Ready(None),
                 }

@@ -146,8 +146,8 @@ fn cells(record: &Value) -> Vec<String> {
     cells.into_iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { cell }).collect()
 }
 
-/// What explains the end, most telling first: the request that was running, the last panic, what the process said, what
-/// tells who sent a KILL.
+/// What explains the end, most telling first: the request that was running, the last panic, why a host ended it, what the
+/// process said, what tells who sent a KILL.
 fn remarks(record: &Value) -> String {
     let text = |path: &str| {
         let text = record.pointer(path).and_then(Value::as_str).map(printable);
@@ -158,7 +158,7 @@ fn remarks(record: &Value) -> String {
         let age = record.pointer("/panic/age_ms").and_then(Value::as_u64);
         format!("panic at {place}{}", age.map_or_else(String::new, |ms| format!(" ({ms} ms before)")))
     });
-    let remarks = [running, panic, text("/note"), text("/evidence")];
+    let remarks = [running, panic, text("/why"), text("/note"), text("/evidence")];
     remarks.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 

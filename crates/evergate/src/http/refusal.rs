@@ -88,6 +88,7 @@ pub fn of_host(app: &App, status: StatusCode, headers: &HeaderMap, body: &[u8]) 
         error.status = Some(status.as_u16());
         error.code = text("/error/code");
     }
+    let error = for_the_record(error, text("/error/detail"));
     Some((error, headers.get(DISPATCHED).is_none_or(|value| value != "0")))
 }
 
@@ -106,7 +107,24 @@ pub fn of_host_event(app: &App, event: &[u8]) -> Option<Error> {
     let text = |key: &str| said.pointer(key).and_then(Value::as_str);
     let code = text("/error/code")?;
     let fault = OWN.into_iter().find(|fault| fault.row().code == code)?;
-    Some(Error::new(fault, clean(app, text("/error/message")?)))
+    let error = Error::new(fault, clean(app, text("/error/message")?));
+    Some(for_the_record(error, text("/error/detail").map(|text| clean(app, text))))
+}
+
+/// Adds a host's word for the record. Of a program's failure there is always one: the client's message at least, which names
+/// the limit that was passed or the code that it ended with.
+fn for_the_record(error: Error, detail: Option<String>) -> Error {
+    let is_programs = matches!(
+        error.fault,
+        Fault::AdapterSpawnFailed
+            | Fault::AdapterExited
+            | Fault::AdapterProtocolError
+            | Fault::AdapterTimeout
+            | Fault::ModelLoading
+    );
+    let detail = detail.filter(|detail| !detail.is_empty());
+    let detail = detail.or_else(|| is_programs.then(|| error.message.clone().into_owned()));
+    Error { detail, ..error }
 }
 
 /// A 4xx that is the client's to mend: its status, and its words if they are in OpenAI's shape.

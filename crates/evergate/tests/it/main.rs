@@ -35,6 +35,7 @@ mod hosts_confined;
 mod hosts_drill;
 mod hosts_kept;
 mod hosts_limits;
+mod hosts_words;
 mod http2;
 mod http2_limits;
 mod http2_window;

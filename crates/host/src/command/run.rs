@@ -102,6 +102,11 @@ impl Run {
         }
     }
 
+    /// Ends it; what has come of it is why.
+    pub(crate) fn over<T>(self, outcome: Result<T, Error>) -> Result<T, Error> {
+        outcome.inspect_err(|error| self.program.blame(error))
+    }
+
     /// Until when something has to happen.
     fn patience(&self) -> Instant {
         let silence =
@@ -126,6 +131,13 @@ impl Run {
             return too_slow("was silent for longer than", self.limits.idle, "idle");
         }
         too_slow("wrote nothing within", self.limits.first_output, "first_output")
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // After a better reason it does not count, nor for one that has ended by itself.
+        self.program.blame("nobody waited for its answer any more");
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::future::pending;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use evergate_sys::{ExecReport, Exit, Pid, Signal, Step};
@@ -51,6 +51,7 @@ pub(crate) struct Life {
     pub(crate) open: watch::Sender<usize>,
     pub(crate) logs: watch::Sender<usize>,
     pub(crate) tail: Arc<Mutex<Tail>>,
+    pub(crate) why: Arc<OnceLock<String>>,
     pub(crate) report: Arc<dyn Report>,
     pub(crate) _live: Live,
     pub(crate) is_buried: bool,
@@ -125,7 +126,8 @@ impl Life {
         let (request, oom_kills) = (self.request.take(), self.group.oom_kills());
         // Before anybody hears of the end: whoever starts the next one finds nothing of this.
         self.group = Group::default();
-        let ended = Ended { pid: self.pid, request, exit, ladder, age, strays, left, oom_kills, tail };
+        let why = self.why.get().filter(|_| ladder != Ladder::Untouched).cloned();
+        let ended = Ended { pid: self.pid, request, exit, ladder, why, age, strays, left, oom_kills, tail };
         self.report.ended(&ended);
         self.state.send_modify(|state| state.ended = Some(ended));
     }

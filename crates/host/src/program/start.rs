@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use evergate_sys::{Confine, Exe, Spawn, Step};
@@ -144,7 +144,10 @@ impl Programs {
                 self.0.report.failed(&failed);
                 Err(StartError::Failed(failed))
             }
-            Err(_) => Err(StartError::TooLate),
+            Err(_) => {
+                program.blame("it was not executed in time");
+                Err(StartError::TooLate)
+            }
         }
     }
 
@@ -240,7 +243,7 @@ impl Programs {
         group.close();
         let (state, order) = (watch::Sender::new(State::default()), watch::Sender::new(Order::Live));
         let (open, logs) = (watch::Sender::new(0), watch::Sender::new(0));
-        let tail = Arc::<Mutex<Tail>>::default();
+        let (tail, why) = (Arc::<Mutex<Tail>>::default(), Arc::<OnceLock<String>>::default());
         // From here on its guard kills the child if we do not come to the end of this.
         let life = Life {
             number,
@@ -256,6 +259,7 @@ impl Programs {
             open: open.clone(),
             logs: logs.clone(),
             tail: Arc::clone(&tail),
+            why: Arc::clone(&why),
             report: Arc::clone(&shared.report),
             _live: Live::new(&shared.live),
             is_buried: false,
@@ -275,7 +279,7 @@ impl Programs {
             None
         };
         tasks::finish(life.live(exec, process));
-        Ok(Program { number, pid, input: input_write, output, tail, state: state.subscribe(), order })
+        Ok(Program { number, pid, input: input_write, output, tail, why, state: state.subscribe(), order })
     }
 
     fn environment(&self, plan: &Plan, number: u64) -> Vec<(OsString, OsString)> {

@@ -153,6 +153,9 @@ impl Keeper {
             () = self.stopped() => Err(Lost::Stopped),
         };
         let Err(lost) = outcome else { return Ok((program, running)) };
+        if let Lost::Cause(cause) = &lost {
+            program.blame(cause.error());
+        }
         // Before another is started there must be nothing left of this one.
         program.end();
         let tail = program.ended().await.map(|ended| ended.tail).unwrap_or_default();
@@ -234,6 +237,7 @@ impl Keeper {
             End::Exited(status) => running.decide(Fate::Exited(status)),
             End::Wedged => {
                 running.decide(Fate::Wedged);
+                program.blame(running.over().await);
                 program.end();
             }
             End::Ordered => {

@@ -70,6 +70,10 @@ pub(crate) async fn live(shared: Arc<Shared>, number: Number, mut orders: mpsc::
     let mut serving = Serving::new(&shared, number, program.pid(), input);
     let over = serving.run(output, decoder, &mut orders).await;
     let error = over.error(&mut program).await;
+    match &error {
+        Some(error) => program.blame(error),
+        None => program.blame("it was drained, and did not end by itself"),
+    }
     // First nobody else is sent here, then those who were are sent elsewhere.
     shared.ending(number, error.as_ref().map(|error| Cause::new(error, &program.tail())));
     orders.close();
@@ -140,6 +144,7 @@ async fn start(shared: &Arc<Shared>, number: Number, orders: &mut mpsc::Receiver
                 // Until then its last words may be on their way.
                 program.ended().await;
             }
+            program.blame(&error);
             shared.failed(number, Cause::new(&error, &program.tail()));
             program.end();
             program.ended().await;

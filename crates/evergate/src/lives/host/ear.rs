@@ -241,7 +241,7 @@ impl Report for Ear {
             "core": core, "initiator": end.name(), "sent": sent,
             "age_ms": u64::try_from(ended.age.as_millis()).unwrap_or(u64::MAX), "rss_max_kib": ended.exit.rss_max_kib,
             "cpu_ms": ended.exit.cpu_ms, "strays": ended.strays, "left": ended.left, "oom_kills": ended.oom_kills,
-            "request_id": ended.request,
+            "request_id": ended.request, "why": ended.why.as_deref().map(|why| self.redactor.redact(why)),
             "note": last.trim(), "stderr": tail,
         });
         self.send(Entry::Exit(format!("{record}\n")));
