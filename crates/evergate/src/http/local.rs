@@ -142,9 +142,9 @@ impl Local {
         }
     }
 
-    /// A host that has failed: whether it is worth waiting for the next one. Somebody asks for that in any case.
+    /// A host that has failed: whether it is worth waiting for the next one. Only who waits for that asks for it: one request
+    /// is not two starts of a program that is broken.
     fn weigh(&self, row: &HostRow, known: &mut Option<u64>, until: Deadline) -> Result<(), Error> {
-        self.ask(row);
         let failures = row.failures();
         let has_come_up = row.ready_epoch() != 0;
         let is_new = known.is_some_and(|known| failures > known);
@@ -153,6 +153,7 @@ impl Local {
         if (is_new && !has_come_up) || is_far || Instant::now() + pause >= until.at() {
             return Err(self.failed(row));
         }
+        self.ask(row);
         // One that served until it died says nothing about the next.
         if known.is_none() || has_come_up {
             *known = Some(failures);
@@ -182,10 +183,7 @@ impl Local {
             }
             match self.look_at(section) {
                 // At the first look the end of a call that it had may be on the way to us.
-                Some((row, HostState::Failed)) if looks == 0 => {
-                    looks = 1;
-                    self.ask(row);
-                }
+                Some((_, HostState::Failed)) if looks == 0 => looks = 1,
                 Some((row, HostState::Failed)) => self.weigh(row, &mut known, until)?,
                 // Nobody will ever serve that socket again.
                 None if looks > 0 => return Err(self.replaced().into()),

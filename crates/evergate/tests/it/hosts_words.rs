@@ -1,12 +1,14 @@
 //! What is said of programs that fail: to clients, in access records and in the records of their ends.
 
+use std::time::Duration;
+
 use evergate_testkit::raw::{Response, chat_body, post_request};
 use evergate_testkit::{Evergate, Raw, adaptersim, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::hosts::{ask, code, gateway, programs_ends};
-use crate::hosts_kept::{model, program, section};
+use crate::hosts_kept::{MODES, model, program, section};
 use crate::support::{CHAT, LIMIT, send};
 
 /// A program that does these steps for each request.
@@ -128,4 +130,19 @@ fn a2_a_program_whose_client_has_left_is_on_record_with_that() {
     wait_until("its program", LIMIT, || model(&gateway, "tiny")["in_flight"] == 1);
     drop(raw);
     assert_eq!(ended_by_host(&gateway)["why"], "nobody waited for its answer any more");
+}
+
+#[test]
+fn g21_one_request_is_one_start_of_a_program_that_is_broken() {
+    for mode in MODES {
+        let own = section(mode, &["exit:3"], "");
+        let gateway = gateway(&[("tiny", &own)]);
+        for starts in 1..=2 {
+            assert_told(&ask(&gateway, "tiny/x", "x", false), (502, "adapter_exited"), "exit code 3");
+            // The next try would come when the pause is over, and it ends at once.
+            wait_until("the end of the pause", LIMIT, || gateway.model("tiny")["retry_ms"] == 0);
+            std::thread::sleep(Duration::from_millis(500));
+            assert_eq!(programs_ends(&gateway).len(), starts, "{mode}: {:?}", gateway.model("tiny"));
+        }
+    }
 }
