@@ -133,6 +133,20 @@ fn a2_a_program_whose_client_has_left_is_on_record_with_that() {
 }
 
 #[test]
+fn g21_a_program_that_dies_within_an_answer_without_a_length_is_told_as_that() {
+    let own = format!(
+        "process = {{ mode = \"server\", argv = [{:?}, \"serve-die:127.0.0.1:{{port}}\"], health = \"/v1/models\" }}",
+        adaptersim().display().to_string()
+    );
+    let gateway = gateway(&[("tiny", &own)]);
+    assert_told(&ask(&gateway, "tiny/x", "hi", false), (502, "adapter_exited"), "signal 6");
+    assert_detail(&record(&gateway, "adapter_exited"), "signal 6");
+    let events = ask(&gateway, "tiny/x", "hi", true).text();
+    assert!(events.contains("\"content\":\"a\""), "what came before: {events}");
+    assert!(events.contains("adapter_exited") && events.contains("signal 6"), "{events}");
+}
+
+#[test]
 fn g21_one_request_is_one_start_of_a_program_that_is_broken() {
     for mode in MODES {
         let own = section(mode, &["exit:3"], "");

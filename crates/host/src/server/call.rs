@@ -5,10 +5,13 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use evergate_core::{Error, Fault};
-use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{
+    ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING,
+};
 use http::{HeaderMap, Method, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
+use serde::de::IgnoredAny;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, sleep_until};
 
@@ -19,6 +22,9 @@ use crate::ask::Answer;
 
 /// Fields of an answer that mean something to a client.
 const PASSED: [HeaderName; 2] = [CONTENT_TYPE, RETRY_AFTER];
+
+/// What a stream that is whole ends with, blank lines aside.
+const DONE: &[u8] = b"[DONE]";
 
 /// What bounds a request.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +104,10 @@ impl Call {
             all.extend_from_slice(&bytes);
             self.check(all.len())?;
         }
+        let is_whole = || serde_json::from_slice::<IgnoredAny>(&all).is_ok();
+        if self.ends_with_its_connection() && !is_whole() {
+            self.running.fell().await?;
+        }
         let mut headers = HeaderMap::new();
         for name in PASSED {
             if let Some(value) = self.head.headers.remove(&name) {
@@ -112,7 +122,7 @@ impl Call {
     /// # Errors
     /// As [`Call::begin`].
     pub(super) async fn stream(mut self, to: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
-        let mut whole = Whole::default();
+        let (mut whole, mut is_done) = (Whole::default(), false);
         loop {
             let bytes = tokio::select! {
                 // Both are cancel-safe; who has gone needs nothing more.
@@ -121,15 +131,24 @@ impl Call {
             };
             let Some(bytes) = bytes else { break };
             if let Some(events) = whole.push(bytes) {
+                is_done = events.trim_ascii_end().ends_with(DONE);
                 // Who has gone is noticed above.
                 let _ = to.send(Ok(events)).await;
             }
             self.check(whole.len())?;
         }
+        if self.ends_with_its_connection() && !is_done {
+            self.running.fell().await?;
+        }
         if let Some(rest) = whole.finish() {
             let _ = to.send(Ok(rest)).await;
         }
         Ok(())
+    }
+
+    /// Whether nothing else tells the end of its body, so that one that was cut off looks like one that is whole.
+    fn ends_with_its_connection(&self) -> bool {
+        ![CONTENT_LENGTH, TRANSFER_ENCODING].iter().any(|name| self.head.headers.contains_key(name))
     }
 
     /// The next bytes of the answer. Cancel-safe.

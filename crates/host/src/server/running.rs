@@ -133,6 +133,17 @@ impl Running {
         }
     }
 
+    /// Whether its own bad end, of which word may be a moment behind, is why its connection has ended.
+    ///
+    /// # Errors
+    /// `AdapterExited` if so.
+    pub(super) async fn fell(&self) -> Result<(), Error> {
+        match timeout(FATE_WAIT, self.decided()).await {
+            Ok(Fate::Exited(Some(status))) if status != Status::Code(0) => Err(exited(status)),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it has met its end, or does within a moment.
     pub(super) async fn is_doomed(&self) -> bool {
         timeout(FATE_WAIT, self.decided()).await.is_ok()

@@ -14,6 +14,7 @@
 //!   error when the Nth POST is there
 //! - `serve-one:HOST:PORT` one request after another: GET is well, anything else a stream of 30 events in three seconds
 //! - `serve-hold:HOST:PORT`: GET is well, anything else is held until its client leaves; says `here` and `gone` to standard error
+//! - `serve-die:HOST:PORT`: GET is well; of anything else the answer, whose end is its connection's, is cut by an ABRT
 //! - `model:OPTIONS` speaks the stdio protocol (`model.rs`), until it is drained
 //! - `obey` the steps on its input, one a line
 //! - `fork:KIND:STEPS` with the steps parted by commas: a child of kind `plain`, `setsid` (a session of its own), `daemon` (the
@@ -117,6 +118,7 @@ fn act(name: &str, value: &str) -> std::io::Result<()> {
         "serve" => tell(FakeUpstream::start_at(value)),
         "serve-one" => serve_one(value, stream_slowly)?,
         "serve-hold" => serve_one(value, hold)?,
+        "serve-die" => serve_one(value, die_within)?,
         "model" => evergate_testkit::model::serve(value),
         "fork" => fork(value)?,
         "setsid" => {
@@ -182,8 +184,11 @@ fn tell(fake: FakeUpstream) {
     });
 }
 
+/// Answers a request, of which it is given the bytes.
+type Answer = fn(std::net::TcpStream, &[u8]) -> std::io::Result<()>;
+
 /// As simple servers do that have one thread.
-fn serve_one(address: &str, answer: fn(std::net::TcpStream) -> std::io::Result<()>) -> std::io::Result<()> {
+fn serve_one(address: &str, answer: Answer) -> std::io::Result<()> {
     for stream in std::net::TcpListener::bind(address)?.incoming() {
         // Whoever leaves is no reason to end.
         let _ = answer_one(stream?, answer);
@@ -191,10 +196,7 @@ fn serve_one(address: &str, answer: fn(std::net::TcpStream) -> std::io::Result<(
     Ok(())
 }
 
-fn answer_one(
-    mut stream: std::net::TcpStream,
-    answer: fn(std::net::TcpStream) -> std::io::Result<()>,
-) -> std::io::Result<()> {
+fn answer_one(mut stream: std::net::TcpStream, answer: Answer) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     // A test's GET ends with its head, and anything else with an object.
     while !(bytes.ends_with(b"}") || bytes.starts_with(b"GET ") && bytes.ends_with(b"\r\n\r\n")) {
@@ -208,17 +210,32 @@ fn answer_one(
     if bytes.starts_with(b"GET ") {
         return stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
     }
-    answer(stream)
+    answer(stream, &bytes)
 }
 
-fn hold(mut stream: std::net::TcpStream) -> std::io::Result<()> {
+fn hold(mut stream: std::net::TcpStream, _: &[u8]) -> std::io::Result<()> {
     eprintln!("here");
     let _ = stream.read(&mut [0; 100]);
     eprintln!("gone");
     Ok(())
 }
 
-fn stream_slowly(mut stream: std::net::TcpStream) -> std::io::Result<()> {
+/// In a request that asks for a stream after an event, else within the object.
+fn die_within(mut stream: std::net::TcpStream, asked: &[u8]) -> std::io::Result<()> {
+    let is_stream = asked.windows(13).any(|text| text == b"\"stream\":true");
+    let (kind, part) = match is_stream {
+        true => (
+            "text/event-stream",
+            "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"finish_reason\":null}]}\n\n",
+        ),
+        false => ("application/json", "{\"choices\":[{\"mess"),
+    };
+    stream.write_all(format!("HTTP/1.0 200 OK\r\ncontent-type: {kind}\r\n\r\n{part}").as_bytes())?;
+    std::thread::sleep(Duration::from_millis(50));
+    std::process::abort()
+}
+
+fn stream_slowly(mut stream: std::net::TcpStream, _: &[u8]) -> std::io::Result<()> {
     stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")?;
     for _ in 0..30 {
         stream.write_all(b"data: {}\n\n")?;
