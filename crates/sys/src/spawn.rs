@@ -415,7 +415,7 @@ unsafe fn confine(plan: &Plan<'_>) -> Result<(), Step> {
             check(Step::Dir, libc::c_long::from(libc::chdir(dir)))?;
         }
         for (limit, value) in plan.limits {
-            let value = libc::rlimit { rlim_cur: *value, rlim_max: *value };
+            let value = libc::rlimit { rlim_cur: *value, rlim_max: hard(*limit, *value) };
             check(Step::Limits, libc::c_long::from(libc::setrlimit(limit.number(), &raw const value)))?;
         }
         if let Some((uid, gid)) = plan.ids {
@@ -434,6 +434,18 @@ unsafe fn confine(plan: &Plan<'_>) -> Result<(), Step> {
         }
     }
     Ok(())
+}
+
+/// The hard limit that goes with a soft one. For processor time it is a second more, if that may be: the soft one's XCPU tells
+/// what it was, where the hard one's KILL could be anybody's.
+///
+/// # Safety
+/// As [`child`].
+unsafe fn hard(limit: Limit, soft: u64) -> u64 {
+    let mut now = libc::rlimit { rlim_cur: soft, rlim_max: soft };
+    // SAFETY: as in `child`; the structure is ours.
+    let is_known = limit == Limit::Cpu && unsafe { libc::getrlimit(limit.number(), &raw mut now) } == 0;
+    if is_known { soft.saturating_add(1).min(now.rlim_max.max(soft)) } else { soft }
 }
 
 /// Executes the program; returns why that failed.

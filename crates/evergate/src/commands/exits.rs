@@ -1,6 +1,7 @@
 //! `evergate exits`: how the processes of this state folder ended, oldest first. Works without a running gateway.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use evergate_core::inherit::code;
@@ -184,28 +185,21 @@ pub(super) fn how(record: &Value) -> String {
     }
 }
 
-/// Linux's names (signal(7)) of the signals that end a process; x86 and ARM number these alike.
-fn signal_name(number: u64) -> &'static str {
-    const NAMES: [(u64, &str); 17] = [
-        (1, "SIGHUP"),
-        (2, "SIGINT"),
-        (3, "SIGQUIT"),
-        (4, "SIGILL"),
-        (5, "SIGTRAP"),
-        (6, "SIGABRT"),
-        (7, "SIGBUS"),
-        (8, "SIGFPE"),
-        (9, "SIGKILL"),
-        (10, "SIGUSR1"),
-        (11, "SIGSEGV"),
-        (12, "SIGUSR2"),
-        (13, "SIGPIPE"),
-        (14, "SIGALRM"),
-        (15, "SIGTERM"),
-        (24, "SIGXCPU"),
-        (31, "SIGSYS"),
+/// Linux's names (signal(7)) of the signals; x86 and ARM number these alike.
+fn signal_name(number: u64) -> String {
+    const NAMES: [&str; 31] = [
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
+        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
+        "WINCH", "IO", "PWR", "SYS",
     ];
-    NAMES.into_iter().find(|(known, _)| *known == number).map_or("other", |(_, name)| name)
+    // The C library keeps two of those for real time to itself.
+    const REALTIME: RangeInclusive<u64> = 34..=64;
+    let named = usize::try_from(number).ok().and_then(|number| NAMES.get(number.checked_sub(1)?));
+    match named {
+        Some(name) => format!("SIG{name}"),
+        None if REALTIME.contains(&number) => format!("SIGRTMIN+{}", number - REALTIME.start()),
+        None => "other".to_owned(),
+    }
 }
 
 /// Unix milliseconds as `2026-11-21T06:05:45.123Z`. The calendar is Howard Hinnant's `civil_from_days`
@@ -283,6 +277,26 @@ mod tests {
     fn a_master_that_nobody_reaped_is_unknown() {
         let value: Value = serde_json::from_str(&record(Status::Unknown, 0)).unwrap();
         assert_eq!(how(&value), "unknown");
+    }
+
+    #[test]
+    fn every_signal_has_a_name() {
+        let named: Vec<String> = [1, 9, 15, 16, 24, 25, 31, 32, 34, 64, 65, 0].map(signal_name).into();
+        let names = [
+            "SIGHUP",
+            "SIGKILL",
+            "SIGTERM",
+            "SIGSTKFLT",
+            "SIGXCPU",
+            "SIGXFSZ",
+            "SIGSYS",
+            "other",
+            "SIGRTMIN+0",
+            "SIGRTMIN+30",
+            "other",
+            "other",
+        ];
+        assert_eq!(named, names);
     }
 
     #[test]

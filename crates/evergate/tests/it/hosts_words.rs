@@ -160,3 +160,28 @@ fn g21_one_request_is_one_start_of_a_program_that_is_broken() {
         }
     }
 }
+
+#[test]
+fn a_program_that_uses_up_a_limit_is_on_record_with_that() {
+    let writes = ["-c", "exec head -c 2000000 /dev/zero > big"];
+    let gateway = gateway(&[
+        ("spins", &command(&["spin"], ", limits = { cpu = \"1s\" }")),
+        (
+            "writes",
+            &format!(
+                "process = {{ mode = \"command\", argv = [\"sh\", {:?}, {:?}], limits = {{ file_size = \"1MiB\" }} }}",
+                writes[0], writes[1]
+            ),
+        ),
+    ]);
+    for (name, signal, shown) in [("spins", 24, "signal 24 (SIGXCPU)"), ("writes", 25, "signal 25 (SIGXFSZ)")] {
+        let response = ask(&gateway, &format!("{name}/x"), "x", false);
+        assert_told(&response, (502, "adapter_exited"), &format!("signal {signal}"));
+        let is_its = |end: &Value| end["upstream"] == name;
+        let end = wait_for("the record of its end", LIMIT, || programs_ends(&gateway).into_iter().find(is_its));
+        assert_eq!((&end["initiator"], &end["signal"]), (&"crash".into(), &signal.into()));
+        let table = gateway.cli(&["exits"]);
+        let table = String::from_utf8_lossy(&table.stdout).into_owned();
+        assert!(table.contains(shown), "{table}");
+    }
+}

@@ -164,8 +164,8 @@ impl Ear {
             (Ladder::Term | Ladder::Kill, _) => ProgramEnd::Host,
             (Ladder::Untouched, Status::Code(0)) => ProgramEnd::Done,
             (Ladder::Untouched, Status::Code(_)) => ProgramEnd::Crash,
-            // Those that a process raises by its own mistake.
-            (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 31, .. }) => ProgramEnd::Crash,
+            // Those that a process raises by its own mistake, and those of its limits (XCPU, XFSZ).
+            (Ladder::Untouched, Status::Signal { number: 4..=8 | 11 | 24 | 25 | 31, .. }) => ProgramEnd::Crash,
             // The counter is its own group's: nobody else's memory can have been meant.
             (Ladder::Untouched, Status::Signal { number: 9, .. }) if ended.oom_kills > Some(0) => {
                 ProgramEnd::OutOfMemory
