@@ -135,12 +135,20 @@ impl Estate {
             args: &args,
             env: &self.env,
             fds: &fds,
-            // A Ctrl-C or a closed terminal reaches every process of it; the master alone decides what that means.
-            ignored: &[Signal::INT, Signal::HUP],
+            ignored: ignored(birth.kind),
             own_group: false,
             // It drains when its master is gone.
             dies_with_us: false,
             confine: None,
         })
+    }
+}
+
+/// Signals that must not end a child of this kind, whoever sends them: a Ctrl-C or a closed terminal reaches every process of
+/// it, and who tells us to reopen logs (USR1) by the name of the processes, or tries USR2, means the master. The clerk hears USR1.
+fn ignored(kind: Kind) -> &'static [Signal] {
+    match kind {
+        Kind::Clerk => &[Signal::INT, Signal::HUP, Signal::USR2],
+        _ => &[Signal::INT, Signal::HUP, Signal::USR1, Signal::USR2],
     }
 }

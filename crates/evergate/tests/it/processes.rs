@@ -1,5 +1,6 @@
 //! Children that die, masters that die, starts that fail.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::{is_alive, state_of};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_good_stream, before, chat, echo, echo_with, open_as,
-    open_stream, rest_of,
+    open_stream, rest_of, send,
 };
 
 /// Waits until the master has no child that has ended and was not reaped.
@@ -260,4 +261,25 @@ fn a_taken_port_exits_71_and_leaves_nothing() {
     assert_alive(&first);
     // The folder can be used again at once.
     assert_alive(&Evergate::builder(EXE).state_dir(state.path()).start());
+}
+
+/// A logrotate that knows the processes by their name only, say.
+#[test]
+fn signals_that_are_the_masters_end_no_child_and_programs_find_theirs_at_the_default() {
+    let own = r#"process = { mode = "command", argv = ["grep", "Sig[BI]", "/proc/self/status"] }"#;
+    let gateway = crate::hosts::gateway(&[("tiny", own)]);
+    let default = format!("SigBlk:\t{0:016x}\nSigIgn:\t{0:016x}", 0);
+    assert_eq!(crate::hosts::said(&crate::hosts::ask(&gateway, "tiny/x", "x", false)), default);
+    let children = || gateway.children().into_iter().map(|child| (child.kind, child.pid)).collect::<BTreeSet<_>>();
+    let before = children();
+    assert_eq!(before.iter().map(|(kind, _)| kind.as_str()).collect::<Vec<_>>(), ["clerk", "host", "worker", "worker"]);
+    for signal in [Signal::USR1, Signal::USR2] {
+        before.iter().for_each(|(_, pid)| send(*pid, signal));
+    }
+    for _ in 0..8 {
+        assert_eq!(crate::hosts::said(&crate::hosts::ask(&gateway, "tiny/x", "x", false)), default);
+    }
+    assert!(gateway.metrics().contains("evergate_workers"), "the clerk is there");
+    assert_eq!(children(), before);
+    assert_eq!(gateway.exits().len(), 0);
 }

@@ -190,7 +190,7 @@ fn exit_causes_are_exact(folder: &Path) {
     assert!(gateway.exits("\"signal\":6,")[0].contains("\"initiator\":\"crash\""));
     // Signals from outside, and connects kept in the queue while there is no worker. (A SEGV that somebody sends is
     // swallowed once by Rust's own handler, which looks for stack overflows.)
-    for signal in [Signal::TERM, Signal::ILL, Signal::USR2] {
+    for signal in [Signal::TERM, Signal::ILL, Signal::ALARM] {
         let pid = fresh(&gateway, last);
         last = pid;
         kill(pid, signal);
