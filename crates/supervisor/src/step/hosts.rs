@@ -201,6 +201,7 @@ impl State {
 
     /// Takes over what the board shows.
     pub(super) fn hosts_seen(&mut self, all: &[HostSeen], now: Ns, out: &mut Vec<Action>) {
+        let generation = self.generation;
         for seen in all {
             let Some(host) = self.hosts.iter_mut().find(|host| host.row == seen.host) else { continue };
             host.seen = *seen;
@@ -214,6 +215,8 @@ impl State {
                 host.ready_at = Some(now);
                 host.wanted = None;
                 host.cause.clear();
+                // Who hears of it may ask at once, and the worker looks at the row.
+                host.show(generation, out);
                 host.answer(Wish::Load, &Ok(seen.ready_epoch), out);
             }
             if host.ready_at.is_some_and(|at| now.saturating_sub(at) >= HEALTHY) {

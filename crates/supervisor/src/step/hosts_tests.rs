@@ -273,7 +273,10 @@ fn operators_load_and_unload() {
     let actions = order(&mut state, Order::Load { name, caller: 2 });
     let epoch = born(&actions)[0].1;
     let actions = serve(&mut state, 0, epoch, false, T0 + SECOND);
-    assert!(actions.contains(&Action::Answer { caller: 2, outcome: Ok(epoch) }));
+    let at = |of: &dyn Fn(&Action) -> bool| actions.iter().position(of).unwrap();
+    let shows = at(&|action| matches!(action, Action::ShowHost { shown, .. } if shown.state == HostState::Ready));
+    let answers = at(&|action| *action == Action::Answer { caller: 2, outcome: Ok(epoch) });
+    assert!(shows < answers, "who hears of it may ask before the row says so: {actions:?}");
     let actions = order(&mut state, Order::Unload { name, caller: 3 });
     assert_eq!(signals(&actions), [(epoch, Sig::Term)]);
     let actions = die(&mut state, epoch, Status::Code(0), T0 + SECOND);
