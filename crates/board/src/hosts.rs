@@ -31,6 +31,9 @@ pub enum HostState {
     Failed = 5,
     /// It finishes what it has. Who comes now asks for its successor.
     Stopping = 6,
+    /// As ready, but that its program has ended and the next one is not there yet: requests wait in it. No row says this; it
+    /// is what [`HostRow::shown`] makes of one.
+    Restarting = 7,
 }
 
 impl HostState {
@@ -45,6 +48,7 @@ impl HostState {
             Self::Ready => "ready",
             Self::Failed => "failed",
             Self::Stopping => "stopping",
+            Self::Restarting => "restarting",
         }
     }
 }
@@ -94,6 +98,8 @@ row! {
         waiting set_waiting u32;
         /// Programs that it has started in place of others.
         restarts set_restarts u64;
+        /// Whether it has no program just now that could take a request.
+        is_down set_is_down bool;
         /// Why it could not serve: the fault's place in the table, from 1; 0 if it has said nothing.
         fault set_fault u32;
         /// Whether somebody asks for it. Set by workers and by the host, taken back by the master.
@@ -140,6 +146,7 @@ impl HostRow {
         self.set_in_flight(0);
         self.set_waiting(0);
         self.set_restarts(0);
+        self.set_is_down(false);
         self.address.set("");
         self.set_fault(0);
         self.told.set("");
@@ -155,6 +162,12 @@ impl HostRow {
         let state = is_ours.then(|| self.state())?;
         // A state that came after another claim shows that claim as well.
         (self.claims() == claim).then_some(state)
+    }
+
+    /// What people are shown.
+    #[must_use]
+    pub fn shown(&self, state: HostState) -> HostState {
+        if state == HostState::Ready && self.is_down() { HostState::Restarting } else { state }
     }
 
     /// Takes the asking back; says whether anybody had asked.

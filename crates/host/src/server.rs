@@ -54,6 +54,8 @@ pub struct Setup {
     pub output_bytes_max: u64,
     /// Whether the program is started without being asked for.
     pub preload: bool,
+    /// Ends in a row, before this host, that nobody ordered.
+    pub failures: u32,
     /// A folder of the host's own, in which a program without `{port}` finds the path of its socket.
     pub folder: PathBuf,
 }
@@ -63,7 +65,7 @@ impl Server {
     /// listen. To be called within a runtime.
     #[must_use]
     pub fn new(programs: Programs, plan: Plan, config: Config, setup: Setup, gate: Gate) -> Self {
-        let state = Arc::new(watch::Sender::new(State::new(setup.preload)));
+        let state = Arc::new(watch::Sender::new(State::new(setup.preload, setup.failures)));
         let keeper = Keeper {
             programs,
             plan,

@@ -119,7 +119,7 @@ impl App {
     #[must_use]
     pub fn listed<'a>(&self, name: &'a str) -> Listed<'a> {
         let local = self.router.first_upstream(name).and_then(|upstream| self.locals.get(upstream));
-        Listed { name, state: local.map(|local| local.place().1.name()) }
+        Listed { name, state: local.map(|local| local.shown().name()) }
     }
 
     /// Whether descriptors or memory are short, so that no connection is kept beyond its answer.

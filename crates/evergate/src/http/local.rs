@@ -102,6 +102,12 @@ impl Local {
         self.look().map_or((self.fingerprint, HostState::Cold), |(row, state)| (row.fingerprint(), state))
     }
 
+    /// What clients are told of it.
+    #[must_use]
+    pub fn shown(&self) -> HostState {
+        self.look().map_or(HostState::Cold, |(row, state)| row.shown(state))
+    }
+
     fn ask(&self, row: &HostRow) {
         if !row.is_wanted() {
             row.set_is_wanted(true);
@@ -146,7 +152,8 @@ impl Local {
     /// is not two starts of a program that is broken.
     fn weigh(&self, row: &HostRow, known: &mut Option<u64>, until: Deadline) -> Result<(), Error> {
         let failures = row.failures();
-        let has_come_up = row.ready_epoch() != 0;
+        // One that has told why it cannot serve has been given up by its host, though it had come up.
+        let has_come_up = row.ready_epoch() != 0 && row.fault() == 0;
         let is_new = known.is_some_and(|known| failures > known);
         let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
         let is_far = pause > PAUSE_MAX && !has_come_up;
@@ -202,13 +209,15 @@ impl Local {
 
     fn failed(&self, row: &HostRow) -> Error {
         let said = row.fault().checked_sub(1).and_then(|place| Fault::ALL.get(usize::try_from(place).ok()?));
-        let error = match said {
+        let mut error = match said {
             Some(fault) => Error::new(*fault, row.told()),
             None => {
                 let message = format!("the program of \"{}\" could not be started", self.name);
                 Error::new(Fault::AdapterSpawnFailed, message)
             }
         };
+        let pause = Duration::from_nanos(row.retry_ns().saturating_sub(monotonic_ns()));
+        error.retry_after_s = u32::try_from(pause.as_secs()).ok().map(|seconds| seconds.saturating_add(1));
         error.detail(row.cause())
     }
 

@@ -43,6 +43,8 @@ const BEAT: Duration = Duration::from_millis(250);
 const BEATS_PER_RSS: u32 = 8;
 /// Between two looks for workers when the master is gone. They leave within their own drain.
 const WORKERS_LOOK: Duration = Duration::from_millis(50);
+/// So long after a bad end the next host is on trial.
+const TRIAL: Duration = Duration::from_secs(60);
 /// However short `idle_stop` is, who has waited for the start gets to it.
 const STAY: Duration = Duration::from_secs(1);
 
@@ -215,7 +217,9 @@ impl Host {
         let programs = programs.map_err(|error| format!("cannot look after programs: {error}"))?;
         let (name, report) = (args.name.as_str(), ear.clone());
         let folders = Folders::make(folder.join(name), &process, fingerprint)?;
-        let parts = Parts { name, process: &process, sealed, folders: &folders, programs: &programs, report };
+        let has_failed = board.host(host).is_some_and(has_failed_lately);
+        let parts =
+            Parts { name, process: &process, sealed, folders: &folders, programs: &programs, report, has_failed };
         let model = Arc::new(Model::new(parts)?);
         let limits = service::Limits {
             body_bytes_max: usize::try_from(sealed.config.limits.body_bytes).unwrap_or(usize::MAX),
@@ -338,6 +342,12 @@ impl Host {
         let (board, ear, kicker) = (self.board.clone(), Arc::clone(&self.ear), Arc::clone(&self.kicker));
         Beat { board, row: self.child.row, ear, kicker, idle_stop }
     }
+}
+
+/// Whether the last host of a row has come to a bad end, for which it was to be tried again not long ago.
+fn has_failed_lately(row: &HostRow) -> bool {
+    row.failures() > 0
+        && monotonic_ns().saturating_sub(row.retry_ns()) < TRIAL.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
 /// The socket, and a second look at its queue.

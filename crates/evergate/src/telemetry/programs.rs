@@ -81,7 +81,7 @@ fn parked(board: &Board) -> BTreeMap<String, u64> {
 fn read(board: &Board, row: &HostRow, now: u64) -> Program {
     let ms = |from: u64, to: u64| to.saturating_sub(from) / 1_000_000;
     let told = |text: String| Some(text).filter(|text| !text.is_empty());
-    let (since, state) = (row.since_ns(), row.state());
+    let (since, state) = (row.since_ns(), row.shown(row.state()));
     let child = board.child(row.child()).filter(|child| row.epoch() > 0 && child.epoch() == row.epoch());
     Program {
         model: row.name(),
@@ -115,7 +115,7 @@ impl Program {
         if let Some(since) = self.since_ms {
             let _ = write!(out, " for {}", age_text(since));
         }
-        if self.in_flight > 0 || self.state == HostState::Ready {
+        if self.in_flight > 0 || matches!(self.state, HostState::Ready | HostState::Restarting) {
             let _ = write!(out, ", {} in flight", self.in_flight);
         }
         if self.waiting > 0 {

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use evergate_testkit::{Evergate, wait_for};
+use evergate_testkit::{Evergate, adaptersim, wait_for, wait_until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::hosts::{ask, config, said};
-use crate::hosts_kept::{ANSWER, question, section};
-use crate::support::{EXE, LIMIT, wait_ready};
+use crate::hosts_kept::{ANSWER, program, question, section};
+use crate::support::{EXE, LIMIT, send, wait_ready};
 
 const MODES: [&str; 3] = ["command", "stdio", "server"];
 const SECRETS: &str = "[upstreams.far]\nbase_url = \"http://127.0.0.1:9\"\napi_key = { env = \"FAR_KEY\" }\n";
@@ -18,7 +19,7 @@ fn own(mode: &str, steps: &[&str], more: &str) -> String {
     if mode != "command" {
         return section(mode, steps, more);
     }
-    let sim = evergate_testkit::adaptersim().display().to_string();
+    let sim = adaptersim().display().to_string();
     let argv: Vec<&str> = std::iter::once(&*sim).chain(steps.iter().copied()).chain(["read", "out:Hello"]).collect();
     format!("process = {{ mode = \"command\", argv = {argv:?}{more} }}")
 }
@@ -82,7 +83,7 @@ fn a_confined_program_reaches_its_own_places_and_no_others() {
     };
     let (read, write, other) = (folder("read"), folder("write"), folder("other"));
     for mode in MODES {
-        let sim = evergate_testkit::adaptersim().display().to_string();
+        let sim = adaptersim().display().to_string();
         let step = format!("try:{read},{write},{other}");
         let more = format!(", sandbox = {{ read = [{read:?}, {sim:?}], write = [{write:?}] }}");
         let gateway = run(mode, &own(mode, &[&step], &more));
@@ -99,6 +100,32 @@ fn a_confined_program_reaches_its_own_places_and_no_others() {
 }
 
 #[test]
+fn a_confined_server_listens_at_its_socket_and_reaches_nothing_else() {
+    let places = tempfile::tempdir().unwrap();
+    let other = places.path().to_str().unwrap();
+    let sim = adaptersim().display().to_string();
+    let more = format!(", sandbox = {{ read = [{sim:?}] }}");
+    let own = own("server", &[&format!("try:{other}")], &more);
+    let gateway = run("server", &own.replace("serve:127.0.0.1:{port}", "serve:{socket}"));
+    if gateway.wait_stderr("sandbox: ", LIMIT).contains("not possible") {
+        println!("this kernel has no Landlock: nothing to test");
+        return;
+    }
+    assert_eq!(written(&gateway.state_dir().join("models/tiny"), "tried.json"), json!({ other: [false, false] }));
+    let address = gateway.model("tiny")["address"].as_str().unwrap().to_owned();
+    assert!(Path::new(&address).starts_with(gateway.state_dir().join("hosts")), "{address}");
+    // The next one finds the folder as the first did.
+    let pid = program(&gateway, "tiny");
+    send(pid, Signal::KILL);
+    wait_until(
+        "the next one",
+        LIMIT,
+        || !matches!(gateway.model("tiny")["program_pid"].as_i64(), Some(now) if now == i64::from(pid)),
+    );
+    assert_eq!(said(&ask(&gateway, "tiny/ok", "hi", false)), ANSWER);
+}
+
+#[test]
 fn a_program_of_another_user_has_its_own_folders() {
     if !rustix::process::geteuid().is_root() {
         println!("only root can change users: nothing to test");
@@ -109,11 +136,11 @@ fn a_program_of_another_user_has_its_own_folders() {
     let mode_of = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(place.path(), mode_of(0o755)).unwrap();
     let sim = place.path().join("sim");
-    std::fs::copy(evergate_testkit::adaptersim(), &sim).unwrap();
+    std::fs::copy(adaptersim(), &sim).unwrap();
     for mode in MODES {
         let user = ", user = { uid = 65534, gid = 65533 }";
         let mut section = own(mode, &["dump:seen.json"], user);
-        section = section.replace(evergate_testkit::adaptersim().to_str().unwrap(), sim.to_str().unwrap());
+        section = section.replace(adaptersim().to_str().unwrap(), sim.to_str().unwrap());
         if mode == "server" {
             section = section.replace("serve:127.0.0.1:{port}", "serve:{socket}");
         }

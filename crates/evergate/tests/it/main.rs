@@ -35,6 +35,7 @@ mod hosts_confined;
 mod hosts_drill;
 mod hosts_kept;
 mod hosts_limits;
+mod hosts_loops;
 mod hosts_words;
 mod http2;
 mod http2_limits;

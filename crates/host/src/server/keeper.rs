@@ -20,7 +20,7 @@ use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use super::address::Address;
 use super::exchange::Exchange;
 use super::running::{Fate, Running};
-use super::state::{Phase, State};
+use super::state::{Phase, State, WAITED_FOR};
 use crate::ask::exited;
 use crate::cause::Cause;
 use crate::command::not_started;
@@ -245,13 +245,17 @@ impl Keeper {
                 self.bring_to_end(&mut program, running).await;
             }
         }
-        program.ended().await;
+        let tail = program.ended().await.map(|ended| ended.tail).unwrap_or_default();
         if let End::Ordered = end {
             return self.enter(Phase::Down);
         }
-        let mut next = Instant::now();
-        self.state.send_modify(|state| next = state.count_failure(Instant::now(), since.elapsed()));
-        self.enter(Phase::Pausing(next));
+        let (mut next, now) = (Instant::now(), Instant::now());
+        self.state.send_modify(|state| next = state.count_failure(now, since.elapsed()));
+        if next <= now + WAITED_FOR {
+            return self.enter(Phase::Pausing(next));
+        }
+        let error = running.over_again();
+        self.enter(Phase::Failed(Cause::new(&error, &tail), next));
     }
 
     /// Its own command first, then the ladder.

@@ -125,6 +125,12 @@ impl Running {
         told(fate)
     }
 
+    /// Why it does not serve any more, as others before it.
+    pub(super) fn over_again(&self) -> Error {
+        let error = told(self.fate().unwrap_or(Fate::Stopped));
+        Error::new(error.fault, format!("{}, as others shortly before it", error.message))
+    }
+
     /// Why its connection has ended before its time.
     pub(super) async fn broken(&self, what: &'static str) -> Error {
         match timeout(FATE_WAIT, self.decided()).await {

@@ -15,6 +15,8 @@ use crate::cause::Cause;
 /// After an end that nobody ordered, and doubled with each one more (G21).
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A pause that is longer is not waited for: the host ends, and tells why.
+pub(super) const WAITED_FOR: Duration = Duration::from_secs(1);
 /// One that has served this long is not in a crash loop.
 pub(super) const STABLE: Duration = Duration::from_secs(60);
 
@@ -29,9 +31,9 @@ pub(super) enum Phase {
     Ready(Running),
     /// It was told to end, because nobody wants it or because it is beyond help.
     Ending,
-    /// It has ended by itself while it served; it is started again at that time, and requests wait for it.
+    /// It has ended by itself while it served; it is started again at that time, soon, and requests wait for it.
     Pausing(Instant),
-    /// It did not come to serve. Requests hear why, until it is worth another try.
+    /// It did not come to serve, or not for long, again and again. Requests hear why, until it is worth another try.
     Failed(Cause, Instant),
     /// The host ends.
     Stopped,
@@ -85,8 +87,8 @@ impl Drop for User {
 }
 
 impl State {
-    pub(super) fn new(preload: bool) -> Self {
-        Self { phase: Phase::Down, users: 0, idle_since: Instant::now(), preload, failures: 0 }
+    pub(super) fn new(preload: bool, failures: u32) -> Self {
+        Self { phase: Phase::Down, users: 0, idle_since: Instant::now(), preload, failures }
     }
 
     pub(super) fn is_wanted(&self) -> bool {
@@ -167,7 +169,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_half_a_minute_and_forget_what_was_long_ago() {
-        let (mut state, now) = (State::new(false), Instant::now());
+        let (mut state, now) = (State::new(false, 0), Instant::now());
         let mut pause = |served: u64| state.count_failure(now, Duration::from_secs(served)) - now;
         let pauses: Vec<u128> = (0..8).map(|_| pause(1).as_millis()).collect();
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);

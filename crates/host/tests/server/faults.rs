@@ -163,7 +163,8 @@ fn g21_kill_after_kill_every_request_has_an_answer_or_a_truthful_error() {
             }
         };
         let killer = async {
-            for more in [2, 20, 50] {
+            // A third one in a row ends the host's patience.
+            for more in [20, 50] {
                 let pid = host.is_ready().await;
                 let total = || outcomes.borrow().values().sum::<u32>();
                 let enough = total() + more;
@@ -186,7 +187,27 @@ fn g21_kill_after_kill_every_request_has_an_answer_or_a_truthful_error() {
         assert!(outcomes.borrow().keys().all(|outcome| outcome == "answered" || outcome == killed));
         assert!(outcomes.borrow()["answered"] > 10 && outcomes.borrow().contains_key(killed));
         until("nobody is left", || *house.ear.load.lock().unwrap() == (0, 0)).await;
-        assert_eq!((house.programs.live(), house.ear.ended.lock().unwrap().len()), (1, 3));
+        assert_eq!((house.programs.live(), house.ear.ended.lock().unwrap().len()), (1, 2));
+    });
+}
+
+#[test]
+fn g21_one_that_dies_again_and_again_is_given_up_with_its_cause() {
+    run(|house| async move {
+        for (failures, ends) in [(0, 3), (2, 1)] {
+            house.ear.ended.lock().unwrap().clear();
+            let mut given = given(&["serve:127.0.0.1:{port}", "sleep:1000", "err:out of luck\n", "exit:3"]);
+            (given.preload, given.failures) = (true, failures);
+            let host = serve(&house, given);
+            let cause = host.server.failed().await;
+            assert_eq!(cause.fault.row().code, "adapter_exited");
+            assert!(cause.message.ends_with("exit code 3, as others shortly before it"), "{}", cause.message);
+            assert_eq!(cause.detail, "out of luck");
+            let began = Instant::now();
+            host.play("ok").await.assert_error(502, "adapter_exited", "0");
+            assert!(began.elapsed() < Duration::from_millis(1500), "it waited for the next start");
+            assert_eq!(house.ear.ended.lock().unwrap().len(), ends);
+        }
     });
 }
 

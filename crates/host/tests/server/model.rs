@@ -24,6 +24,7 @@ pub(crate) struct Given {
     pub(crate) places: u32,
     pub(crate) queue: u32,
     pub(crate) preload: bool,
+    pub(crate) failures: u32,
 }
 
 /// The steps of a program that serves at its port.
@@ -47,6 +48,7 @@ pub(crate) fn given(steps: &[&str]) -> Given {
         places: 8,
         queue: 8,
         preload: false,
+        failures: 0,
     }
 }
 
@@ -78,6 +80,7 @@ pub(crate) fn serve(house: &House, given: Given) -> Served {
         start_timeout: given.start_timeout,
         output_bytes_max: given.output_bytes_max,
         preload: given.preload,
+        failures: given.failures,
         folder: folder.path().to_owned(),
     };
     let server = Arc::new(Server::new(house.programs.clone(), given.plan, given.config, setup, gate));

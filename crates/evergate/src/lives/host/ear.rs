@@ -71,6 +71,8 @@ struct Shown {
     /// Those that have ended and have no successor yet.
     vacant: u64,
     restarts: u64,
+    /// Of one with a server of its own: whether nothing listens there.
+    is_deaf: bool,
     is_busy: bool,
     /// Since when it is not.
     idle_since: Instant,
@@ -93,7 +95,14 @@ impl Ear {
         let writer =
             std::thread::Builder::new().name("models".into()).spawn(move || write(&from, &written, (log, exits)))?;
         let (lines, writer) = (Mutex::new(Some(lines)), Mutex::new(Some(writer)));
-        let shown = Shown { pids: Vec::new(), vacant: 0, restarts: 0, is_busy: false, idle_since: Instant::now() };
+        let shown = Shown {
+            pids: Vec::new(),
+            vacant: 0,
+            restarts: 0,
+            is_deaf: false,
+            is_busy: false,
+            idle_since: Instant::now(),
+        };
         Ok(Self { place, redactor, shown: Mutex::new(shown), lines, queued, dropped: AtomicUsize::new(0), writer })
     }
 
@@ -124,6 +133,7 @@ impl Ear {
         if let Some(row) = self.row() {
             row.set_pid(shown.pids.first().map_or(0, |pid| pid.as_raw_nonzero().get()));
             row.set_restarts(shown.restarts);
+            row.set_is_down(self.place.is_kept && (shown.is_deaf || shown.pids.is_empty()));
         }
     }
 
@@ -251,6 +261,7 @@ impl Report for Ear {
         if let Some(row) = self.row() {
             row.set_address(address.unwrap_or_default());
         }
+        self.show(|shown| shown.is_deaf = address.is_none());
     }
 
     fn load(&self, in_flight: u32, waiting: u32) {
@@ -342,6 +353,7 @@ mod tests {
                 pids: vec![],
                 vacant: 0,
                 restarts: 0,
+                is_deaf: false,
                 is_busy: false,
                 idle_since: Instant::now(),
             }),

@@ -17,6 +17,10 @@ use evergate_host::{Cause, Plan, Programs, Report};
 
 use super::folders::Folders;
 
+/// So many ends of a server count where a host before has failed: the next one that comes at once ends this host too, and the
+/// pauses, which are the master's then, grow.
+const FAILURES: u32 = 2;
+
 /// A way of serving requests with programs.
 #[derive(Clone)]
 pub(super) enum Model {
@@ -33,6 +37,8 @@ pub(super) struct Parts<'a> {
     pub(super) folders: &'a Folders,
     pub(super) programs: &'a Programs,
     pub(super) report: Arc<dyn Report>,
+    /// Whether the host before this one has come to a bad end lately.
+    pub(super) has_failed: bool,
 }
 
 impl Model {
@@ -42,7 +48,7 @@ impl Model {
     /// What its section names that cannot be used.
     pub(super) fn new(parts: Parts<'_>) -> Result<Self, String> {
         let plan = plan(&parts)?;
-        let Parts { process, folders, programs, report, .. } = parts;
+        let Parts { process, folders, programs, report, has_failed, .. } = parts;
         let programs = programs.clone();
         let (start_timeout, output_bytes_max) = (process.start_timeout, process.output_bytes_max);
         let gate = || Gate::new(process.in_flight_max, process.queue, Arc::clone(&report));
@@ -59,7 +65,8 @@ impl Model {
             process::Mode::Server(config) => {
                 let folder = folders.socket.clone().unwrap_or_default();
                 // A host is started because its program is wanted.
-                let setup = Setup { start_timeout, output_bytes_max, preload: true, folder };
+                let failures = if has_failed { FAILURES } else { 0 };
+                let setup = Setup { start_timeout, output_bytes_max, preload: true, failures, folder };
                 Self::Server(Arc::new(Server::new(programs, plan, config.clone(), setup, gate())))
             }
         })

@@ -10,8 +10,15 @@ use crate::telemetry::names::{self, HOST_BUCKETS_MS, ProgramEnd};
 use crate::telemetry::programs::{Program, programs};
 
 /// States that are shown, all of them always: a series that comes and goes cannot be alerted on.
-const STATES: [HostState; 6] =
-    [HostState::Cold, HostState::Wanted, HostState::Starting, HostState::Ready, HostState::Failed, HostState::Stopping];
+const STATES: [HostState; 7] = [
+    HostState::Cold,
+    HostState::Wanted,
+    HostState::Starting,
+    HostState::Ready,
+    HostState::Restarting,
+    HostState::Failed,
+    HostState::Stopping,
+];
 
 impl Page<'_> {
     pub(super) fn hosts(&mut self, sums: &Sums) {
