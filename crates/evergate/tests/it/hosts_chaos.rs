@@ -89,11 +89,9 @@ const ANSWERS: usize = 5;
 fn kill_again_and_again(gateway: &Evergate, mode: &str, victims: impl Fn() -> Vec<i32>) {
     let (began, time) = (Instant::now(), Duration::from_secs(if is_full() { 30 } else { 3 }));
     while began.elapsed() < time {
-        let (name, text, expected) = asked(mode);
         let mut answers = 0;
-        wait_until("answers", PATIENCE, || {
-            let response = ask(gateway, name, text, false);
-            answers += usize::from(response.status == 200 && said(&response) == expected);
+        wait_until("answers", 2 * PATIENCE, || {
+            answers += usize::from(outcome(&gateway.addr(), asked(mode), false) == "ok");
             answers == ANSWERS
         });
         victims().into_iter().for_each(|pid| send(pid, Signal::KILL));
@@ -174,12 +172,8 @@ fn a_killed_master_leaves_no_program() {
 fn leave_nothing(mut gateway: Evergate, mode: &str) {
     let run = run_id(&gateway);
     wait_ready(&gateway, 2);
-    let (name, text, expected) = asked(mode);
     // What was killed last may still be given one request, which is truthfully refused.
-    wait_until("an answer", PATIENCE, || {
-        let response = ask(&gateway, name, text, false);
-        response.status == 200 && said(&response) == expected
-    });
+    wait_until("an answer", 2 * PATIENCE, || outcome(&gateway.addr(), asked(mode), false) == "ok");
     send(gateway.pid(), Signal::TERM);
     gateway.wait_exit(2 * LIMIT);
     assert_eq!(marked_of(&run), BTreeSet::new(), "{mode}");

@@ -8,12 +8,13 @@ use std::time::Duration;
 use evergate_core::{Error, Fault};
 use evergate_sys::{Pid, Status};
 use tokio::sync::{Notify, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::address::{Address, Stream};
 use super::owner::{self, Held, Listener};
 use super::state::stopping;
 use crate::ask::exited;
+use crate::tasks::within;
 
 /// How long the connections of a program that has exited may outlive it: whatever it had written is read by then, and who
 /// else holds them is swept.
@@ -133,9 +134,9 @@ impl Running {
 
     /// Why its connection has ended before its time.
     pub(super) async fn broken(&self, what: &'static str) -> Error {
-        match timeout(FATE_WAIT, self.decided()).await {
-            Ok(fate) => told(fate),
-            Err(_) => Error::new(Fault::AdapterProtocolError, what),
+        match within(FATE_WAIT, self.decided()).await {
+            Some(fate) => told(fate),
+            None => Error::new(Fault::AdapterProtocolError, what),
         }
     }
 
@@ -152,7 +153,7 @@ impl Running {
 
     /// Whether it has met its end, or does within a moment.
     pub(super) async fn is_doomed(&self) -> bool {
-        timeout(FATE_WAIT, self.decided()).await.is_ok()
+        within(FATE_WAIT, self.decided()).await.is_some()
     }
 
     async fn decided(&self) -> Fate {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use evergate_core::{Error, Fault};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep_until, timeout, timeout_at};
+use tokio::time::{sleep_until, timeout_at};
 
 use super::frames::Decoder;
 use super::pool::{Place, Shared};
@@ -15,6 +15,7 @@ use super::serving::Serving;
 use crate::ask::{Ask, Refusal};
 use crate::cause::Cause;
 use crate::program::{LINGER, Output, Program, Wiring};
+use crate::tasks::within;
 use crate::{command, tell};
 
 /// What a process is to do.
@@ -108,9 +109,9 @@ impl Over {
                 let _ = timeout_at(until.into(), program.exited()).await;
                 None
             }
-            Self::Ended => match timeout(LINGER, program.exited()).await {
-                Ok(status) => Some(tell::exited(status)),
-                Err(_) => Some(said::broken("closed its output")),
+            Self::Ended => match within(LINGER, program.exited()).await {
+                Some(status) => Some(tell::exited(status)),
+                None => Some(said::broken("closed its output")),
             },
         }
     }
@@ -181,9 +182,9 @@ async fn ready(
         match chunk {
             Some(chunk) => decoder.push(&chunk),
             None => {
-                return Err(match timeout(LINGER, program.exited()).await {
-                    Ok(status) => tell::exited(status),
-                    Err(_) => said::broken("closed its output"),
+                return Err(match within(LINGER, program.exited()).await {
+                    Some(status) => tell::exited(status),
+                    None => said::broken("closed its output"),
                 });
             }
         }
