@@ -126,26 +126,6 @@ impl Server {
         }
     }
 
-    /// Since when no request has been here; none while there is one.
-    #[must_use]
-    pub fn idle_since(&self) -> Option<Instant> {
-        self.state.borrow().idle_since()
-    }
-
-    /// Begins to end a program that has been idle for `after`; says whether it did. A request that comes from then on waits
-    /// for the next start; one that came before keeps the program (G24). One that is preloaded is never idle.
-    #[must_use]
-    pub fn unload_if_idle(&self, after: Duration) -> bool {
-        self.state.send_if_modified(|state| {
-            let is_idle = state.idle_since().is_some_and(|since| since.elapsed() >= after);
-            let is_over = is_idle && !self.setup.preload && matches!(state.phase, Phase::Ready(_));
-            if is_over {
-                state.phase = Phase::Ending;
-            }
-            is_over
-        })
-    }
-
     /// Ends the program for good, and waits until nothing is left of it or `until` has come; says whether nothing is.
     /// Requests that are still under way hear of it, so they should be drained before.
     pub async fn stop(&self, until: Instant) -> bool {

@@ -58,7 +58,7 @@ enum Lost {
 enum End {
     Exited(Option<Status>),
     Wedged,
-    /// Nobody wants it, or the host ends.
+    /// The host ends.
     Ordered,
 }
 
@@ -228,7 +228,7 @@ impl Keeper {
             // None of them keeps anything that is missed.
             status = program.exited() => End::Exited(status),
             () = self.wedged(running) => End::Wedged,
-            () = self.ended() => End::Ordered,
+            () = self.stopped() => End::Ordered,
         };
         // New requests must not be sent there, and those under way must hear the truth.
         self.enter(Phase::Ending);
@@ -300,11 +300,6 @@ impl Keeper {
     async fn stopped(&self) {
         // The sender is ours.
         let _ = self.state.subscribe().wait_for(State::is_stopped).await;
-    }
-
-    async fn ended(&self) {
-        let is_over = |state: &State| matches!(state.phase, Phase::Ending | Phase::Stopped);
-        let _ = self.state.subscribe().wait_for(is_over).await;
     }
 }
 

@@ -63,8 +63,6 @@ pub(super) struct State {
     pub(super) phase: Phase,
     /// Requests that wait for it or are at it.
     users: u32,
-    /// Since when there have been none.
-    idle_since: Instant,
     /// Whether it runs without being asked for.
     preload: bool,
     /// Ends that nobody ordered, in a row.
@@ -77,10 +75,9 @@ pub(super) struct User(Arc<watch::Sender<State>>);
 
 impl Drop for User {
     fn drop(&mut self) {
-        // Nobody waits for this: who wants to stop what is idle looks by itself.
+        // Nobody waits for this.
         self.0.send_if_modified(|state| {
             state.users = state.users.saturating_sub(1);
-            state.idle_since = Instant::now();
             false
         });
     }
@@ -88,15 +85,11 @@ impl Drop for User {
 
 impl State {
     pub(super) fn new(preload: bool, failures: u32) -> Self {
-        Self { phase: Phase::Down, users: 0, idle_since: Instant::now(), preload, failures }
+        Self { phase: Phase::Down, users: 0, preload, failures }
     }
 
     pub(super) fn is_wanted(&self) -> bool {
         self.users > 0 || self.preload
-    }
-
-    pub(super) fn idle_since(&self) -> Option<Instant> {
-        (self.users == 0).then_some(self.idle_since)
     }
 
     pub(super) fn is_stopped(&self) -> bool {

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use evergate_host::program::Ladder;
-use evergate_host::server::Condition;
 use evergate_sys::Status;
 
 use super::model::{SERVES, body, given, serve};
@@ -15,56 +14,12 @@ fn soon() -> Instant {
 }
 
 #[test]
-fn g24_a_stop_for_being_idle_and_a_request_never_miss_each_other() {
-    run(|house| async move {
-        let host = serve(&house, given(&SERVES));
-        assert_eq!(host.play("ok").await.status, 200);
-        let mut unloads = 0;
-        for round in 0..60_u32 {
-            // The request is sent before, after, or while the stop is decided.
-            let unload = async {
-                for _ in 0..round % 12 {
-                    tokio::task::yield_now().await;
-                }
-                u32::from(host.server.unload_if_idle(Duration::ZERO))
-            };
-            let (response, unloaded) = tokio::join!(host.play("ok"), unload);
-            assert_eq!(response.status, 200, "round {round}: {response:?}");
-            unloads += unloaded;
-        }
-        println!("{unloads} unloads in 60 rounds");
-        assert!(unloads > 0);
-    });
-}
-
-#[test]
-fn g24_a_request_keeps_the_program_and_its_end_lets_it_go() {
-    run(|house| async move {
-        let host = serve(&house, given(&SERVES));
-        let busy = host.send("/v1/chat/completions", "", body("stream-20-50", true).to_string().as_bytes()).await;
-        let pid = host.is_ready().await;
-        assert_eq!(host.server.idle_since(), None);
-        assert!(!host.server.unload_if_idle(Duration::ZERO), "a request is there");
-        assert_eq!(read(busy).await.streamed().1, "[DONE]");
-        until("it is idle", || host.server.idle_since().is_some()).await;
-        assert!(!host.server.unload_if_idle(LONG), "not for so long");
-        assert!(host.server.unload_if_idle(Duration::ZERO));
-        until("it is down", || host.server.condition() == Condition::Down).await;
-        assert!(!exists(pid));
-        let ended = house.ear.ended.lock().unwrap().pop().unwrap();
-        assert_eq!((ended.ladder, ended.exit.status), (Ladder::Term, Status::Signal { number: 15, core: false }));
-        assert_eq!(host.play("ok").await.status, 200, "it is started again at once, without a pause");
-    });
-}
-
-#[test]
 fn one_that_is_preloaded_is_there_before_it_is_asked_for_and_stays() {
     run(|house| async move {
         let mut given = given(&SERVES);
         given.preload = true;
         let host = serve(&house, given);
         let pid = host.is_ready().await;
-        assert!(!host.server.unload_if_idle(Duration::ZERO));
         assert_eq!(host.play("ok").await.status, 200);
         assert_eq!(host.is_ready().await, pid);
     });
