@@ -251,7 +251,8 @@ impl Keeper {
         }
         let (mut next, now) = (Instant::now(), Instant::now());
         self.state.send_modify(|state| next = state.count_failure(now, since.elapsed()));
-        if next <= now + WAITED_FOR {
+        // One that has answered anything did come up: its successor is worth the wait.
+        if next <= now + WAITED_FOR || running.heard() > 0 {
             return self.enter(Phase::Pausing(next));
         }
         let error = running.over_again();
