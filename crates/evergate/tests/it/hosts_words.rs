@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use evergate_testkit::raw::{Response, chat_body, post_request};
-use evergate_testkit::{Evergate, Raw, adaptersim, try_wait_for, wait_for, wait_until};
+use evergate_testkit::wait::try_wait_for;
+use evergate_testkit::{Evergate, Raw, adaptersim, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 

@@ -145,8 +145,8 @@ impl Running {
     /// # Errors
     /// `AdapterExited` if so.
     pub(super) async fn fell(&self) -> Result<(), Error> {
-        match timeout(FATE_WAIT, self.decided()).await {
-            Ok(Fate::Exited(Some(status))) if status != Status::Code(0) => Err(exited(status)),
+        match within(FATE_WAIT, self.decided()).await {
+            Some(Fate::Exited(Some(status))) if status != Status::Code(0) => Err(exited(status)),
             _ => Ok(()),
         }
     }
