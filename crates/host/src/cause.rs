@@ -29,6 +29,7 @@ impl Cause {
     }
 
     pub(crate) fn error(&self) -> Error {
-        Error::new(self.fault, self.message.clone()).detail(&self.detail)
+        let error = Error::new(self.fault, self.message.clone());
+        if self.detail.is_empty() { error } else { error.detail(&self.detail) }
     }
 }
