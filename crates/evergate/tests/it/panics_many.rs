@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_error, assert_failed_stream, assert_good_stream, is_full,
+    wait_ready,
 };
 
 const CLIENTS: usize = 4;
@@ -90,7 +91,7 @@ fn h1_panics_by_the_thousand_end_no_process() {
     // Whole rounds of the faults.
     let each = if is_full() { 25_000 } else { 500 };
     let gateway = faulty("[workers]\nmin = 2\nmax = 2\n");
-    gateway.wait_workers(2);
+    wait_ready(&gateway, 2);
     let pids = gateway.children();
     // How many depends on the depth of the cgroup, whose files a worker holds.
     let idle: Vec<usize> = gateway.workers().iter().map(|pid| descriptors(*pid)).collect();
@@ -127,7 +128,7 @@ fn h1_panics_by_the_thousand_end_no_process() {
     for ((pid, before), idle) in workers.iter().zip(before).zip(idle) {
         let after = anonymous_kib(*pid);
         assert!(after < before + 4096, "worker {pid} grew from {before} to {after} KiB");
-        wait_until("no descriptor more than those of an idle worker", LIMIT, || descriptors(*pid) <= idle);
+        wait_until(&format!("{idle} descriptors, as an idle worker"), LIMIT, || descriptors(*pid) <= idle);
     }
     let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap();
     assert_eq!(status["inflight"], json!([]), "{status}");
