@@ -21,11 +21,13 @@ use crate::activation::Activation;
 use crate::children::Estate;
 use crate::compile::{Compile, Words};
 use crate::control::{self, Control};
-use crate::exits::Exits;
+use crate::exits::{EXITS_FILE, Exits};
+use crate::holder;
 use crate::hosts::Hosts;
 use crate::listen::Listener;
 use crate::master::Master;
 use crate::orphans::Orphans;
+use crate::plain;
 use crate::runfile::Run;
 use crate::step::{Circumstances, Next, Refusal, Rules, State};
 use crate::{Failure, Options, talk};
@@ -66,8 +68,11 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
     let folder = attempt("find the state folder", std::path::absolute(&options.state_dir))?;
     let lock = lock(&folder)?;
     let (plan, config) = compile(options, &exe, &signals)?;
-    let mut exits = attempt("open the exit records", Exits::open(&folder))?;
-    let mut orphans = Orphans::find(&folder, &mut exits);
+    let what = format!("open the exit records {}", folder.join(EXITS_FILE).display());
+    let mut exits = attempt(&what, Exits::open(&folder))?;
+    let hosts = Hosts::new(&folder);
+    let what = format!("read the run file {}", Run::path(&folder).display());
+    let mut orphans = attempt(&what, Orphans::find(&folder, hosts.folder(), &mut exits))?;
     orphans.signal(Signal::TERM);
     let (listeners, admin) = bind_all(&plan, activation, &mut orphans, &signals)?;
     raise_descriptor_limit();
@@ -88,7 +93,6 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
         seed: board.run_id(),
     };
     let state = State::new(rules, given, monotonic_ns()).with_hosts(Next::of_plan(&plan).hosts);
-    let hosts = Hosts::new(&folder);
     let mut env = options.child_env.clone();
     env.push((inherit::HOSTS_DIR_VARIABLE.into(), hosts.folder().into()));
     let estate = Estate {
@@ -115,7 +119,7 @@ fn lock(folder: &Path) -> Result<File, Failure> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     attempt(&format!("make the state folder {}", folder.display()), made)?;
     let path = folder.join("lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = plain::open(OpenOptions::new().create(true).truncate(false).write(true).mode(0o600), &path);
     let file = attempt(&format!("open {}", path.display()), file)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
@@ -211,7 +215,7 @@ fn bind(address: &Address, orphans: &mut Orphans, signals: &Signals) -> Result<L
         let now = Instant::now();
         if until.is_some_and(|until| until <= now) || error.kind() != io::ErrorKind::AddrInUse {
             return Err(match error.kind() {
-                io::ErrorKind::AddrInUse => Failure::system(format!("{address} is taken by another program")),
+                io::ErrorKind::AddrInUse => Failure::system(holder::told(address)),
                 _ => Failure::system(format!("cannot listen on {address}: {error}")),
             });
         }

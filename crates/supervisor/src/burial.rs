@@ -5,7 +5,7 @@
 
 use evergate_board::{Board, ChildRow, Inflight, InflightPhase, Phase, monotonic_ns};
 use evergate_core::count;
-use evergate_core::exit::{ExitRecord, Initiator, Kind, Lost, Panicked, Status};
+use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
 use evergate_core::ids::RequestId;
 use evergate_core::record::Access;
 use evergate_sys::{Exit, unix_ms};
@@ -20,9 +20,7 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
     let board = &estate.board;
     // What is over was answered: the client has it, only the record may be missing.
     let (over, lost): (Vec<_>, Vec<_>) = board.inflight(dead.birth.row).partition(Inflight::is_over);
-    let upstream = estate.hosts.name(dead.birth.slot);
-    let upstream = if dead.birth.kind == Kind::Host { upstream } else { "" };
-    let record = record(board, dead, upstream, initiator, &lost);
+    let record = record(board, dead, estate.upstream(dead.birth), initiator, &lost);
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }

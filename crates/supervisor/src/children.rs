@@ -90,10 +90,15 @@ impl Estate {
         Ok(Running { birth, pid, ticks, spawned_ns, exit: None, sent: Vec::new(), finding: None, given_up: None })
     }
 
+    /// A host's upstream; empty for others.
+    pub(crate) fn upstream(&self, birth: Birth) -> &str {
+        if birth.kind == Kind::Host { self.hosts.name(birth.slot) } else { "" }
+    }
+
     /// What a child is called: a host by its upstream.
     pub(crate) fn name(&self, birth: Birth) -> String {
         match birth.kind {
-            Kind::Host => format!("host {}", self.hosts.name(birth.slot)),
+            Kind::Host => format!("host {}", self.upstream(birth)),
             _ => name(birth.kind, birth.slot),
         }
     }

@@ -1,7 +1,7 @@
 //! The other end of the control socket: what `evergate status` and `evergate stop` use.
 
 use std::fmt;
-use std::io::{self, IoSliceMut};
+use std::io::{self, BufRead as _, BufReader, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -116,6 +116,37 @@ pub fn order(state_dir: &Path, order: &str, patience: Duration) -> Result<Reply,
     // One that stands still would be waited for as long.
     ask(state_dir, "ping", PATIENCE)?;
     ask(state_dir, order, patience)
+}
+
+/// Gives the order to stop (`stop`, `stop now`) and waits for the master's last word: the code that it ends with. None when
+/// it has ended without one, as one that is killed does.
+///
+/// # Errors
+/// See [`ClientError`]; [`ClientError::Io`] with [`io::ErrorKind::TimedOut`] when it still stops after `patience`.
+pub fn stop(state_dir: &Path, order: &str, patience: Duration) -> Result<Option<u8>, ClientError> {
+    let run = Run::read(state_dir).ok().flatten();
+    let socket = connect(state_dir, run.as_ref())?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    io::Write::write_all(&mut &socket, format!("{order} wait\n").as_bytes())?;
+    let mut lines = BufReader::new(&socket).lines();
+    match lines.next().transpose() {
+        Ok(Some(line)) if line == "ok" => {}
+        Ok(Some(line)) => return Err(ClientError::Refused(line.trim_start_matches("error: ").to_owned())),
+        // A master that dies before it answers.
+        Ok(None) => return Err(ClientError::NotRunning),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            return Err(ClientError::Silent { pid: run.map_or(0, |run| run.pid) });
+        }
+        Err(error) => return Err(error.into()),
+    }
+    socket.set_read_timeout(Some(patience))?;
+    match lines.next().transpose() {
+        Ok(line) => Ok(line.and_then(|line| line.strip_prefix("ended ")?.parse().ok())),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+        // It was killed with something of ours unread.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn ask(state_dir: &Path, command: &str, patience: Duration) -> Result<Reply, ClientError> {

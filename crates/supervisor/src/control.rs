@@ -52,6 +52,8 @@ pub(crate) struct Control {
     /// Whose order was given and who waits for what comes of it.
     callers: Vec<(Caller, OwnedFd)>,
     last_caller: Caller,
+    /// Who waits for our end.
+    mourners: Vec<OwnedFd>,
     /// When an accept that the system refused is tried again.
     retry_at: Option<Ns>,
 }
@@ -78,7 +80,15 @@ impl Control {
         rustix::process::umask(mask);
         bound?;
         listen(&listener, 64)?;
-        Ok(Self { listener, path, clients: Vec::new(), callers: Vec::new(), last_caller: 0, retry_at: None })
+        Ok(Self {
+            listener,
+            path,
+            clients: Vec::new(),
+            callers: Vec::new(),
+            last_caller: 0,
+            mourners: Vec::new(),
+            retry_at: None,
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -109,6 +119,7 @@ impl Control {
             self.accept(now);
         }
         self.callers.retain(|(_, fd)| !has_hung_up(fd));
+        self.mourners.retain(|fd| !has_hung_up(fd));
         let mut orders = Vec::new();
         for mut client in std::mem::take(&mut self.clients) {
             match client.read() {
@@ -148,6 +159,13 @@ impl Control {
         let _ = send(&fd, &text, None);
     }
 
+    /// The master ends with this code.
+    pub(crate) fn farewell(&mut self, code: u8) {
+        for fd in self.mourners.drain(..) {
+            let _ = send(&fd, &format!("ended {code}\n"), None);
+        }
+    }
+
     fn obey(&mut self, client: Client, board: &Board) -> Option<Order> {
         let line = client.request.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let line = std::str::from_utf8(line).unwrap_or_default();
@@ -158,6 +176,11 @@ impl Control {
             "status" => ("ok\n", Some(board.fd()), None),
             "stop" => ("ok\n", None, Some(Order::Stop)),
             "stop now" => ("ok\n", None, Some(Order::StopNow)),
+            "stop wait" | "stop now wait" if self.mourners.len() < CALLERS_MAX => {
+                let _ = send(&client.fd, "ok\n", None);
+                self.mourners.push(client.fd);
+                return Some(if line == "stop wait" { Order::Stop } else { Order::StopNow });
+            }
             "reload" => return self.wait(client, |caller| Order::Reload(Some(caller))),
             _ if line.starts_with("load ") || line.starts_with("unload ") => {
                 let (order, name) = line.split_once(' ').unwrap_or_default();
@@ -363,5 +386,12 @@ mod tests {
         assert_eq!(call(&mut control, "stop\n").1, [Order::Stop]);
         many.clear();
         turn_until(&mut control, &board, 0, 0);
+        // Whoever waits for the end is told that the order was taken, and then with which code it came.
+        let (mut waiting, orders) = call(&mut control, "stop now wait\n");
+        assert_eq!((orders, control.turn(&board, 100 * PATIENCE)), (vec![Order::StopNow], vec![]));
+        control.farewell(75);
+        let mut answer = String::new();
+        waiting.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "ok\nended 75\n");
     }
 }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use evergate_core::exit::ExitRecord;
 
+use crate::plain;
+
 /// The newest records, in the state folder.
 pub const EXITS_FILE: &str = "exits.jsonl";
 /// The records before those.
@@ -65,7 +67,7 @@ impl Exits {
 }
 
 fn open(folder: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).open(folder.join(EXITS_FILE))
+    plain::open(OpenOptions::new().append(true).create(true).mode(0o600), &folder.join(EXITS_FILE))
 }
 
 fn ends_a_line(folder: &Path) -> bool {

@@ -105,6 +105,7 @@ impl Master {
             if let Some(code) = self.exit {
                 self.orphans.finish(&mut self.exits);
                 Run::remove(&self.folder);
+                self.control.farewell(code);
                 return Ok(code);
             }
             if self.wait() {
@@ -148,6 +149,9 @@ impl Master {
         let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
         self.oom.sample(now);
         self.orphans.collect(&mut self.exits, now);
+        for (kind, initiator) in self.orphans.take_ends() {
+            (self.options.on_exit)(&self.estate.board, kind, initiator);
+        }
         self.turned_away.turn(&self.estate.listeners, now);
         // The board before the burials: a child that became ready and died at once did become ready.
         self.look();
@@ -481,6 +485,7 @@ impl Master {
             children: alive
                 .map(|running| RunChild {
                     kind: running.birth.kind.name().to_owned(),
+                    name: self.estate.upstream(running.birth).to_owned(),
                     pid: pid_number(running.pid),
                     start_ticks: running.ticks,
                     slot: running.birth.slot,

@@ -1,5 +1,6 @@
 //! What a predecessor that died left behind: its own end is recorded, its children are ended.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,7 +14,7 @@ use crate::burial::status;
 use crate::exits::Exits;
 use crate::runfile::{Run, RunChild};
 use crate::step::{Ns, SECOND};
-use crate::talk;
+use crate::{strays, talk};
 
 /// How long an end whose status is not there yet is asked for: whoever inherited the process has not reaped it.
 const STATUS_TIME: Ns = SECOND;
@@ -23,7 +24,11 @@ const END_TIME: Duration = Duration::from_secs(1);
 /// Children of a master that is gone. Each is named by pid and start time, so that no other process is meant. Each gets
 /// an exit record when it has ended.
 #[derive(Debug, Default)]
-pub(crate) struct Orphans(Vec<Orphan>);
+pub(crate) struct Orphans {
+    left: Vec<Orphan>,
+    /// Ends that are on record and not counted yet: the first are found before there is a board.
+    ends: Vec<(Kind, Initiator)>,
+}
 
 #[derive(Debug)]
 struct Orphan {
@@ -36,48 +41,71 @@ struct Orphan {
 }
 
 impl Orphans {
-    /// To be called while holding the lock: whoever wrote the run file is dead then.
-    pub(crate) fn find(folder: &Path, exits: &mut Exits) -> Self {
-        let run = match Run::read(folder) {
-            Ok(Some(run)) => run,
-            Ok(None) => return Self::default(),
+    /// To be called while holding the lock: whoever wrote the run file is dead then. A file that is damaged is no reason
+    /// not to start.
+    ///
+    /// # Errors
+    /// What stands in the run file's place is no file.
+    pub(crate) fn find(folder: &Path, hosts: &Path, exits: &mut Exits) -> io::Result<Self> {
+        let (mut run, note) = match Run::read(folder) {
+            Ok(Some(run)) => (run, "found by the next start; nobody saw the end"),
+            Ok(None) => return Ok(Self::default()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Err(error),
             Err(error) => {
-                talk::say(&format!("cannot read the run file of the last run: {error}"));
-                return Self::default();
+                let path = Run::path(folder);
+                talk::say(&format!("cannot read the run file of the last run, {}: {error}", path.display()));
+                (Run::salvage(folder), "found by the next start, which could not read its run file")
             }
         };
-        append(exits, &epitaph(&run, folder));
-        let mut orphans = Vec::new();
+        // On a full disk the file is older than its run.
+        for stray in strays::find(hosts) {
+            let is_named = |child: &RunChild| (child.pid, child.start_ticks) == (stray.pid, stray.start_ticks);
+            if !run.children.iter().any(is_named) {
+                run.children.push(stray);
+            }
+        }
+        let mut orphans = Self::default();
+        orphans.append(exits, &epitaph(&run, note, folder));
         for child in run.children {
             // What names no process or no kind of child is no line of ours.
             let (Some(pid), Some(kind)) = (Pid::from_raw(child.pid), Kind::from_name(&child.kind)) else { continue };
             let process = pidfd_open(pid, PidfdFlags::empty()).ok();
             let orphan = Orphan { pid, kind, child, process, gone_since: None };
             if is_alive(pid, orphan.child.start_ticks) {
-                orphans.push(orphan);
+                orphans.left.push(orphan);
             } else {
-                append(exits, &record(&orphan, Status::Unknown, "ended between its master's end and the next start"));
+                orphans.append(
+                    exits,
+                    &record(&orphan, Status::Unknown, "ended between its master's end and the next start"),
+                );
             }
         }
-        talk::say(&format!(
-            "the last run (pid {}) was not ended cleanly; {} still there",
-            run.pid,
-            if orphans.len() == 1 {
-                "1 of its processes is".into()
-            } else {
-                format!("{} of its processes are", orphans.len())
-            }
-        ));
-        Self(orphans)
+        let pid = if run.pid > 0 { format!(" (pid {})", run.pid) } else { String::new() };
+        let count = orphans.left.len();
+        let left = if count == 1 { "1 of its processes is".into() } else { format!("{count} of its processes are") };
+        talk::say(&format!("the last run{pid} was not ended cleanly; {left} still there"));
+        Ok(orphans)
+    }
+
+    /// The ends that were recorded since this was last asked, to be counted.
+    pub(crate) fn take_ends(&mut self) -> Vec<(Kind, Initiator)> {
+        std::mem::take(&mut self.ends)
+    }
+
+    fn append(&mut self, exits: &mut Exits, record: &ExitRecord) {
+        self.ends.push((record.kind, record.initiator));
+        if let Err(error) = exits.append(record) {
+            talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.left.is_empty()
     }
 
     /// Signals those that are left. They are draining anyway; TERM is for one that did not notice.
     pub(crate) fn signal(&mut self, signal: Signal) {
-        for Orphan { pid, child, .. } in &self.0 {
+        for Orphan { pid, child, .. } in &self.left {
             if let Err(error) = kill_if_same(*pid, child.start_ticks, signal) {
                 talk::say(&format!("cannot signal process {}: {error}", pid.as_raw_nonzero()));
             }
@@ -86,7 +114,8 @@ impl Orphans {
 
     /// Records those that have ended since the last look.
     pub(crate) fn collect(&mut self, exits: &mut Exits, now: Ns) {
-        self.0.retain_mut(|orphan| {
+        let mut records = Vec::new();
+        self.left.retain_mut(|orphan| {
             if is_alive(orphan.pid, orphan.child.start_ticks) {
                 return true;
             }
@@ -95,9 +124,10 @@ impl Orphans {
             if exit.is_none() && orphan.process.is_some() && now.saturating_sub(since) < STATUS_TIME {
                 return true;
             }
-            append(exits, &record(orphan, status(exit), "outlived its master; what it had in flight is not known"));
+            records.push(record(orphan, status(exit), "outlived its master; what it had in flight is not known"));
             false
         });
+        records.iter().for_each(|record| self.append(exits, record));
     }
 
     /// Records the last of them, at the end of the run that has killed them.
@@ -105,7 +135,7 @@ impl Orphans {
         let end = Instant::now() + END_TIME;
         while !self.is_empty() && Instant::now() < end {
             let pause = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-            let processes = self.0.iter().filter(|orphan| orphan.gone_since.is_none());
+            let processes = self.left.iter().filter(|orphan| orphan.gone_since.is_none());
             let mut fds: Vec<_> =
                 processes.filter_map(|orphan| Some(PollFd::new(orphan.process.as_ref()?, PollFlags::IN))).collect();
             let _ = poll(&mut fds, Some(&pause));
@@ -116,17 +146,12 @@ impl Orphans {
     }
 }
 
-fn append(exits: &mut Exits, record: &ExitRecord) {
-    if let Err(error) = exits.append(record) {
-        talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
-    }
-}
-
 fn record(orphan: &Orphan, status: Status, note: &str) -> ExitRecord {
     let child = &orphan.child;
     ExitRecord {
         at_ms: unix_ms(),
         slot: child.slot,
+        upstream: child.name.clone(),
         epoch: child.epoch,
         generation: child.generation,
         age_ms: age_ms(child.start_ticks),
@@ -137,7 +162,7 @@ fn record(orphan: &Orphan, status: Status, note: &str) -> ExitRecord {
 }
 
 /// The predecessor's exit record: nobody reaped it, so nothing is known but when it last showed that it was there.
-fn epitaph(run: &Run, folder: &Path) -> ExitRecord {
+fn epitaph(run: &Run, note: &str, folder: &Path) -> ExitRecord {
     let at_ms = unix_ms();
     let beat_age = Run::last_beat(folder).and_then(|beat| SystemTime::now().duration_since(beat).ok());
     let beat_age_ms = beat_age.and_then(|age| u64::try_from(age.as_millis()).ok());
@@ -145,10 +170,13 @@ fn epitaph(run: &Run, folder: &Path) -> ExitRecord {
         at_ms,
         generation: run.generation,
         // To its last beat; it may have lived up to a second longer.
-        age_ms: at_ms.saturating_sub(beat_age_ms.unwrap_or(0)).saturating_sub(run.started_unix_ms),
+        age_ms: match run.started_unix_ms {
+            0 => 0,
+            started => at_ms.saturating_sub(beat_age_ms.unwrap_or(0)).saturating_sub(started),
+        },
         last_beat_ms: beat_age_ms,
         phase: run.phase.clone(),
-        note: "found by the next start; nobody saw the end".into(),
+        note: note.into(),
         ..ExitRecord::new(Kind::Master, run.pid, Status::Unknown, Initiator::Unknown)
     }
 }

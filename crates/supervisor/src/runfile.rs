@@ -5,11 +5,14 @@
 //! wrote yields nothing or nonsense, and nonsense is caught by the start time that must fit a pid.
 
 use std::fmt::Write as _;
-use std::io;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use evergate_core::json::write_string;
+
+use crate::plain;
 
 const FILE: &str = "run.json";
 const NEW_FILE: &str = "run.json.new";
@@ -48,6 +51,8 @@ pub struct RunChild {
     pub pid: i32,
     /// Its start, in clock ticks since boot.
     pub start_ticks: u64,
+    /// A host's upstream; empty for others.
+    pub name: String,
     /// Slot among its kind.
     pub slot: u32,
     /// Row on the board.
@@ -62,13 +67,38 @@ impl Run {
     /// The run whose file is in this state folder, whether it is still there or died; none after a clean end.
     ///
     /// # Errors
-    /// What reading says, except that there is no file.
+    /// What reading says, except that there is no file; [`io::ErrorKind::InvalidData`] for one that is not whole,
+    /// [`io::ErrorKind::InvalidInput`] for what is no file.
     pub fn read(folder: &Path) -> io::Result<Option<Self>> {
-        match std::fs::read_to_string(folder.join(FILE)) {
-            Ok(text) => Ok(Self::parse(&text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+        let bytes = match plain::read(&folder.join(FILE)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let run = Self::parse(&String::from_utf8_lossy(&bytes));
+        run.map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is damaged"))
+    }
+
+    /// What can still be read of a damaged file. Whatever is wrong in it, the start time must fit a pid.
+    pub(crate) fn salvage(folder: &Path) -> Self {
+        let bytes = plain::read(&folder.join(FILE)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let head = text.lines().find(|line| !is_child(line)).unwrap_or_default();
+        Self {
+            pid: number(head, "pid").unwrap_or_default(),
+            start_ticks: number(head, "start_ticks").unwrap_or_default(),
+            started_unix_ms: number(head, "started_unix_ms").unwrap_or_default(),
+            generation: number(head, "generation").unwrap_or_default(),
+            phase: string(head, "phase").unwrap_or_default(),
+            children: text.lines().filter(|line| is_child(line)).filter_map(child).collect(),
+            ..Self::default()
         }
+    }
+
+    /// Where it stands, for messages.
+    #[must_use]
+    pub fn path(folder: &Path) -> PathBuf {
+        folder.join(FILE)
     }
 
     /// When the run last showed that it was there: the file is touched about once a second.
@@ -78,16 +108,16 @@ impl Run {
 
     /// Replaces the file in one step: nobody reads half of it.
     pub(crate) fn write(&self, folder: &Path) -> io::Result<()> {
-        std::fs::write(folder.join(NEW_FILE), self.to_json())?;
+        let options = &mut File::options();
+        let mut file = plain::open(options.write(true).create(true).truncate(true), &folder.join(NEW_FILE))?;
+        file.write_all(self.to_json().as_bytes())?;
         std::fs::rename(folder.join(NEW_FILE), folder.join(FILE))
     }
 
     /// Shows that the run is still there.
     pub(crate) fn touch(folder: &Path) {
         // A file that cannot be touched ages; that is all.
-        let _ = std::fs::File::options()
-            .append(true)
-            .open(folder.join(FILE))
+        let _ = plain::open(File::options().append(true), &folder.join(FILE))
             .and_then(|file| file.set_modified(SystemTime::now()));
     }
 
@@ -120,6 +150,8 @@ impl Run {
         for (index, child) in self.children.iter().enumerate() {
             out.push_str(if index > 0 { ",\n{\"kind\":" } else { "\n{\"kind\":" });
             write_string(&mut out, &child.kind);
+            out.push_str(",\"name\":");
+            write_string(&mut out, &child.name);
             let _ = write!(
                 out,
                 ",\"pid\":{},\"start_ticks\":{},\"slot\":{},\"row\":{},\"epoch\":{},\"generation\":{}}}",
@@ -152,19 +184,30 @@ impl Run {
             let Some(next) = after.strip_prefix(',') else { break };
             rest = next;
         }
-        for line in lines.filter(|line| line.starts_with("{\"kind\":")) {
-            run.children.push(RunChild {
-                kind: string(line, "kind")?,
-                pid: number(line, "pid")?,
-                start_ticks: number(line, "start_ticks")?,
-                slot: number(line, "slot")?,
-                row: number(line, "row")?,
-                epoch: number(line, "epoch")?,
-                generation: number(line, "generation")?,
-            });
+        for line in lines.by_ref().take_while(|line| is_child(line)) {
+            run.children.push(child(line)?);
         }
-        Some(run)
+        // The last line is written last.
+        text.ends_with("\n]}\n").then_some(run)
     }
+}
+
+fn is_child(line: &str) -> bool {
+    line.starts_with("{\"kind\":")
+}
+
+fn child(line: &str) -> Option<RunChild> {
+    Some(RunChild {
+        kind: string(line, "kind")?,
+        // One of a version before has none.
+        name: string(line, "name").unwrap_or_default(),
+        pid: number(line, "pid")?,
+        start_ticks: number(line, "start_ticks")?,
+        slot: number(line, "slot")?,
+        row: number(line, "row")?,
+        epoch: number(line, "epoch")?,
+        generation: number(line, "generation")?,
+    })
 }
 
 /// What follows a key of ours. No value of ours can hold the pattern: quotes within strings are escaped.
@@ -212,6 +255,11 @@ fn quoted(text: &str) -> Option<(String, &str)> {
 mod tests {
     use super::*;
 
+    fn child(kind: &str, name: &str, pid: i32) -> RunChild {
+        let (kind, name) = (kind.into(), name.into());
+        RunChild { kind, name, pid, start_ticks: 11, slot: 1, row: 2, epoch: 3, generation: 1 }
+    }
+
     fn run() -> Run {
         Run {
             pid: 7,
@@ -223,10 +271,7 @@ mod tests {
             control: "/x/control.sock".into(),
             generation: 1,
             phase: "serving".into(),
-            children: vec![
-                RunChild { kind: "clerk".into(), pid: 10, start_ticks: 11, slot: 0, row: 0, epoch: 1, generation: 1 },
-                RunChild { kind: "worker".into(), pid: 12, start_ticks: 13, slot: 1, row: 2, epoch: 3, generation: 1 },
-            ],
+            children: vec![child("clerk", "", 10), child("worker", "", 12), child("host", "a \"pid\":1", 14)],
         }
     }
 
@@ -245,11 +290,21 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_yields_nothing() {
+    fn what_is_cut_off_is_not_taken_for_whole_and_its_whole_lines_are_salvaged() {
+        let folder = tempfile::tempdir().unwrap();
         let whole = run().to_json();
         for end in 0..whole.len() {
-            let _ = whole.get(..end).map(Run::parse);
+            std::fs::write(folder.path().join(FILE), &whole[..end]).unwrap();
+            assert_eq!(Run::read(folder.path()).unwrap_err().kind(), io::ErrorKind::InvalidData, "{end}");
+            let salvaged = Run::salvage(folder.path());
+            assert!(run().children.starts_with(&salvaged.children), "{end}");
         }
+        let salvaged = Run::salvage(folder.path());
+        assert_eq!((salvaged.pid, salvaged.children.len(), salvaged.phase.as_str()), (7, 3, "serving"));
+    }
+
+    #[test]
+    fn nonsense_yields_nothing() {
         assert_eq!(Run::parse(""), None);
         assert_eq!(Run::parse("{\"pid\":99999999999}"), None);
     }

@@ -143,6 +143,7 @@ fn read<'a>(
     let listen: Vec<Address> = listen.into_iter().map(|(address, _)| address).collect();
     let workers = sections::workers(root, overrides.workers, facts.cpus);
     upstreams.check_limits(root.report, workers.slots);
+    upstreams.check_loops(root.report, &listen);
     let config = Config {
         server: super::Server {
             listen: listen.iter().map(ToString::to_string).collect(),
@@ -336,7 +337,8 @@ fn is_same(one: &Address, other: &Address) -> bool {
     match (one, other) {
         (Address::Tcp(one), Address::Tcp(other)) => {
             let is_any = one.ip().is_unspecified() || other.ip().is_unspecified();
-            let overlaps = one.ip() == other.ip() || (is_any && one.is_ipv4() == other.is_ipv4());
+            let is_one = one.ip().to_canonical() == other.ip().to_canonical();
+            let overlaps = is_one || (is_any && one.is_ipv4() == other.is_ipv4());
             one.port() != 0 && one.port() == other.port() && overlaps
         }
         (Address::Unix(one), Address::Unix(other)) => one == other,

@@ -11,6 +11,7 @@ use super::programs::process;
 use super::read::{Section, shown};
 use super::secrets::Vault;
 use super::{BaseUrl, Roots, Transport, Upstream};
+use crate::plan::Address;
 
 /// The built-in model's name, as an upstream and as a model.
 pub(super) const ECHO: &str = "echo";
@@ -32,15 +33,23 @@ pub(super) struct Upstreams {
     unset: Vec<Preset>,
     /// Where the limits stand.
     limited: Vec<(String, Place)>,
+    /// Where base URLs stand.
+    urls: Vec<(String, Place)>,
 }
 
 pub(super) fn upstreams<'a>(root: &Section<'a>, vault: &Vault<'a>, facts: &Facts<'_>, presets_on: bool) -> Upstreams {
-    let mut all =
-        Upstreams { found: BTreeMap::new(), written: BTreeSet::new(), unset: Vec::new(), limited: Vec::new() };
+    let mut all = Upstreams {
+        found: BTreeMap::new(),
+        written: BTreeSet::new(),
+        unset: Vec::new(),
+        limited: Vec::new(),
+        urls: Vec::new(),
+    };
     for (name, section) in root.named("upstreams", &UPSTREAM) {
         check_name(section.report, name, section.place);
         all.written.insert(name.into());
         all.limited.extend(section.get("in_flight_max").map(|value| (name.to_owned(), value.place)));
+        all.urls.extend(section.get("base_url").map(|value| (name.to_owned(), value.place)));
         if let Some(upstream) = upstream(&section, vault) {
             all.found.insert(name.into(), upstream);
         }
@@ -179,6 +188,19 @@ fn roots<'a>(section: &Section<'a>, vault: &Vault<'a>) -> Roots {
 }
 
 impl Upstreams {
+    /// A request to a gateway that calls itself comes back until no slot is left.
+    pub(super) fn check_loops(&self, report: &Report<'_>, listen: &[Address]) {
+        for (name, place) in &self.urls {
+            let Some(url) = self.found.get(name).map(|upstream| &upstream.base_url) else { continue };
+            if let Some(own) = listen.iter().find(|address| url.reaches(address)) {
+                let text = format!(
+                    "\"{name}\" is this gateway itself, which listens on {own}: its requests would go round in a circle"
+                );
+                report.warn(*place, text);
+            }
+        }
+    }
+
     /// Holds the limits against the rest.
     pub(super) fn check_limits(&self, report: &Report<'_>, slots: u32) {
         let limited = |(name, place): &(String, Place)| {

@@ -170,6 +170,25 @@ fn embedded(v6: Ipv6Addr) -> Option<Ipv4Addr> {
 }
 
 impl BaseUrl {
+    /// Whether a call to it comes to who listens at `address`, as far as that can be said without looking names up.
+    #[must_use]
+    pub(crate) fn reaches(&self, address: &Address) -> bool {
+        match (&self.transport, address) {
+            (Transport::Http { host, port } | Transport::Https { host, port }, Address::Tcp(own)) => {
+                let own_ip = own.ip().to_canonical();
+                let (is_all, is_loopback) = (own_ip.is_unspecified(), own_ip.is_loopback());
+                let is_host = match host.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+                    // Which addresses are this machine's is not known here, but for these.
+                    Ok(ip) => ip == own_ip || (is_all && ip.is_loopback()) || (ip.is_unspecified() && is_loopback),
+                    Err(_) => host == "localhost" && (is_all || is_loopback),
+                };
+                own.port() != 0 && *port == own.port() && is_host
+            }
+            (Transport::Unix { path }, Address::Unix(own)) => path == own,
+            _ => false,
+        }
+    }
+
     /// Whether what is sent to it can be read on the way: plain HTTP to anything but this machine.
     #[must_use]
     pub fn is_exposed(&self) -> bool {
@@ -184,6 +203,26 @@ mod tests {
 
     fn parse(text: &str) -> Result<BaseUrl, String> {
         text.parse()
+    }
+
+    #[test]
+    fn an_address_of_this_machine_is_known_again() {
+        for (url, address, reaches) in [
+            ("http://127.0.0.1:4700/v1", "127.0.0.1:4700", true),
+            ("https://localhost:4700/v1", "127.0.0.1:4700", true),
+            ("http://[::ffff:127.0.0.1]:4700", "127.0.0.1:4700", true),
+            ("http://127.0.0.1:4700", "0.0.0.0:4700", true),
+            ("http://0.0.0.0:4700", "127.0.0.1:4700", true),
+            ("http://192.0.2.1:80", "192.0.2.1:80", true),
+            ("http://192.0.2.1:80", "0.0.0.0:80", false),
+            ("http://127.0.0.1:4701/v1", "127.0.0.1:4700", false),
+            ("http://127.0.0.1:80", "127.0.0.1:0", false),
+            ("http://example.org:4700", "127.0.0.1:4700", false),
+            ("unix:/run/x.sock:/v1", "unix:/run/x.sock", true),
+            ("unix:/run/y.sock:/v1", "unix:/run/x.sock", false),
+        ] {
+            assert_eq!(parse(url).unwrap().reaches(&address.parse().unwrap()), reaches, "{url} {address}");
+        }
     }
 
     #[test]

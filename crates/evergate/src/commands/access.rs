@@ -58,7 +58,7 @@ fn show(state_dir: &Path, wanted: Wanted) -> io::Result<()> {
     if let Some(log) = &mut log {
         log.last(wanted.last, &mut last)?;
     }
-    if last.is_empty() && !wanted.is_followed {
+    if last.is_empty() && wanted.last > 0 && !wanted.is_followed {
         eprintln!("evergate: no access records in {}", state_dir.display());
     }
     print(last.iter().map(Vec::as_slice), wanted.form)?;

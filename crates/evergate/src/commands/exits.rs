@@ -77,6 +77,11 @@ pub(super) fn read(state_dir: &Path) -> io::Result<Vec<Value>> {
     paths.extend(of_programs(&state_dir.join(FOLDER))?);
     for path in paths {
         let name = path.display();
+        // The open of a pipe could wait for ever.
+        if std::fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            eprintln!("evergate: {name} is no file, left out");
+            continue;
+        }
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,

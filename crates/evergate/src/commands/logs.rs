@@ -6,9 +6,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use evergate_board::Board;
 use evergate_core::inherit::code;
+use evergate_supervisor::client;
 
 use crate::lives::host::{FOLDER, LOG_SUFFIX, OLD_SUFFIX};
+use crate::telemetry::programs::programs;
 
 /// Between two looks for more.
 const LOOK: Duration = Duration::from_millis(200);
@@ -25,11 +28,28 @@ pub fn run(state_dir: &Path, name: &str, follows: bool) -> u8 {
     match show(&path, follows) {
         // Whoever read has heard enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code::OK,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            eprintln!("evergate: {}", missing(state_dir, name));
+            code::FAILED
+        }
         Err(error) => {
             eprintln!("evergate: cannot read {}: {error}", path.display());
             code::FAILED
         }
         Ok(()) => code::OK,
+    }
+}
+
+/// Why there is no log, as far as a running gateway can tell.
+fn missing(state_dir: &Path, name: &str) -> String {
+    let folder = state_dir.join(FOLDER);
+    let reply = client::request(state_dir, "status").ok().and_then(|reply| reply.fd);
+    match reply.and_then(|fd| Board::attach(fd).ok()) {
+        None => format!("no program of \"{name}\" has written anything in {}", folder.display()),
+        Some(board) if programs(&board).iter().any(|program| program.model == name) => {
+            format!("the program of \"{name}\" has not written anything yet")
+        }
+        Some(_) => format!("no upstream of the name \"{name}\" has a program"),
     }
 }
 

@@ -6,6 +6,9 @@ use std::path::Path;
 use evergate_board::Board;
 use evergate_core::inherit::code;
 use evergate_supervisor::client::{self, ClientError};
+use serde_json::{Value, json};
+
+use crate::cli::Form;
 
 pub mod access;
 pub mod check;
@@ -42,29 +45,38 @@ fn print_json(value: &impl serde::Serialize) -> u8 {
 }
 
 /// The running gateway's board; an exit code, when it was said why there is none.
-fn board(state_dir: &Path) -> Result<Board, u8> {
-    let reply = client::request(state_dir, "status").map_err(|error| refuse(&error, state_dir))?;
-    let fd = reply.fd.ok_or_else(|| {
-        eprintln!("evergate: the gateway sent no board");
-        code::FAILED
-    })?;
-    Board::attach(fd).map_err(|error| {
-        eprintln!("evergate: {error}; is the running gateway of another version than this command?");
-        code::FAILED
-    })
+fn board(state_dir: &Path, form: Form) -> Result<Board, u8> {
+    let reply = client::request(state_dir, "status").map_err(|error| refuse(&error, state_dir, form, json!({})))?;
+    let board = match reply.fd.map(Board::attach) {
+        Some(Ok(board)) => return Ok(board),
+        Some(Err(error)) => format!("{error}; is the running gateway of another version than this command?"),
+        None => "the gateway sent no board".to_owned(),
+    };
+    Err(fail(&board, code::FAILED, form, json!({})))
 }
 
-/// Says why the master did not answer; returns the exit code.
-fn refuse(error: &ClientError, state_dir: &Path) -> u8 {
+/// Says why the master did not answer; returns the exit code. As JSON it is `told`, an object, with the words as `error`.
+fn refuse(error: &ClientError, state_dir: &Path, form: Form, told: Value) -> u8 {
     let folder = state_dir.display();
-    match error {
-        ClientError::Failed { code, .. } => {
-            eprintln!("evergate: {error}");
-            return *code;
-        }
-        ClientError::NotRunning => eprintln!("evergate: no gateway runs with the state folder {folder}"),
-        ClientError::Io(source) => eprintln!("evergate: {error} with the state folder {folder}: {source}"),
-        ClientError::Refused(_) | ClientError::Silent { .. } => eprintln!("evergate: {error}"),
+    let code = if let ClientError::Failed { code, .. } = error { *code } else { code::FAILED };
+    let why = match error {
+        ClientError::NotRunning => format!("no gateway runs with the state folder {folder}"),
+        ClientError::Io(source) => format!("{error} with the state folder {folder}: {source}"),
+        ClientError::Failed { .. } | ClientError::Refused(_) | ClientError::Silent { .. } => error.to_string(),
+    };
+    fail(&why, code, form, told)
+}
+
+/// Says what went wrong, where it is looked for: JSON on standard output, words on standard error. Returns `code`.
+fn fail(why: &str, code: u8, form: Form, mut told: Value) -> u8 {
+    if form == Form::Text {
+        eprintln!("evergate: {why}");
+        return code;
     }
-    code::FAILED
+    if let Some(fields) = told.as_object_mut() {
+        fields.insert("error".into(), why.into());
+    }
+    // The code tells of the failure, whatever becomes of the output.
+    let _ = print_json(&told);
+    code
 }

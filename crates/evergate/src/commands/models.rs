@@ -43,7 +43,7 @@ struct Report {
 /// Prints them; returns the exit code, 1 when no gateway runs.
 #[must_use]
 pub fn run(state_dir: &Path, form: Form) -> u8 {
-    let board = match board(state_dir) {
+    let board = match board(state_dir, form) {
         Ok(board) => board,
         Err(code) => return code,
     };
@@ -76,7 +76,7 @@ pub fn order(state_dir: &Path, order: &str, name: &str, form: Form) -> u8 {
             Form::Text => print(&format!("{name} {order}ed\n")),
             Form::Json => print_json(&json!({ "model": name, "order": order })),
         },
-        Err(error) => refuse(&error, state_dir),
+        Err(error) => refuse(&error, state_dir, form, json!({ "model": name, "order": order })),
     }
 }
 

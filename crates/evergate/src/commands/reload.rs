@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use evergate_supervisor::client::{self, ClientError};
+use evergate_supervisor::client;
 use serde_json::json;
 
 use super::{print, print_json, refuse};
@@ -23,10 +23,6 @@ pub fn run(state_dir: &Path, form: Form) -> u8 {
             let generation = reply.text.trim_start_matches("ok ").parse::<u32>().ok();
             print_json(&json!({ "reloaded": true, "generation": generation }))
         }
-        (Err(ClientError::Failed { code, why }), Form::Json) => {
-            print_json(&json!({ "reloaded": false, "error": why }));
-            code
-        }
-        (Err(error), _) => refuse(&error, state_dir),
+        (Err(error), form) => refuse(&error, state_dir, form, json!({ "reloaded": false })),
     }
 }

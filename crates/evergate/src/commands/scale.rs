@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use evergate_supervisor::client::{self, ClientError};
+use evergate_supervisor::client;
 use serde_json::json;
 
 use super::{print, print_json, refuse};
@@ -16,10 +16,6 @@ pub fn run(state_dir: &Path, workers: u32, form: Form) -> u8 {
     match (wanted, form) {
         (Ok(wanted), Form::Text) => print(&format!("{wanted} workers wanted\n")),
         (Ok(wanted), Form::Json) => print_json(&json!({ "scaled": true, "workers": wanted })),
-        (Err(ClientError::Failed { code, why }), Form::Json) => {
-            print_json(&json!({ "scaled": false, "error": why }));
-            code
-        }
-        (Err(error), _) => refuse(&error, state_dir),
+        (Err(error), form) => refuse(&error, state_dir, form, json!({ "scaled": false })),
     }
 }

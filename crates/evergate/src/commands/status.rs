@@ -21,7 +21,7 @@ struct Report {
 /// Asks for the board and prints it; returns the exit code, 1 when no gateway runs.
 #[must_use]
 pub fn run(state_dir: &Path, form: Form) -> u8 {
-    let board = match board(state_dir) {
+    let board = match board(state_dir, form) {
         Ok(board) => board,
         Err(code) => return code,
     };

@@ -3,7 +3,8 @@
 //! `EVERGATE_FAULT_BOOT` names a file, which is read at each boot, so that a test can have the workers of one generation
 //! fail and those of the next not: `fail` ends the boot with an error, `hang` lets it never come to its end.
 //!
-//! `EVERGATE_FAULT_CLERK` names a file that says when the clerk dies, once: `before-write` or `after-write` of records.
+//! `EVERGATE_FAULT_CLERK` names a file that says when the clerk dies, once: `before-write` or `after-write` of records; with
+//! `stuck` the access log is never written, as on a disk that does not answer.
 //!
 //! `EVERGATE_FAULT_STOP` is what a resource does when it is to stop: `hang`, `panic`, `spin` (hold the event loop), or
 //! `slow` (a while, but within its time).
@@ -55,6 +56,17 @@ pub(crate) fn carry(moment: &str) {
     // Only once: the next one finds no file.
     if std::fs::read_to_string(&path).is_ok_and(|text| text == moment) && std::fs::remove_file(path).is_ok() {
         std::process::abort();
+    }
+}
+
+/// Never comes back, if that is planted for the thread that writes the access log.
+pub(crate) fn write_log() {
+    let path = std::env::var_os("EVERGATE_FAULT_CLERK").filter(|_| cfg!(debug_assertions));
+    let is_stuck = path.is_some_and(|path| std::fs::read_to_string(path).is_ok_and(|text| text == "stuck"));
+    if is_stuck {
+        loop {
+            std::thread::park();
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use evergate_board::{Board, Phase, monotonic_ns};
+use evergate_board::{Board, MasterPhase, Phase, monotonic_ns};
 use evergate_core::config::Shutdown;
 use evergate_core::inherit::code;
 use rustix::net::AddressFamily;
@@ -103,7 +103,7 @@ async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     doors.close();
     let began = Instant::now();
     doors.drain(&mut carrier, began + DRAIN.min(shutdown.cleanup + DRAIN / 2)).await;
-    let is_whole = finish(carrier, &shutdown, (end, began)).await;
+    let is_whole = finish(carrier, (&shutdown, &board), (end, began)).await;
     beat.abort();
     if let (End::Failed(kind), Some(child)) = (end, board.child(row)) {
         child.set_note(&format!("the task {kind} panicked again and again; the last {}", panics::last()));
@@ -173,6 +173,25 @@ impl Carrier {
             }
         }
     }
+
+    /// The time is up. What is still in the pipe is the next clerk's, or lost: then it is counted, and said.
+    fn give_up(&mut self, is_lost: bool) {
+        // Standard error may be as full as the disk.
+        let say = |words: &str| {
+            drop(writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time; {words}"))
+        };
+        if !is_lost {
+            return say("the next clerk goes on with it");
+        }
+        let mut lines = self.pipe.look();
+        let mut count = 0_u64;
+        while !lines.is_empty() {
+            count = count.saturating_add(self.log.give_up(&lines));
+            self.pipe.take(lines.len());
+            lines = self.pipe.look();
+        }
+        say(&format!("{} lost", if count == 1 { "1 record is".into() } else { format!("{count} records are") }));
+    }
 }
 
 /// Takes records until the end.
@@ -196,7 +215,7 @@ async fn serve(carrier: &mut Carrier, signals: &mut Signals, (life, tasks): (Own
 }
 
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
-async fn finish(mut carrier: Carrier, shutdown: &Shutdown, (end, began): (End, Instant)) -> bool {
+async fn finish(mut carrier: Carrier, (shutdown, board): (&Shutdown, &Board), (end, began): (End, Instant)) -> bool {
     if end == End::Orphaned {
         // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
         let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
@@ -206,16 +225,17 @@ async fn finish(mut carrier: Carrier, shutdown: &Shutdown, (end, began): (End, I
         End::Told | End::Failed(_) => (began + shutdown.cleanup).max(Instant::now() + CLOSE_TIME_MIN),
         End::Orphaned => Instant::now() + shutdown.cleanup,
     };
-    let whole = async {
-        carrier.carry_rest().await;
-        carrier.log.close().await;
-    };
-    let is_whole = timeout_at(last, whole).await.is_ok();
+    let mut is_whole = timeout_at(last, carrier.carry_rest()).await.is_ok();
     if !is_whole {
-        // The process ends; what the disk did not take in this time is lost, and this says so.
-        let _ = writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time");
+        carrier.give_up(end == End::Orphaned || is_last(board));
     }
+    is_whole = is_whole && timeout_at(last, carrier.log.close()).await.is_ok();
     is_whole
+}
+
+/// Whether no other clerk follows.
+fn is_last(board: &Board) -> bool {
+    !matches!(board.master().phase(), MasterPhase::Starting | MasterPhase::Serving | MasterPhase::Settling)
 }
 
 /// The open admin listeners.

@@ -2,12 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use evergate_core::config::{self, Facts, Loaded, Mistake, Roots, Sealed, Source};
 use evergate_core::inherit::{self, code};
 use evergate_upstream::Trust;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::descriptors;
 use crate::cli::ConfigArgs;
@@ -19,6 +23,12 @@ const FILE_DEFAULT: &str = "evergate.toml";
 const HOSTS_MAX: usize = 64;
 /// Longest configuration, secret or certificate file; a larger one is another file by mistake.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// How long all files may take that are pipes: what writes to them may be a program that asks somebody. The master gives a
+/// validation 30 s.
+const PIPES_TIME: Duration = Duration::from_secs(10);
+
+/// The file system of pipes without a name (`PIPEFS_MAGIC`, statfs(2)).
+const PIPEFS: rustix::fs::FsWord = 0x5049_5045;
 
 /// Validates, and fills the two inherited memfds; returns the exit code.
 #[must_use]
@@ -52,6 +62,8 @@ fn hand_over(loaded: &Loaded) -> io::Result<()> {
 /// # Errors
 /// Every mistake; a file that cannot be read is one.
 pub fn load(args: &ConfigArgs) -> Result<Loaded, Vec<Mistake>> {
+    let until = Instant::now() + PIPES_TIME;
+    let read_file = |path: &Path| read_file(path, until);
     let path = match &args.config {
         Some(path) => Some(path.as_path()),
         None => Some(Path::new(FILE_DEFAULT)).filter(|path| path.exists()),
@@ -80,15 +92,48 @@ fn whole_file(name: &str, message: String) -> Mistake {
     Mistake { source: name.to_owned(), line: 0, column: 0, message }
 }
 
-/// A whole text file of at most 1 MiB.
-fn read_file(path: &Path) -> Result<String, String> {
+/// A whole text file of at most 1 MiB; a pipe may be one, such as a shell's `<(...)`.
+fn read_file(path: &Path, until: Instant) -> Result<String, String> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| plain(&error))?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| plain(&error))?;
+    read_whole(path, until, &mut bytes).map_err(|error| plain(&error))?;
     if u64::try_from(bytes.len()).is_ok_and(|length| length > FILE_BYTES_MAX) {
         return Err("it is larger than 1 MiB".into());
     }
     String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))
+}
+
+fn read_whole(path: &Path, until: Instant, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    // A pipe with a name may have no writer yet, and then looks as if it were at its end; one without has had its own.
+    if file.metadata()?.file_type().is_fifo() && rustix::fs::fstatfs(&file)?.f_type != PIPEFS {
+        await_writer(&file, until)?;
+    }
+    let mut file = file.take(FILE_BYTES_MAX + 1);
+    loop {
+        // What was read before an error is kept.
+        match file.read_to_end(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => await_writer(file.get_ref(), until)?,
+            outcome => return outcome.map(drop),
+        }
+    }
+}
+
+/// Waits for something to read, or for the end.
+fn await_writer(file: &File, until: Instant) -> io::Result<()> {
+    loop {
+        let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&left)) {
+            Ok(0) => {
+                let seconds = PIPES_TIME.as_secs();
+                return Err(io::Error::other(format!(
+                    "it is a pipe, and nobody has written it to its end within {seconds} s"
+                )));
+            }
+            Err(Errno::INTR) => {}
+            outcome => return Ok(outcome.map(drop)?),
+        }
+    }
 }
 
 /// The system's words without the error's number, which says nothing to an operator.
@@ -194,6 +239,7 @@ mod tests {
     fn strange_files_are_refused_with_a_reason() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
+        let read_file = |path: &Path| read_file(path, Instant::now() + PIPES_TIME);
         assert!(read_file(folder.path()).unwrap_err().contains("directory"));
         std::fs::write(&path, [b'a', 0xff]).unwrap();
         assert_eq!(read_file(&path).unwrap_err(), "it is not UTF-8 (byte 1)");

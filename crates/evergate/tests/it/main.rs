@@ -60,6 +60,7 @@ mod shutdown;
 mod slow_clients;
 mod soak;
 mod stages;
+mod strange_files;
 mod streams;
 mod streams_broken;
 mod streams_odd;

@@ -281,3 +281,26 @@ fn the_admin_listener_refuses_foreign_hosts() {
     assert_eq!(evergate_testkit::raw::get(&admin, "/nothing").status, 404);
     assert_eq!(evergate_testkit::raw::get(&admin, CHAT).status, 404, "the admin listener serves no models");
 }
+
+/// A scrape does not wait for connections that ask nothing, however many there are.
+#[test]
+fn idle_connections_do_not_keep_the_admin_listener_from_answering() {
+    let gateway = crate::support::echo();
+    let admin = gateway.admin();
+    let mut idle: Vec<Raw> = (0..200).map(|_| Raw::connect(&admin)).collect();
+    // One that has begun to ask has not asked.
+    for raw in idle.iter_mut().step_by(2) {
+        // The first of them may have gone already.
+        let _ = raw.try_send(b"GET /metrics HT");
+    }
+    let began = std::time::Instant::now();
+    for path in ["/healthz", "/metrics", "/status"] {
+        assert_eq!(evergate_testkit::get(&admin, path).status, 200);
+    }
+    // The oldest went, and not for being ten seconds old; the newest may still ask.
+    drop(idle[0].read_to_close(LIMIT));
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    let last = idle.last_mut().unwrap();
+    last.send(&get_request("/healthz", ""));
+    assert_eq!(last.try_read_response(LIMIT).unwrap().status, 200);
+}

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::{chat_body, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
-use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -33,7 +32,7 @@ struct Case {
     request: Option<(&'static str, &'static str)>,
     /// Done to a child when the worker is in that phase.
     strike: Option<(&'static str, Target, Signal)>,
-    /// The access log is a FIFO that nobody reads.
+    /// The access log is on a disk that does not answer.
     is_log_stuck: bool,
     code: i32,
     /// Stands on stderr or in a record.
@@ -109,7 +108,7 @@ fn cases() -> Vec<Case> {
             strike: draining(Target::Clerk, KILL),
             ..case("a clerk killed in the drain", 0, "clerk")
         },
-        Case { is_log_stuck: true, ..case("an access log that nobody takes", 75, "could not be written in time") },
+        Case { is_log_stuck: true, ..case("an access log that nobody takes", 75, "in time; 1 record is lost") },
     ]
 }
 
@@ -131,10 +130,15 @@ fn start(case: &Case, fake: &FakeUpstream, state: &Path) -> Evergate {
     );
     let text = gateway_config(fake.base_url(), &[], &stages);
     if case.is_log_stuck {
-        mknodat(CWD, state.join("access.jsonl"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        std::fs::write(state.join("fault"), "stuck").unwrap();
     }
+    let fault = state.join("fault");
     let builder = Evergate::builder(EXE).config(text).state_dir(state);
-    builder.env("EVERGATE_FAULT", "1").env("EVERGATE_FAULT_STOP", case.stop).start()
+    builder
+        .env("EVERGATE_FAULT_CLERK", fault.to_str().unwrap())
+        .env("EVERGATE_FAULT", "1")
+        .env("EVERGATE_FAULT_STOP", case.stop)
+        .start()
 }
 
 fn begin(gateway: &Evergate, (fault, script): (&str, &str)) -> Raw {

@@ -366,7 +366,7 @@ impl State {
         let rules = of_before.map_or(self.rules, |worker| worker.rules);
         let child = self.bear((Kind::Host, row, child_row), of, rules, now, out);
         if let Some(host) = self.hosts.get_mut(at) {
-            host.child = Some(child);
+            host.child = Some(Child { upstream: name, ..child });
             host.ready_at = None;
             host.wanted = None;
             host.seen = HostSeen { host: row, ..HostSeen::default() };

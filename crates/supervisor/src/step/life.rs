@@ -286,6 +286,7 @@ impl Child {
         Self {
             kind: birth.kind,
             slot: birth.slot,
+            upstream: String::new(),
             row: birth.row,
             epoch: birth.epoch,
             generation: birth.generation,

@@ -155,6 +155,8 @@ struct Slot {
 struct Child {
     kind: Kind,
     slot: u32,
+    /// A host's upstream; empty for others.
+    upstream: String,
     row: u32,
     epoch: u32,
     generation: u32,
@@ -410,7 +412,7 @@ impl Slot {
 
 impl Child {
     fn name(&self) -> String {
-        name(self.kind, self.slot)
+        if self.upstream.is_empty() { name(self.kind, self.slot) } else { format!("host {}", self.upstream) }
     }
 }
 

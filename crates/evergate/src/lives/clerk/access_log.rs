@@ -1,18 +1,22 @@
 //! The access log: a file of JSON lines, written by a thread of its own, so that a slow disk holds up nothing else.
 //!
-//! A record is not worth a request: when the disk is full or too slow, lines are dropped and counted.
+//! A record is not worth a request: when the disk is full or too slow, lines are dropped and counted. The same when the file
+//! is a pipe that nobody reads.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use evergate_board::Board;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 use super::repeats::Repeats;
-use crate::lives::{ACCESS_FILE as FILE, ACCESS_OLD_FILE as OLD_FILE};
+use crate::lives::{ACCESS_FILE as FILE, ACCESS_OLD_FILE as OLD_FILE, boot_fault};
 use crate::tasks::caught;
 use crate::telemetry::names;
 
@@ -20,6 +24,9 @@ use crate::telemetry::names;
 const BYTES_MAX: u64 = 64 << 20;
 /// Orders that wait: one batch at a time, and words about the file.
 const ORDERS_MAX: usize = 16;
+
+/// How long the reader of a pipe may take to make room; a file on a disk always has it.
+const ROOM_TIME: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// What the thread is told.
 enum Order {
@@ -68,6 +75,11 @@ impl AccessLog {
         let _ = self.orders.try_send(Order::Reopen);
     }
 
+    /// Counts lines that nobody will write any more, and says how many.
+    pub(super) fn give_up(&self, lines: &[u8]) -> u64 {
+        self.drops.count(lines)
+    }
+
     /// Ends when everything is written.
     pub(super) async fn close(self) {
         drop(self.orders);
@@ -84,11 +96,12 @@ struct Drops {
 }
 
 impl Drops {
-    fn count(&self, bytes: &[u8]) {
+    fn count(&self, bytes: &[u8]) -> u64 {
         let lines = u64::try_from(memchr::memchr_iter(b'\n', bytes).count()).unwrap_or(0);
         if let Some(series) = self.board.series(self.row) {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), lines);
         }
+        lines
     }
 }
 
@@ -106,6 +119,8 @@ struct Writer {
 
 struct Open {
     file: File,
+    /// Whether it has a length: a pipe or a terminal has none, and is never full.
+    is_regular: bool,
     bytes: u64,
     /// Whether the file ends within a line, because a write stopped there.
     is_torn: bool,
@@ -136,6 +151,7 @@ impl Writer {
     }
 
     fn write(&mut self, lines: &[u8]) {
+        boot_fault::write_log();
         let (old, new) = (self.folder.join(OLD_FILE), self.folder.join(FILE));
         let lines = self.repeats.get_or_insert_with(|| Repeats::after(&[&old, &new])).without(lines);
         let mut rest = lines.as_slice();
@@ -185,11 +201,15 @@ impl Writer {
 impl Open {
     fn new(folder: &Path) -> io::Result<Self> {
         let path = folder.join(FILE);
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        let bytes = file.metadata()?.len();
+        // The open of a pipe that nobody reads would wait for ever, and a write to one that is full as well.
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(&path);
+        let file = file.map_err(|error| unread(&path, error))?;
+        let metadata = file.metadata()?;
+        let (is_regular, bytes) = (metadata.is_file(), metadata.len());
         // What a crash of the machine left of a line is not to be continued; an empty line harms no reader.
         let is_torn = bytes > 0 && !ends_with_line(folder).unwrap_or(true);
-        Ok(Self { file, bytes, is_torn })
+        Ok(Self { file, is_regular, bytes, is_torn })
     }
 
     /// Appends and moves `rest` on over what is in the file.
@@ -203,16 +223,35 @@ impl Open {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => {
                     let (written, after) = rest.split_at_checked(count).unwrap_or((rest, &[]));
-                    self.bytes = self.bytes.saturating_add(u64::try_from(written.len()).unwrap_or(0));
+                    if self.is_regular {
+                        self.bytes = self.bytes.saturating_add(u64::try_from(written.len()).unwrap_or(0));
+                    }
                     self.is_torn = !written.ends_with(b"\n");
                     *rest = after;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.await_room()?,
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
+
+    /// Waits for the reader of a pipe, but not for one that stands still.
+    fn await_room(&self) -> io::Result<()> {
+        match poll(&mut [PollFd::new(&self.file, PollFlags::OUT)], Some(&ROOM_TIME)) {
+            Ok(0) => Err(io::Error::other("its reader has taken nothing for a second")),
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// What ENXIO means here (open(2)).
+fn unread(path: &Path, error: io::Error) -> io::Error {
+    let is_pipe = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo());
+    let is_unread = is_pipe && Errno::from_io_error(&error) == Some(Errno::NXIO);
+    if is_unread { io::Error::other("it is a pipe and nobody reads it") } else { error }
 }
 
 fn ends_with_line(folder: &Path) -> io::Result<bool> {

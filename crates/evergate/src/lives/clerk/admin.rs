@@ -1,8 +1,9 @@
 //! The admin listener: metrics and status for whoever may reach it, and for no web page.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,13 +17,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::tasks::Tasks;
 use crate::telemetry::render::prometheus;
 use crate::telemetry::status::snapshot;
 
-/// Connections at a time; more wait in the accept queue.
+/// Connections at a time; more wait in the accept queue. The last place is kept free of connections that ask nothing.
 const CONNECTIONS_MAX: u32 = 64;
 /// A request head, from its connection on.
 const HEAD_TIME: Duration = Duration::from_secs(10);
@@ -39,11 +40,42 @@ pub(super) struct Desk {
     ip: Option<IpAddr>,
     /// One for each connection.
     places: Arc<Semaphore>,
+    /// Connections that have not asked anything yet, the oldest first.
+    idle: Mutex<Idle>,
+}
+
+/// Each with a number and with what ends it.
+#[derive(Debug, Default)]
+struct Idle {
+    last: u64,
+    waiting: VecDeque<(u64, oneshot::Sender<()>)>,
 }
 
 impl Desk {
     pub(super) fn new(board: Board, ip: Option<IpAddr>) -> Self {
-        Self { board, ip, places: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)) }
+        Self { board, ip, places: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)), idle: Mutex::default() }
+    }
+
+    /// A new connection, which asks nothing yet: its number, and what resolves when its place is needed. When no place is
+    /// left, that of the oldest such connection is.
+    fn enter(&self) -> (u64, oneshot::Receiver<()>) {
+        let (end, ended) = oneshot::channel();
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = self.places.available_permits() == 0;
+        // One that is gone by itself has given its place back already.
+        while let Some((_, end)) = is_full.then(|| idle.waiting.pop_front()).flatten()
+            && end.send(()).is_err()
+        {}
+        idle.last = idle.last.wrapping_add(1);
+        let number = idle.last;
+        idle.waiting.push_back((number, end));
+        (number, ended)
+    }
+
+    /// It has asked, or is gone.
+    fn leave(&self, number: u64) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.waiting.retain(|(other, _)| *other != number);
     }
 
     /// Waits until nobody is connected. Nobody may be let in any more.
@@ -78,8 +110,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let desk = Arc::clone(desk);
+    let (number, mut ended) = desk.enter();
     tasks.spawn("admin_connection", async move {
         let service = service_fn(|request: Request<hyper::body::Incoming>| {
+            desk.leave(number);
             let response = answer(&desk, request.method(), request.uri().path(), request.headers());
             async move { Ok::<_, Infallible>(response) }
         });
@@ -88,8 +122,13 @@ where
             .header_read_timeout(HEAD_TIME)
             .keep_alive(false)
             .serve_connection(TokioIo::new(stream), service);
-        // A client that breaks off or breaks the protocol is its own affair.
-        let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
+        // Either may be dropped. Once it has asked, nothing ends it before its time (`leave` drops the sender).
+        tokio::select! {
+            // A client that breaks off or breaks the protocol is its own affair.
+            _ = tokio::time::timeout(CONNECTION_TIME, connection) => {}
+            Ok(()) = &mut ended => {}
+        }
+        desk.leave(number);
         drop(place);
     });
 }
