@@ -125,20 +125,23 @@ pub fn order(state_dir: &Path, order: &str, patience: Duration) -> Result<Reply,
 /// See [`ClientError`]; [`ClientError::Io`] with [`io::ErrorKind::TimedOut`] when it still stops after `patience`.
 pub fn stop(state_dir: &Path, order: &str, patience: Duration) -> Result<Option<u8>, ClientError> {
     let run = Run::read(state_dir).ok().flatten();
-    let socket = connect(state_dir, run.as_ref())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    io::Write::write_all(&mut &socket, format!("{order} wait\n").as_bytes())?;
-    let mut lines = BufReader::new(&socket).lines();
-    match lines.next().transpose() {
-        Ok(Some(line)) if line == "ok" => {}
-        Ok(Some(line)) => return Err(ClientError::Refused(line.trim_start_matches("error: ").to_owned())),
+    let exchange = || {
+        let socket = connect(state_dir, run.as_ref())?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        io::Write::write_all(&mut &socket, format!("{order} wait\n").as_bytes())?;
+        let mut reader = BufReader::new(socket);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        Ok((reader, line))
+    };
+    let (reader, line) = exchange().map_err(|error| or_silent(error, run.as_ref()))?;
+    match line.trim_end() {
+        "ok" => {}
         // A master that dies before it answers.
-        Ok(None) => return Err(ClientError::NotRunning),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            return Err(ClientError::Silent { pid: run.map_or(0, |run| run.pid) });
-        }
-        Err(error) => return Err(error.into()),
+        "" => return Err(ClientError::NotRunning),
+        line => return Err(ClientError::Refused(line.trim_start_matches("error: ").to_owned())),
     }
+    let (socket, mut lines) = (reader.get_ref().try_clone()?, reader.lines());
     socket.set_read_timeout(Some(patience))?;
     match lines.next().transpose() {
         Ok(line) => Ok(line.and_then(|line| line.strip_prefix("ended ")?.parse().ok())),
@@ -146,6 +149,16 @@ pub fn stop(state_dir: &Path, order: &str, patience: Duration) -> Result<Option<
         // It was killed with something of ours unread.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// A time limit of the socket's is the master's silence.
+fn or_silent(error: ClientError, run: Option<&Run>) -> ClientError {
+    match error {
+        ClientError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            ClientError::Silent { pid: run.map_or(0, |run| run.pid) }
+        }
+        other => other,
     }
 }
 
@@ -157,12 +170,7 @@ fn ask(state_dir: &Path, command: &str, patience: Duration) -> Result<Reply, Cli
         io::Write::write_all(&mut &socket, format!("{command}\n").as_bytes())?;
         receive(&socket)
     };
-    let (bytes, fd) = exchange().map_err(|error| match error {
-        ClientError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            ClientError::Silent { pid: run.as_ref().map_or(0, |run| run.pid) }
-        }
-        other => other,
-    })?;
+    let (bytes, fd) = exchange().map_err(|error| or_silent(error, run.as_ref()))?;
     let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
     if let Some((code, why)) = text.strip_prefix("failed ").and_then(|rest| rest.split_once(": ")) {
         return Err(ClientError::Failed { code: code.parse().unwrap_or(code::FAILED), why: why.to_owned() });
