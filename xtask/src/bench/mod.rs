@@ -3,6 +3,8 @@
 //! Everything is compared within one run, interleaved, because the same program measured an hour apart on a shared
 //! machine differs by more than what we look for. Ratios are taken pair by pair, then their median.
 
+#![allow(clippy::disallowed_methods, reason = "tasks of single-threaded tools, which end with them")]
+
 mod alone;
 mod instructions;
 mod load;
