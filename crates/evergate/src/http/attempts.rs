@@ -244,11 +244,16 @@ impl ModelCall {
         if section != local.fingerprint() {
             attempt.client = self.app.client_of_section(attempt.name, section)?;
         }
-        if pass.record.is_stream {
+        let outcome = if pass.record.is_stream {
             local.watch((clock, until), section, self.stream(attempt, *head_by, pass)).await
         } else {
             local.watch((clock, until), section, self.whole(attempt, pass)).await
-        }
+        };
+        // A host knows better what the time was spent on, but it may be too busy to say so before ours is over.
+        outcome.map_err(|failure| match failure.how {
+            How::OutOfTime if !pass.is_taken() => Failure { error: local.unseen(), ..failure },
+            _ => failure,
+        })
     }
 
     /// Calls the targets in order. Dropping it between two of them, or within one, leaves no call behind.

@@ -226,8 +226,18 @@ impl Local {
         Error::new(Fault::ModelLoading, message)
     }
 
+    /// Why its program has seen nothing of a request whose time is over, for whoever has sent it there.
+    #[must_use]
+    pub fn unseen(&self) -> Error {
+        if self.shown() != HostState::Ready {
+            return self.late();
+        }
+        let message = format!("the program of \"{}\" was not free in time", self.name);
+        Error::new(Fault::Overloaded, message).detail("its host is ready")
+    }
+
     fn late(&self) -> Error {
-        let state = self.place().1.name();
+        let state = self.shown().name();
         let message = format!("the program of \"{}\" was not ready in time", self.name);
         Error::new(Fault::ModelLoading, message).detail(format!("its host is {state}"))
     }

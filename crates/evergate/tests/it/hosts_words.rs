@@ -8,7 +8,7 @@ use evergate_testkit::{Evergate, Raw, adaptersim, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::hosts::{ask, code, gateway, programs_ends};
+use crate::hosts::{ask, asking, code, gateway, hosts, programs_ends, said, waiter};
 use crate::hosts_kept::{MODES, model, program, section};
 use crate::support::{CHAT, LIMIT, send};
 
@@ -186,4 +186,55 @@ fn a_program_that_uses_up_a_limit_is_on_record_with_that() {
         let table = String::from_utf8_lossy(&table.stdout).into_owned();
         assert!(table.contains(shown), "{table}");
     }
+}
+
+/// Sends a request that has so much time.
+fn within(gateway: &Evergate, name: &str, time: &str) -> Raw {
+    let mut raw = Raw::connect(&gateway.addr());
+    let body = chat_body(name, false, &json!({ "messages": [{ "role": "user", "content": "x" }] }));
+    raw.send(&post_request(CHAT, &format!("x-request-timeout: {time}\r\n"), &body));
+    raw
+}
+
+/// Its host stands still at that time, so that it is the worker that has to know.
+fn answer_without_its_host(gateway: &Evergate, mut raw: Raw) -> Response {
+    let host = hosts(gateway)[0];
+    send(host, Signal::STOP);
+    let response = raw.read_response(LIMIT);
+    send(host, Signal::CONT);
+    response
+}
+
+#[test]
+fn g20_a_request_that_waits_for_the_next_program_is_told_so_whoever_notices_its_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let (up, go) = (folder.path().join("up"), folder.path().join("go"));
+    let (up, go_text) = (up.display(), go.display());
+    let script =
+        format!("[ -e {up} ] && while [ ! -e {go_text} ]; do sleep 0.02; done; touch {up}; exec \"$0\" \"$@\"");
+    let own = section("server", &[], "").replacen("argv = [", &format!("argv = [\"sh\", \"-c\", {script:?}, "), 1);
+    let gateway = gateway(&[("tiny", &own)]);
+    assert_eq!(ask(&gateway, "tiny/ok", "x", false).status, 200);
+    send(program(&gateway, "tiny"), Signal::KILL);
+    wait_until("the record of its end", LIMIT, || programs_ends(&gateway).len() == 1);
+    let raw = within(&gateway, "tiny/ok", "1500ms");
+    wait_until("the request in its host", LIMIT, || model(&gateway, "tiny")["in_flight"] == 1);
+    assert_told(&answer_without_its_host(&gateway, raw), (503, "model_loading"), "was not ready in time");
+    std::fs::write(&go, "").unwrap();
+    wait_until("an answer", LIMIT, || ask(&gateway, "tiny/ok", "x", false).status == 200);
+}
+
+#[test]
+fn l1_a_request_that_waits_for_its_turn_at_a_program_is_told_so_whoever_notices_its_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    let own = waiter(go.to_str().unwrap()).replace("in_flight_max = 8", "in_flight_max = 1");
+    let gateway = gateway(&[("tiny", &own)]);
+    let first = asking(&gateway, "tiny/x", "x");
+    wait_until("the first at its program", LIMIT, || model(&gateway, "tiny")["in_flight"] == 1);
+    let raw = within(&gateway, "tiny/x", "1500ms");
+    wait_until("the second in its host", LIMIT, || model(&gateway, "tiny")["waiting"] == 1);
+    assert_told(&answer_without_its_host(&gateway, raw), (503, "overloaded"), "was not free in time");
+    std::fs::write(&go, "").unwrap();
+    assert_eq!(said(&first.join().unwrap()), "done");
 }

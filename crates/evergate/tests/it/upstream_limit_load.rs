@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use evergate_testkit::driver::state_of;
-use evergate_testkit::raw::{chat_body, post_request};
+use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::wait::try_wait_for;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
 use rustix::process::Signal;
@@ -152,12 +152,55 @@ fn l1_the_limit_holds_exactly_over_four_workers() {
 const CALL_MS: u32 = 50;
 
 /// What came of a load of so many requests a second.
+#[derive(Debug)]
 struct Pressed {
     goodput: f64,
     /// Of the refusals, at their clients: the median and the last of a hundred.
     refused: (Duration, Duration),
+    /// The same of questions whether the gateway is alive, asked all the while by one client.
+    probed: (Duration, Duration),
     /// The same of the gateway's own clock, from a request's head to its answer's: at most that, or nothing is known.
     own: Option<(Duration, Duration)>,
+}
+
+impl Pressed {
+    /// Whether a refusal costs next to nothing. What a machine that others use adds, it adds to the question whether the gateway
+    /// is alive, too: that goes the same way up to the point at which a request is refused. A refusal that waited for a turn would take
+    /// 50 ms more, and one that waited in the line 100 ms. Of the gateway's own times only the middle one is free of pauses
+    /// in which it had no processor.
+    fn is_prompt(&self) -> bool {
+        let ms = Duration::from_millis;
+        let own_max = ms(if cfg!(debug_assertions) { 2 } else { 1 });
+        self.own.is_none_or(|own| own.0 <= own_max)
+            && self.refused.0 < 3 * self.probed.0 + ms(2)
+            && self.refused.1 < 3 * self.probed.1 + ms(10)
+    }
+}
+
+/// Asks whether the gateway is alive, again and again, until it is over.
+fn probe(address: &str, is_over: &AtomicBool) -> Vec<Duration> {
+    let (mut times, mut kept, request) = (Vec::new(), None, get_request("/healthz", ""));
+    while !is_over.load(Ordering::Relaxed) {
+        let one = ask(address, &mut kept, &request);
+        assert_eq!(one.status, Some(200));
+        times.push(one.took);
+        let _ = try_wait_for(Duration::from_millis(2), || None::<()>);
+    }
+    times
+}
+
+/// Of all workers so far: how long they had a processor, and how long they waited for one.
+fn processor(gateway: &Evergate) -> (Duration, Duration) {
+    let of = |pid: i32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+        let numbers: Vec<u64> = text.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        (Duration::from_nanos(numbers[0]), Duration::from_nanos(numbers[1]))
+    };
+    gateway
+        .workers()
+        .into_iter()
+        .map(of)
+        .fold((Duration::ZERO, Duration::ZERO), |sum, one| (sum.0 + one.0, sum.1 + one.1))
 }
 
 /// The bounds, in milliseconds, of the buckets in which the gateway had the middle and the last of a hundred of the requests
@@ -187,7 +230,14 @@ fn press(gateway: &Evergate, fake: &FakeUpstream, (slots, times): (u32, u32), ti
     let count = u32::try_from(time.as_micros() / every.as_micros()).unwrap();
     let _ = fake.take_working_most();
     let (asked, said, began) = (fake.request_count(), gateway.metrics(), Instant::now());
-    let all = open_loop(&gateway.addr(), (every, count), 16 * slots as usize, &request);
+    let (address, is_over, before) = (gateway.addr(), AtomicBool::new(false), processor(gateway));
+    let (all, mut probes) = std::thread::scope(|scope| {
+        let probing = scope.spawn(|| probe(&address, &is_over));
+        let all = open_loop(&address, (every, count), 16 * slots as usize, &request);
+        is_over.store(true, Ordering::Relaxed);
+        (all, probing.join().unwrap())
+    });
+    let (after, lasted) = (processor(gateway), began.elapsed());
     let goodput = rate(&all, began, time);
     let own = own_times(&said, &gateway.metrics());
     let counts = counts(&all);
@@ -199,9 +249,11 @@ fn press(gateway: &Evergate, fake: &FakeUpstream, (slots, times): (u32, u32), ti
     let took = |status| all.iter().filter(move |one| one.status == Some(status)).map(|one| one.took);
     let (mut refused, mut served): (Vec<_>, Vec<_>) = (took(503).collect(), took(200).collect());
     let refused = (percentile(&mut refused, 50), percentile(&mut refused, 99));
+    let probed = (percentile(&mut probes, 50), percentile(&mut probes, 99));
     println!(
         "{times} times, {:.0}/s: goodput {goodput:.0}/s; {} answered ({:?} median, {:?} p99), {} refused ({:?} median, {:?} \
-         p99 at their clients, {own:?} in the gateway)",
+         p99 at their clients, {own:?} in the gateway; {probed:?} of {} probes); workers had a processor for {:.0} % and waited \
+         for one {:.0} % of the time",
         1.0 / every.as_secs_f64(),
         of(200),
         percentile(&mut served, 50),
@@ -209,8 +261,11 @@ fn press(gateway: &Evergate, fake: &FakeUpstream, (slots, times): (u32, u32), ti
         of(503),
         refused.0,
         refused.1,
+        probes.len(),
+        100.0 * (after.0 - before.0).as_secs_f64() / lasted.as_secs_f64(),
+        100.0 * (after.1 - before.1).as_secs_f64() / lasted.as_secs_f64(),
     );
-    Pressed { goodput, refused, own }
+    Pressed { goodput, refused, probed, own }
 }
 
 /// An upstream of 20 slots of 50 ms, and five times the load, or more: what it answers stays at nine tenths of the most it can
@@ -229,19 +284,18 @@ fn l1_under_five_times_the_load_the_upstream_does_what_it_can() {
     for times in loads {
         // On a machine that others use a part may be lost to them: it is looked at again before it counts as wrong.
         let mut found = Vec::new();
-        for _ in 0..4 {
+        for _ in 0..8 {
             let began = Instant::now();
             let peak = rate(&closed_loop(&gateway.addr(), 2 * slots as usize, &calm, time), began, time);
-            let Pressed { goodput, refused, own } = press(&gateway, &fake, (slots, *times), time);
-            println!("{:.0} % of {peak:.0}/s", 100.0 * goodput / peak);
-            found.push((goodput / peak, refused, own));
-            if goodput >= 0.9 * peak && refused.1 < Duration::from_millis(250) {
+            let pressed = press(&gateway, &fake, (slots, *times), time);
+            println!("{:.0} % of {peak:.0}/s", 100.0 * pressed.goodput / peak);
+            let is_right = pressed.goodput >= 0.9 * peak && pressed.is_prompt();
+            found.push((peak, pressed));
+            if is_right {
                 break;
             }
         }
-        // A refusal that waited for a turn would take 50 ms at the least, and one that waited in the line 100 ms.
-        let is_right =
-            |(part, (_, late), _): &(f64, (Duration, Duration), _)| *part >= 0.9 && *late < Duration::from_millis(250);
+        let is_right = |(peak, pressed): &(f64, Pressed)| pressed.goodput >= 0.9 * peak && pressed.is_prompt();
         assert!(found.iter().any(is_right), "{times} times: {found:?}");
     }
     wait_limit(&gateway, "fake", 0, 0);

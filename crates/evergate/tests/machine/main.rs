@@ -8,10 +8,11 @@ mod memory;
 mod packaging;
 mod pid_one;
 mod ports;
+mod strangers;
 
 use evergate_testkit::cases::{self, Case};
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     ("j3_more_large_bodies_than_there_is_memory_for_end_no_worker", memory::large_bodies_end_no_worker),
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
     ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
@@ -24,6 +25,7 @@ const CASES: [Case; 13] = [
     ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),
     ("s10_without_a_counter_nothing_is_guessed", memory::nothing_is_guessed),
     ("s11_process_one_needs_no_init", pid_one::needs_no_init),
+    ("s31_another_user_is_not_listened_to", strangers::another_user_is_not_listened_to),
     ("s30_unit_files_are_valid", packaging::unit_files_are_valid),
 ];
 
