@@ -4,10 +4,11 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use rustix::fs::SealFlags;
 
+use crate::atomic::AtomicU64;
 use crate::hosts::{HOSTS_MAX, HostRow};
 use crate::inflight::{Inflight, InflightRow, InflightRows};
 use crate::labels::{self, LabelRow};

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::num::ParseIntError;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use evergate_core::ids::{CLIENT_ID_BYTES_MAX, RequestId};
 
+use crate::atomic::{AtomicU64, planted};
 use crate::board::Board;
 
 const ID_WORDS: usize = CLIENT_ID_BYTES_MAX / 8;
@@ -75,7 +76,11 @@ impl Board {
             && row.id.load(Ordering::Acquire) == place.id
         {
             // Numbers grow: a mark that comes late takes no other request's back.
-            row.taken.fetch_max(place.id, Ordering::AcqRel);
+            if planted!(MarksBack) {
+                row.taken.store(place.id, Ordering::Release);
+            } else {
+                row.taken.fetch_max(place.id, Ordering::AcqRel);
+            }
         }
     }
 }
@@ -182,7 +187,8 @@ impl Inflight {
     /// Whether a dead owner has added it to its counter, which stands at `now`.
     #[must_use]
     pub fn was_counted(&self, now: u64) -> bool {
-        self.is_counted || self.counter_before.is_some_and(|before| u64::from(before) != now & LOWER_HALF)
+        let is_beyond = |before: u32| u64::from(before) != now & LOWER_HALF || planted!(TrustsNote);
+        self.is_counted || self.counter_before.is_some_and(is_beyond)
     }
 
     /// Our own id of it.
@@ -215,6 +221,10 @@ impl InflightRow {
     fn write(&self, start: &InflightStart<'_>) {
         // The row is empty (`id` is 0); whoever sees one of the stores below sees that as well.
         fence(Ordering::Release);
+        let id = u64::from(start.epoch) << 32 | u64::from(start.seq);
+        if planted!(IdFirst) {
+            self.id.store(id, Ordering::Release);
+        }
         let length = store_text(&self.client_id, cut(start.client_id, CLIENT_ID_BYTES_MAX));
         let [route, key, method] = [start.route, start.key, start.method].map(u64::from);
         self.labels.store(route << 48 | key << 32 | method << 16 | length, Ordering::Relaxed);
@@ -224,7 +234,7 @@ impl InflightRow {
         for word in [&self.is_stream, &self.backend, &self.attempts, &self.end, &self.name_length] {
             word.store(0, Ordering::Relaxed);
         }
-        self.id.store(u64::from(start.epoch) << 32 | u64::from(start.seq), Ordering::Release);
+        self.id.store(id, Ordering::Release);
     }
 
     /// The request in this row; none when it is empty.
@@ -238,7 +248,7 @@ impl InflightRow {
             }
             let inflight = self.read_once(index, id);
             fence(Ordering::Acquire);
-            if self.id.load(Ordering::Relaxed) == id {
+            if self.id.load(Ordering::Relaxed) == id || planted!(TrustsFirstLook) {
                 return Some(inflight);
             }
         }
@@ -394,6 +404,9 @@ impl Ticket {
         if let Some(row) = self.rows.0.slot(self.index) {
             row.model.store(label.into(), Ordering::Relaxed);
             if row.name_length.load(Ordering::Relaxed) == 0 {
+                if planted!(LengthFirst) {
+                    row.name_length.store(u64::try_from(name.len()).unwrap_or(0), Ordering::Release);
+                }
                 let length = store_text(&row.name, cut(name, MODEL_BYTES_MAX));
                 row.name_length.store(length, Ordering::Release);
             }

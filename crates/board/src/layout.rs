@@ -68,14 +68,14 @@ impl Shape {
 #[derive(Debug)]
 #[repr(C, align(128))]
 pub(crate) struct Head {
-    pub(crate) magic: std::sync::atomic::AtomicU64,
-    pub(crate) version: std::sync::atomic::AtomicU64,
-    pub(crate) size: std::sync::atomic::AtomicU64,
-    pub(crate) run_id: std::sync::atomic::AtomicU64,
-    pub(crate) children: std::sync::atomic::AtomicU64,
-    pub(crate) slots: std::sync::atomic::AtomicU64,
-    pub(crate) series: std::sync::atomic::AtomicU64,
-    pub(crate) labels: std::sync::atomic::AtomicU64,
+    pub(crate) magic: crate::atomic::AtomicU64,
+    pub(crate) version: crate::atomic::AtomicU64,
+    pub(crate) size: crate::atomic::AtomicU64,
+    pub(crate) run_id: crate::atomic::AtomicU64,
+    pub(crate) children: crate::atomic::AtomicU64,
+    pub(crate) slots: crate::atomic::AtomicU64,
+    pub(crate) series: crate::atomic::AtomicU64,
+    pub(crate) labels: crate::atomic::AtomicU64,
 }
 
 /// Byte offsets; every region starts on a page, so that idle ones take no memory of busy ones' pages.

@@ -7,12 +7,15 @@
 // The room for it: see the workspace's lints. Only `map` uses it.
 #![deny(unsafe_code)]
 
+mod atomic;
 mod board;
 mod hosts;
 mod inflight;
 mod labels;
 mod layout;
 mod map;
+#[cfg(test)]
+mod models;
 mod permits;
 mod rows;
 mod series;

@@ -6,9 +6,10 @@ use std::io;
 use std::mem::{align_of, size_of};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
 
 use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::atomic::AtomicU64;
 
 /// A type that may lie in shared memory.
 ///
@@ -17,7 +18,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 /// transparent), every bit pattern is valid, and it has no drop glue and no pointers.
 pub(crate) unsafe trait Shared: Sync {}
 
-// SAFETY: one atomic word.
+// SAFETY: one atomic word, in tests in a transparent wrapper.
 unsafe impl Shared for AtomicU64 {}
 // SAFETY: `repr(C)` structs of `AtomicU64` and arrays of it.
 unsafe impl Shared for crate::layout::Head {}

@@ -8,8 +8,9 @@
 //!
 //! Holds INV-PERMIT-1 (ARCHITECTURE.md).
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::atomic::{AtomicU64, planted};
 use crate::board::Board;
 use crate::labels::OTHER;
 use crate::rows::{ChildRow, Phase};
@@ -134,7 +135,8 @@ impl<'a> Table<'a> {
         for slot in self.used() {
             let word = slot.load(Ordering::Acquire);
             let owner = u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX);
-            if word != 0 && (owner == row || !is_alive(board, owner)) {
+            let is_left = owner == row || !is_alive(board, owner) || planted!(FreesAll);
+            if word != 0 && is_left && !planted!(FreesNone) {
                 // Whoever comes between is the owner, who gives it back.
                 let _ = slot.compare_exchange(word, 0, Ordering::AcqRel, Ordering::Acquire);
             }
@@ -190,7 +192,7 @@ impl Permits {
         }
     }
 
-    /// A permit, if fewer than the limit are held.
+    /// A permit, if fewer than the limit are held. Whoever has read a limit that is lowered at that moment still takes one by it.
     #[must_use]
     pub fn take(&self) -> Option<Slot> {
         let table = self.table()?;
@@ -205,6 +207,10 @@ impl Permits {
         let order = (hint..slots.len()).chain(0..hint);
         let free = |index: &usize| {
             slots.get(*index).is_some_and(|slot| {
+                if planted!(TakesBlindly) && slot.load(Ordering::Relaxed) == 0 {
+                    slot.store(self.word, Ordering::Release);
+                    return true;
+                }
                 slot.load(Ordering::Relaxed) == 0
                     && slot.compare_exchange(0, self.word, Ordering::AcqRel, Ordering::Relaxed).is_ok()
             })
@@ -218,6 +224,9 @@ impl Permits {
     pub fn give(&self, Slot(index): Slot) {
         let Some(table) = self.table() else { return };
         if let Some(slot) = usize::try_from(index).ok().and_then(|index| table.slots.get(index)) {
+            if planted!(GivesBlindly) {
+                slot.store(0, Ordering::Release);
+            }
             // One that somebody has freed is not ours any more.
             let _ = slot.compare_exchange(self.word, 0, Ordering::AcqRel, Ordering::Relaxed);
         }

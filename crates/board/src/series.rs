@@ -2,7 +2,9 @@
 //!
 //! Holds INV-COUNT-1 (ARCHITECTURE.md).
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+
+use crate::atomic::{AtomicU64, planted};
 
 /// Which counter: a metric's number and up to three labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,6 +77,11 @@ impl<'a> Series<'a> {
     /// slower and still exact.
     pub fn add(&self, key: SeriesKey, n: u64) {
         match self.cell(u64::from(key)) {
+            Some(cell) if planted!(AddsInTwo) => {
+                let sum = cell.value.load(Ordering::Acquire) + n;
+                cell.value.store(sum, Ordering::Release);
+                sum
+            }
             Some(cell) => cell.value.fetch_add(n, Ordering::Release),
             None => self.head.dropped.fetch_add(1, Ordering::Release),
         };
@@ -84,7 +91,14 @@ impl<'a> Series<'a> {
     /// can see whether it came to it; that needs one writer.
     pub fn add_one(&self, key: SeriesKey, note: impl FnOnce(u64)) {
         let cell = self.cell(u64::from(key));
-        note(cell.map_or(0, |cell| cell.value.load(Ordering::Acquire)));
+        let before = cell.map_or(0, |cell| cell.value.load(Ordering::Acquire));
+        if planted!(NotesLate) {
+            self.add(key, 1);
+            return note(before);
+        }
+        if !planted!(CountsUnnoted) {
+            note(before);
+        }
         match cell {
             Some(cell) => cell.value.fetch_add(1, Ordering::Release),
             None => self.head.dropped.fetch_add(1, Ordering::Release),
@@ -102,6 +116,7 @@ impl<'a> Series<'a> {
                         self.head.used.fetch_add(1, Ordering::Release);
                         there = word;
                     }
+                    Err(_) if planted!(KeysBlindly) => there = word,
                     Err(other) => there = other,
                 }
             }

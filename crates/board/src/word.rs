@@ -52,7 +52,7 @@ macro_rules! row {
         #[derive(Debug)]
         #[repr(C, align(128))]
         pub struct $row {
-            $($get: std::sync::atomic::AtomicU64,)+
+            $($get: crate::atomic::AtomicU64,)+
             $($extra: $extra_kind,)*
         }
 
