@@ -22,6 +22,10 @@ pub enum Cause {
     ClientStalled = 6,
     /// Memory is short, and it held more of it than any other.
     Memory = 7,
+    /// The gateway was told to stop at once, be it from the first or while it drained.
+    StoppedAtOnce = 8,
+    /// Its worker was still finishing when too many reloads had followed.
+    Superseded = 9,
 }
 
 impl Cause {
@@ -36,6 +40,8 @@ impl Cause {
             Self::Operator => "operator",
             Self::ClientStalled => "client_stalled",
             Self::Memory => "memory",
+            Self::StoppedAtOnce => "stopped_at_once",
+            Self::Superseded => "superseded",
         }
     }
 
@@ -44,16 +50,17 @@ impl Cause {
     pub const fn fault(self) -> Fault {
         match self {
             Self::DeadlinePassed => Fault::DeadlineExceeded,
-            Self::Draining => Fault::ServerShuttingDown,
+            Self::Draining | Self::StoppedAtOnce | Self::Superseded => Fault::ServerShuttingDown,
             Self::Memory => Fault::Overloaded,
             Self::ClientGone | Self::ClientStalled | Self::LostRace | Self::Operator => Fault::OperatorCancelled,
         }
     }
 
     fn from_byte(byte: u8) -> Option<Self> {
-        use Cause::{ClientGone, ClientStalled, DeadlinePassed, Draining, LostRace, Memory, Operator};
-        let all = [ClientGone, DeadlinePassed, Draining, LostRace, Operator, ClientStalled, Memory];
-        all.into_iter().find(|cause| *cause as u8 == byte)
+        use Cause::{ClientGone, ClientStalled, DeadlinePassed, Draining, LostRace};
+        use Cause::{Memory, Operator, StoppedAtOnce, Superseded};
+        let first = [ClientGone, DeadlinePassed, Draining, LostRace, Operator, ClientStalled];
+        first.into_iter().chain([Memory, StoppedAtOnce, Superseded]).find(|cause| *cause as u8 == byte)
     }
 }
 
@@ -77,6 +84,17 @@ impl CauseCell {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_cause_is_read_back() {
+        for byte in 1..=9 {
+            let cause = Cause::from_byte(byte).unwrap();
+            let cell = CauseCell::default();
+            assert!(cause as u8 == byte && cell.set(cause));
+            assert_eq!(cell.get(), Some(cause));
+        }
+        assert_eq!((Cause::from_byte(0), Cause::from_byte(10)), (None, None));
+    }
 
     #[test]
     fn first_cause_stays() {

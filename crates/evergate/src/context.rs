@@ -98,6 +98,12 @@ impl Token {
 pub fn cancelled(cause: Cause) -> Error {
     let message = match cause {
         Cause::Draining => "the gateway is stopping and the time to finish (shutdown.drain) is over; try again",
+        Cause::StoppedAtOnce => {
+            "the operator stopped the gateway at once, without time for requests to finish; try again"
+        }
+        Cause::Superseded => {
+            "the configuration was reloaded again and again while the request was under way, and its worker had to go; try again"
+        }
         Cause::DeadlinePassed => "the request's time is over",
         Cause::ClientGone | Cause::ClientStalled | Cause::LostRace => "the request was cancelled",
         Cause::Memory => "the gateway is short of memory and has ended the request that held the most; try again",

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use evergate_board::{Board, ChildRow, InflightPhase, InflightRows, InflightStart, Ticket, monotonic_ns};
+use evergate_core::cancel::CauseCell;
 use evergate_core::ids::RequestId;
 use evergate_core::{Cause, Deadline, Error, Fault};
 use tokio::sync::{Notify, watch};
@@ -54,6 +55,8 @@ pub struct Gate {
     live: Mutex<HashMap<u32, Arc<Token>>>,
     empty: Notify,
     stage: watch::Sender<Stage>,
+    /// Why live requests are told to end.
+    ending: CauseCell,
     access: AccessLog,
     /// When accepting last failed for want of descriptors; 0 for never.
     short_ns: AtomicU64,
@@ -100,6 +103,7 @@ impl Gate {
             live: Mutex::default(),
             empty: Notify::new(),
             stage: watch::Sender::new(Stage::Serving),
+            ending: CauseCell::default(),
             access,
             short_ns: AtomicU64::new(0),
             idle: idle::Idle::default(),
@@ -203,11 +207,21 @@ impl Gate {
             }
             is_later
         });
-        if stage == Stage::Cancelling {
-            for token in self.lock_live().values() {
-                token.cancel(Cause::Draining);
-            }
+    }
+
+    /// Tells all live requests to end, and those that are still on their way in.
+    pub fn cancel(&self, cause: Cause) {
+        self.ending.set(cause);
+        self.enter(Stage::Cancelling);
+        for token in self.lock_live().values() {
+            token.cancel(self.ending());
         }
+    }
+
+    /// Why requests are told to end in [`Stage::Cancelling`].
+    #[must_use]
+    pub fn ending(&self) -> Cause {
+        self.ending.get().unwrap_or(Cause::Draining)
     }
 
     /// Ends the request that holds the most memory, if one holds much, be it live or still being read; says whether there was
@@ -307,7 +321,7 @@ impl Gate {
         token.account();
         self.lock_live().insert(id.seq, Arc::clone(token));
         if *self.stage.borrow() == Stage::Cancelling {
-            token.cancel(Cause::Draining);
+            token.cancel(self.ending());
         }
         Ok(Pass::new(
             Arc::clone(self),

@@ -172,7 +172,7 @@ impl ModelCall {
             biased;
             read = intake::read(body, &self.app.sealed.config, (&self.app.clock, &self.app.memory, &self.token)) => read,
             _ = stage.wait_for(|stage| *stage == Stage::Cancelling) => {
-                Err(intake::Stopped::Refused(cancelled(Cause::Draining)))
+                Err(intake::Stopped::Refused(cancelled(self.app.gate.ending())))
             }
         }
     }

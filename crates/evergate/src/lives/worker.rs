@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-use evergate_board::{Board, Phase, monotonic_ns};
+use evergate_board::{Board, MasterPhase, Phase, monotonic_ns};
+use evergate_core::Cause;
 use evergate_core::inherit::code;
 use evergate_core::redact::Redactor;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -230,22 +231,27 @@ async fn stop(
     if let Why::Failed(kind) = why {
         notes.push(format!("the task {kind} panicked again and again; the last {}", panics::last()));
     }
-    if why != Why::Hastened {
+    let is_hastened = why == Why::Hastened || {
         tokio::select! {
             // Cancel-safe: each only waits.
-            () = drained(gate) => {}
+            () = drained(gate) => false,
             () = tokio::time::sleep(shutdown.drain) => {
                 if gate.live() > 0 {
                     let were = if gate.live() == 1 { "was" } else { "were" };
                     notes.push(format!("drain ran out: {} {were} ended", requests(gate.live())));
                 }
+                false
             }
-            _ = signals.quit.recv() => {}
+            _ = signals.quit.recv() => true,
         }
-    }
+    };
     let mut overrun: Vec<&str> = Vec::new();
     // Also when nothing is live: connections that still linger end in order.
-    gate.enter(Stage::Cancelling);
+    gate.cancel(match board.master().phase() {
+        _ if !is_hastened => Cause::Draining,
+        MasterPhase::Serving | MasterPhase::Settling => Cause::Superseded,
+        _ => Cause::StoppedAtOnce,
+    });
     if gate.live() > 0 {
         enter(Phase::Cancelling);
         if tokio::time::timeout(shutdown.cancel, gate.wait_empty()).await.is_err() {

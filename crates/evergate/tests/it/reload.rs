@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     EXE, LIMIT, ONE_WORKER, assert_alive, assert_failed_stream, assert_good_stream, before, chat, echo, is_full,
-    open_stream, rest_of,
+    last_message, open_stream, rest_of,
 };
 
 /// The generation that serves, as everybody can see it.
@@ -350,6 +350,7 @@ fn s20_a_reload_that_waited_long_enough_hastens_the_oldest() {
     let mut oldest = streams.remove(0);
     let events = rest_of(&mut oldest);
     assert_failed_stream(&events[..], oldest.body_is_complete(), "server_shutting_down");
+    assert!(last_message(&events).contains("reloaded again and again"), "{events:?}");
     fake.release();
     for mut stream in streams {
         let events = rest_of(&mut stream);

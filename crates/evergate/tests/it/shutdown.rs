@@ -9,8 +9,12 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{
-    CHAT, LIMIT, assert_failed_stream, assert_good_stream, before, echo, echo_with, open, open_stream, rest_of,
+    CHAT, LIMIT, assert_error, assert_failed_stream, assert_good_stream, before, echo, echo_with, last_message, open,
+    open_stream, rest_of,
 };
+
+/// Nobody is told of a drain time that was not given.
+const AT_ONCE: &str = "the operator stopped the gateway at once, without time for requests to finish; try again";
 
 const STAGES: &str = "[shutdown]\ndrain = \"3s\"\ncancel = \"1s\"\ncleanup = \"1s\"\n";
 
@@ -40,6 +44,7 @@ fn term_lets_finish_what_can_and_tells_the_others() {
     for raw in &mut held {
         let events = rest_of(raw);
         assert_failed_stream(&events, raw.body_is_complete(), "server_shutting_down");
+        assert!(last_message(&events).contains("(shutdown.drain) is over"), "{events:?}");
     }
     assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
     let took = began.elapsed();
@@ -52,7 +57,8 @@ fn term_lets_finish_what_can_and_tells_the_others() {
         assert_eq!((record["code"].as_u64(), record["initiator"].as_str()), (Some(0), Some("operator")), "{record}");
     }
     assert!(!gateway.state_dir().join("run.json").exists(), "a clean end leaves no run file");
-    assert_eq!(fake.open_connections(), 0, "the upstreams of cut streams were left");
+    // Closed they are; the upstream has its own time to see it.
+    wait_until("the upstreams of cut streams are left", LIMIT, || fake.open_connections() == 0);
     let cut = gateway.access().iter().filter(|record| record["cause"] == "server_shutting_down").count();
     assert_eq!(cut, 25);
 }
@@ -82,11 +88,38 @@ fn a_second_term_hastens() {
         wait_until("connects refused", LIMIT, || Raw::try_connect(&address).is_err());
         let began = Instant::now();
         gateway.signal(second);
-        assert_failed_stream(&rest_of(&mut held), held.body_is_complete(), "server_shutting_down");
+        let events = rest_of(&mut held);
+        assert_failed_stream(&events, held.body_is_complete(), "server_shutting_down");
+        assert_eq!(last_message(&events), AT_ONCE);
         assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
         assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
         gateway.wait_no_children(Duration::ZERO);
     }
+}
+
+/// F21: by the command, and while a body is still on its way.
+#[test]
+fn f21_stop_now_says_that_the_operator_stopped_it_at_once() {
+    let fake = FakeUpstream::start();
+    let mut gateway = before(&fake, "[shutdown]\ndrain = \"20s\"\n");
+    let mut held = open_stream(&gateway, "hold-mid");
+    let mut half = Raw::connect(&gateway.addr());
+    half.send(format!("POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{").as_bytes());
+    wait_until("both in flight", LIMIT, || {
+        let status: Value = serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap_or_default();
+        status["inflight"].as_array().is_some_and(|inflight| inflight.len() == 2)
+    });
+    assert!(gateway.cli(&["stop", "--now"]).status.success());
+    let events = rest_of(&mut held);
+    assert_failed_stream(&events, held.body_is_complete(), "server_shutting_down");
+    assert_eq!(last_message(&events), AT_ONCE);
+    let response = half.read_response(LIMIT);
+    assert_error(&response, 503, "server_shutting_down");
+    assert_eq!(response.json()["error"]["message"], AT_ONCE);
+    assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
+    wait_until("the upstream is left", LIMIT, || fake.open_connections() == 0);
+    let cut = gateway.access().iter().filter(|record| record["cause"] == "server_shutting_down").count();
+    assert_eq!(cut, 2);
 }
 
 #[test]
@@ -98,9 +131,12 @@ fn int_does_not_wait_for_the_drain() {
     let _ = fake.wait_request(1, LIMIT);
     let began = Instant::now();
     gateway.signal(Signal::INT);
-    assert_failed_stream(&rest_of(&mut held), held.body_is_complete(), "server_shutting_down");
+    let events = rest_of(&mut held);
+    assert_failed_stream(&events, held.body_is_complete(), "server_shutting_down");
+    assert_eq!(last_message(&events), AT_ONCE);
     let response = unary.read_response(LIMIT);
-    assert_eq!((response.status, response.error_code().as_str()), (503, "server_shutting_down"));
+    assert_error(&response, 503, "server_shutting_down");
+    assert_eq!(response.json()["error"]["message"], AT_ONCE);
     assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
     assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     gateway.wait_no_children(Duration::ZERO);

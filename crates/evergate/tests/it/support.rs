@@ -230,6 +230,13 @@ pub fn assert_failed_stream(events: &[Event], is_complete: bool, code: &str) {
     assert!(error["message"].is_string() && error["type"].is_string() && error.get("param").is_some(), "{error}");
 }
 
+/// The words of the error event that ends a stream.
+#[track_caller]
+pub fn last_message(events: &[Event]) -> String {
+    let error = events.last().expect("an event").json()["error"].clone();
+    error["message"].as_str().unwrap_or_else(|| panic!("no message in {error}")).to_owned()
+}
+
 /// Checks the end of a stream that went well: exactly one `[DONE]`, as the last event, and no error.
 #[track_caller]
 pub fn assert_good_stream(events: &[Event], is_complete: bool) {
