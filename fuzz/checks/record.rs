@@ -33,6 +33,7 @@ pub fn check(bytes: &[u8]) {
         duration_ms: -ms,
         tokens_in: Some(number),
         tokens_out: None,
+        is_usage_suspect: number.is_multiple_of(7),
         detail: fields[8],
         pid: number as i32,
         is_by_master: number.is_multiple_of(5),

@@ -61,6 +61,8 @@ pub struct Access<'a> {
     pub tokens_in: Option<u64>,
     /// Completion tokens, as the upstream reported them.
     pub tokens_out: Option<u64>,
+    /// Whether the upstream's counts cannot be right, so that these are not to be billed by.
+    pub is_usage_suspect: bool,
     /// Our note on the cause; never a prompt, a key or a body.
     pub detail: &'a str,
     /// Process that served it.
@@ -102,6 +104,9 @@ impl Access<'_> {
         push_ms(out, ",\"duration_ms\":", Some(self.duration_ms));
         push_number(out, ",\"tokens_in\":", self.tokens_in);
         push_number(out, ",\"tokens_out\":", self.tokens_out);
+        if self.is_usage_suspect {
+            out.push_str(",\"usage\":\"suspect\"");
+        }
         push_number(out, ",\"pid\":", u64::try_from(self.pid).ok());
         if !self.detail.is_empty() {
             out.push_str(",\"detail\":");

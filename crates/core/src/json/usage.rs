@@ -12,7 +12,7 @@ pub struct Usage {
     pub tokens_in: u64,
     /// `completion_tokens`; 0 where there are none (embeddings).
     pub tokens_out: u64,
-    /// Whether a count was negative, absurd or no integer, and was clamped.
+    /// Whether a count was negative, absurd or no integer, and was clamped, or the total is not the sum of its parts.
     pub is_suspect: bool,
 }
 
@@ -38,12 +38,22 @@ pub(super) fn read(scanner: &mut Scanner<'_>) -> Result<Option<Usage>, Stop> {
     if prompt.is_none() && completion.is_none() && total.is_none() {
         return Ok(None);
     }
-    let is_suspect = [prompt, completion, total].into_iter().flatten().any(|count| count.is_suspect);
+    let is_odd = [prompt, completion, total].into_iter().flatten().any(|count| count.is_suspect);
     let [prompt, completion, total] = [prompt, completion, total].map(|count| count.map(|count| count.tokens));
+    let is_suspect = is_odd || !adds_up(prompt, completion, total);
     // A missing part is what the total leaves for it.
     let tokens_in = prompt.unwrap_or_else(|| total.unwrap_or(0).saturating_sub(completion.unwrap_or(0)));
     let tokens_out = completion.unwrap_or_else(|| total.unwrap_or(0).saturating_sub(tokens_in));
     Ok(Some(Usage { tokens_in, tokens_out, is_suspect }))
+}
+
+/// Whether a total can be that of its parts.
+fn adds_up(prompt: Option<u64>, completion: Option<u64>, total: Option<u64>) -> bool {
+    match (prompt, completion, total) {
+        (Some(prompt), Some(completion), Some(total)) => prompt + completion == total,
+        (Some(part), None, Some(total)) | (None, Some(part), Some(total)) => part <= total,
+        _ => true,
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -101,6 +111,26 @@ mod tests {
             let body = format!("{{\"usage\":{{\"prompt_tokens\":{value},\"completion_tokens\":1}}}}");
             let usage = scan_answer(body.as_bytes()).unwrap().usage.unwrap();
             assert_eq!(usage, Usage { tokens_in: tokens, tokens_out: 1, is_suspect }, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_total_that_is_not_the_sum_is_flagged_and_its_parts_are_believed() {
+        for (usage, tokens, is_suspect) in [
+            (r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}"#, (3, 4), false),
+            (r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":8}"#, (3, 4), true),
+            (r#"{"prompt_tokens":3,"completion_tokens":4,"total_tokens":0}"#, (3, 4), true),
+            (r#"{"prompt_tokens":3,"total_tokens":3}"#, (3, 0), false),
+            (r#"{"prompt_tokens":3,"total_tokens":2}"#, (3, 0), true),
+            (r#"{"completion_tokens":3,"total_tokens":2}"#, (0, 3), true),
+            (
+                r#"{"prompt_tokens":10000000,"completion_tokens":10000000,"total_tokens":20000000}"#,
+                (TOKENS_MAX, TOKENS_MAX),
+                true,
+            ),
+        ] {
+            let found = scan_answer(format!("{{\"usage\":{usage}}}").as_bytes()).unwrap().usage.unwrap();
+            assert_eq!(((found.tokens_in, found.tokens_out), found.is_suspect), (tokens, is_suspect), "{usage}");
         }
     }
 

@@ -167,13 +167,14 @@ fn print<'a>(lines: impl Iterator<Item = &'a [u8]>, form: Form) -> io::Result<()
 }
 
 /// Shown where they are known, named as in the record.
-const FACTS: [&str; 10] = [
+const FACTS: [&str; 11] = [
     "model",
     "backend",
     "duration_ms",
     "first_byte_ms",
     "tokens_in",
     "tokens_out",
+    "usage",
     "request_id",
     "client_id",
     "tenant",

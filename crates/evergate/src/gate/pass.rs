@@ -392,6 +392,9 @@ impl Gate {
             let tenant = self.board.label(&record.arrival.tenant);
             series.add(names::key(names::TOKENS_IN, model_label, tenant, 0), usage.tokens_in);
             series.add(names::key(names::TOKENS_OUT, model_label, tenant, 0), usage.tokens_out);
+            if usage.is_suspect {
+                series.add(names::key(names::USAGE_SUSPECT, model_label, 0, 0), 1);
+            }
         }
         let is_written = self.access.write(&Access {
             at_ms: evergate_sys::unix_ms(),
@@ -413,6 +416,7 @@ impl Gate {
             duration_ms: record.elapsed_ms(),
             tokens_in: record.usage.map(|usage| usage.tokens_in),
             tokens_out: record.usage.map(|usage| usage.tokens_out),
+            is_usage_suspect: record.usage.is_some_and(|usage| usage.is_suspect),
             detail: &record.detail,
             pid: self.child().map_or(0, ChildRow::pid),
             is_by_master: false,

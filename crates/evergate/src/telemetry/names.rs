@@ -21,6 +21,8 @@ pub const FIRST_TOKEN_SUM_US: u8 = 3;
 pub const TOKENS_IN: u8 = 4;
 /// Completion tokens: model label (a), key label (b).
 pub const TOKENS_OUT: u8 = 5;
+/// Answers whose token counts cannot be right: model label (a).
+pub const USAGE_SUSPECT: u8 = 16;
 /// Ends of processes: kind (a), initiator (b, index in `INITIATORS`). On the master's series.
 pub const EXITS: u8 = 6;
 /// Access records that could not be handed to the clerk.

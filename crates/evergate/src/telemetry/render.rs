@@ -210,6 +210,11 @@ impl Page<'_> {
                 self.sample(name, &[("model", &model), ("key", &key)], value);
             }
         }
+        let (name, help) = ("evergate_usage_suspect_total", "Answers whose token counts cannot be right.");
+        self.head(name, "counter", help);
+        for (label, value) in sums.of(names::USAGE_SUSPECT) {
+            self.sample(name, &[("model", &self.board.label_text(label.a))], value);
+        }
     }
 
     fn exits(&mut self, sums: &Sums) {

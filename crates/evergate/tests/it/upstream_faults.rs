@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::fake::{TEXT, refused_address};
-use evergate_testkit::{Evergate, FakeUpstream, gateway_config};
-use serde_json::Value;
+use evergate_testkit::fake::{TEXT, Then, refused_address};
+use evergate_testkit::{Evergate, FakeUpstream, Response, gateway_config, wait_until};
+use serde_json::{Value, json};
 
-use crate::support::{EXE, ONE_WORKER, assert_error, assert_error_shape, before, chat};
+use crate::support::{EXE, LIMIT, ONE_WORKER, assert_error, assert_error_shape, before, chat};
 
 /// The client would think that its own key is bad.
 #[test]
@@ -157,12 +157,48 @@ fn e8_an_answer_beyond_the_limit_is_given_up() {
 fn e11_odd_usage_passes_but_is_not_believed() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
-    let response = chat(&gateway, "odd-usage", false);
-    assert_eq!((response.status, response.json()["usage"]["prompt_tokens"].as_i64()), (200, Some(-5)));
-    let record = gateway.wait_access(response.header("x-request-id").unwrap(), Duration::from_secs(10));
-    for key in ["tokens_in", "tokens_out"] {
-        assert!(record[key].is_null() || record[key].as_u64().is_some_and(|n| n <= 10_000_000), "{record}");
+    for stream in [false, true] {
+        let response = chat(&gateway, "odd-usage", stream);
+        assert_eq!(response.status, 200);
+        assert!(response.text().contains(r#""prompt_tokens":-5"#), "{}", response.text());
+        let record = record_of(&gateway, &response);
+        let said = (record["cause"].clone(), record["tokens_in"].clone(), record["tokens_out"].clone());
+        assert_eq!(said, (json!("ok"), json!(0), json!(10_000_000)), "{record}");
+        assert_eq!(record["usage"], "suspect", "{record}");
     }
+    wait_suspect(&gateway, 2);
+    assert_eq!(record_of(&gateway, &chat(&gateway, "ok", false))["usage"], Value::Null);
+    let shown = gateway.printed(&["access"]);
+    assert_eq!(shown.matches(" tokens_out=10000000 usage=suspect ").count(), 2, "{shown}");
+    wait_suspect(&gateway, 2);
+}
+
+/// E11: each part may be right, and they are not together.
+#[test]
+fn e11_a_total_that_is_not_the_sum_is_suspect() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "");
+    for (name, total, suspect) in [("right", 7, Value::Null), ("wrong", 9, json!("suspect"))] {
+        let usage = json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": total});
+        let body = json!({"choices": [], "usage": usage}).to_string();
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        fake.stage(name, vec![answer.into_bytes()], Then::Keep);
+        let response = chat(&gateway, name, false);
+        assert_eq!((response.status, response.text()), (200, body));
+        let record = record_of(&gateway, &response);
+        let said = ["tokens_in", "tokens_out", "usage"].map(|key| record[key].clone());
+        assert_eq!(said, [json!(3), json!(4), suspect], "{record}");
+    }
+    wait_suspect(&gateway, 1);
+}
+
+fn record_of(gateway: &Evergate, response: &Response) -> Value {
+    gateway.wait_access(response.header("x-request-id").unwrap(), Duration::from_secs(10))
+}
+
+fn wait_suspect(gateway: &Evergate, count: u64) {
+    let line = format!("evergate_usage_suspect_total{{model=\"fake/*\"}} {count}\n");
+    wait_until("as many suspect usages", LIMIT, || gateway.metrics().contains(&line));
 }
 
 /// It was not asked for, and bytes that pass unread may hold anything.
