@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use evergate_core::config::Transport;
 use evergate_core::deadline::Limit;
 use evergate_core::{Deadline, Error, Fault};
-use rustls::CertificateError;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::certificate;
 use crate::clock::Clock;
 use crate::dial::dial;
 use crate::io::{Care, UpstreamIo};
@@ -106,7 +106,7 @@ impl Connector<'_> {
         let name = ServerName::try_from(host.to_owned()).map_err(|error| ConnectError::Tls(error.to_string()))?;
         let stream = self.tcp(host, port, until).await?;
         let shaken = self.within(until, Step::Tls, TlsConnector::from(config).connect(name, stream)).await?;
-        shaken.map_err(|error| ConnectError::Tls(tls_words(&error)))
+        shaken.map_err(|error| ConnectError::Tls(certificate::words(&error)))
     }
 
     async fn tcp(self, host: &str, port: u16, until: Deadline) -> Result<TcpStream, ConnectError> {
@@ -146,20 +146,4 @@ fn refused(error: io::Error, addresses: &[IpAddr], port: u16) -> ConnectError {
     } else {
         ConnectError::Refused(error)
     }
-}
-
-/// The library's words behind one that can be searched for.
-fn tls_words(error: &io::Error) -> String {
-    let kind = match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidCertificate(why)) => match why {
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => "not_valid_yet",
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => "wrong_name",
-            CertificateError::UnknownIssuer => "unknown_authority",
-            CertificateError::Revoked => "revoked",
-            _ => "certificate",
-        },
-        _ => "handshake",
-    };
-    format!("{kind}: {error}")
 }

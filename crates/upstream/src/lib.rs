@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod certificate;
 mod client;
 pub mod clock;
 mod connect;

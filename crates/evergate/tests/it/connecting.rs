@@ -225,26 +225,38 @@ fn d5_a_black_hole_alone_ends_at_connect() {
 /// D7: what is wrong with a certificate is on record; people are told once a minute, clients never.
 #[test]
 fn d7_a_certificate_that_is_not_right_is_named_on_record() {
-    let own = "[upstreams.fake.roots]\nfile = \"ca.pem\"\n";
+    let itself = |identity: Identity| (identity.cert_pem.clone(), identity);
+    let (of_namesake, namesake) = Identity::of_a_namesake();
     let cases = [
-        ("expired", Identity::expired(), own),
-        ("wrong_name", Identity::for_names(&["elsewhere.example"]), own),
-        ("unknown_authority", Identity::generate(), ""),
+        ("expired", " days ago by this machine's clock; it has to be renewed", itself(Identity::expired())),
+        ("not_valid_yet", " days by this machine's clock; look at that clock", itself(Identity::not_valid_yet())),
+        (
+            "wrong_name",
+            "is for elsewhere.example, not for localhost; base_url",
+            itself(Identity::for_names(&["elsewhere.example"])),
+        ),
+        ("unknown_authority", "as \"roots\" of this upstream", (String::new(), Identity::generate())),
+        ("ca_certificate", "it needs one with CA:FALSE, and \"roots\"", itself(Identity::authority())),
+        ("bad_signature", "compare the file of \"roots\"", (namesake, of_namesake)),
     ];
-    for (kind, identity, roots) in &cases {
+    for (kind, words, (roots, identity)) in &cases {
         let fake = FakeUpstream::start_tls(identity);
-        let config = gateway_config(fake.base_url(), &[], &format!("{ONE_WORKER}{roots}"));
-        let gateway = Evergate::builder(EXE).config(config).file("ca.pem", &identity.cert_pem).start();
+        let trust = if roots.is_empty() { "" } else { "[upstreams.fake.roots]\nfile = \"ca.pem\"\n" };
+        let config = gateway_config(fake.base_url(), &[], &format!("{ONE_WORKER}{trust}"));
+        let gateway = Evergate::builder(EXE).config(config).file("ca.pem", roots).start();
         for (n, stream) in [false, true, false].into_iter().enumerate() {
             let (response, record) = recorded(&gateway, &format!("{kind}-{n}"), stream);
             assert_error(&response, 502, "upstream_connect_failed");
             assert!(!response.text().contains(kind), "{}", response.text());
             assert_eq!(record["cause"], "upstream_connect_failed");
-            assert!(detail(&record).starts_with(&format!("tls: {kind}: ")), "{record}");
+            let detail = detail(&record);
+            assert!(detail.starts_with(&format!("tls: {kind}: ")) && detail.contains(words), "{record}");
+            // Of no type of the library's.
+            assert!(!detail.contains("Other") && !detail.contains("Name("), "{record}");
         }
         let said = gateway.wait_stderr("could be made: tls: ", LIMIT);
         assert_eq!(said.matches("could be made: tls: ").count(), 1, "{said}");
-        assert!(said.contains(kind), "{said}");
+        assert!(said.contains(kind) && said.contains(words), "{said}");
         assert_eq!(fake.request_count(), 0);
         let count = "cause=\"upstream_connect_failed\"} 3\n";
         wait_until("three are counted", LIMIT, || gateway.metrics().contains(count));
@@ -266,7 +278,8 @@ fn d7_an_upstream_without_tls_is_a_502() {
     let gateway = Evergate::builder(EXE).config(config).start();
     let (response, record) = recorded(&gateway, "plain", false);
     assert_error(&response, 502, "upstream_connect_failed");
-    assert!(detail(&record).starts_with("tls: handshake: "), "{record}");
+    let words = "tls: handshake: what answers there does not speak TLS";
+    assert!(detail(&record).starts_with(words), "{record}");
     answering.join().unwrap();
 }
 
