@@ -1,7 +1,9 @@
 //! The body of an answer, and the connection it arrives on.
 
 use std::any::Any;
+use std::error::Error as _;
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -84,8 +86,7 @@ impl AnswerBody {
                 Some(Err(error)) => {
                     self.connection = None;
                     self.held = None;
-                    let message = "the upstream's connection ended before its answer did";
-                    return Poll::Ready(Some(Err(Error::new(Fault::UpstreamDisconnected, message).detail(error))));
+                    return Poll::Ready(Some(Err(cut(self.pool.name(), &error))));
                 }
                 None => {
                     self.give_back(cx);
@@ -115,4 +116,16 @@ impl AnswerBody {
             self.held = None;
         }
     }
+}
+
+/// The error of an answer that does not end as its framing has promised.
+fn cut(name: &str, error: &hyper::Error) -> Error {
+    let why = error.source().and_then(|why| why.downcast_ref::<io::Error>());
+    let is_broken =
+        why.is_some_and(|why| matches!(why.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData));
+    let what = if is_broken { "sent an answer whose framing is broken" } else { "broke off its answer" };
+    // The library names the cause of its error only when it is asked.
+    let cause = why.map(|why| format!(": {why}")).unwrap_or_default();
+    let message = format!("the upstream \"{name}\" {what}");
+    Error::new(Fault::UpstreamDisconnected, message).detail(format_args!("{error}{cause}"))
 }

@@ -137,6 +137,8 @@ pub struct Client {
 
 /// Idle connections, last in first out, so that the spare ones grow old and go.
 pub(crate) struct Pool {
+    /// The upstream's.
+    name: String,
     idle: Mutex<Vec<Connection>>,
     idle_max: usize,
     open: Arc<AtomicU32>,
@@ -149,6 +151,10 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
         // The list is whole between any two operations, so a panic elsewhere cannot have broken it.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
@@ -188,6 +194,7 @@ impl Client {
         };
         let targets = settings.paths.iter().map(target).collect::<Result<_, _>>()?;
         let pool = Arc::new(Pool {
+            name: settings.name.clone(),
             idle: Mutex::new(Vec::new()),
             idle_max: settings.idle_max,
             open: Arc::new(AtomicU32::new(0)),
@@ -414,9 +421,12 @@ fn unsent(name: &str, error: &hyper::Error) -> Failure {
 pub(crate) fn broken(name: &str, error: &hyper::Error) -> Error {
     if Stalled::is_cause(error) {
         Limit::Write.overrun(name, "did not take the request within")
-    } else if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
-        Error::new(Fault::UpstreamBadResponse, format!("the upstream \"{name}\" sent an answer that is not HTTP"))
-            .detail(error)
+    } else if error.is_parse_too_large() {
+        let message = format!("the upstream \"{name}\" sent an answer whose head is too large, or has too many fields");
+        Error::new(Fault::UpstreamBadResponse, message).detail(error)
+    } else if error.is_parse() || error.is_parse_status() {
+        let message = format!("the upstream \"{name}\" sent an answer that is not HTTP/1.1");
+        Error::new(Fault::UpstreamBadResponse, message).detail(error)
     } else {
         Error::new(
             Fault::UpstreamDisconnected,

@@ -162,6 +162,12 @@ impl Relay {
         self.seen.any
     }
 
+    /// Who is asked.
+    #[must_use]
+    pub fn upstream(&self) -> &str {
+        &self.upstream
+    }
+
     /// How it failed, after an error.
     #[must_use]
     pub fn how(&self) -> How {
@@ -264,21 +270,21 @@ impl Relay {
                 drop(error);
                 self.end();
             }
-            Some(Err(error)) => self.ready.push_back(Err(self.cut(error))),
+            Some(Err(error)) => self.ready.push_back(Err(error)),
             None if self.seen.is_whole() => {
                 self.ready.push_back(Ok(Bytes::from_static(b"data: [DONE]\n\n")));
                 self.end();
             }
             None => {
-                let message = "the stream ended without a finish reason";
-                self.ready.push_back(Err(self.cut(Error::new(Fault::UpstreamDisconnected, message))));
+                let what = if self.seen.any {
+                    "ended its stream without a finish reason"
+                } else {
+                    "sent a stream without an event"
+                };
+                let message = format!("the upstream \"{}\" {what}", self.upstream);
+                self.ready.push_back(Err(Error::new(Fault::UpstreamDisconnected, message)));
             }
         }
-    }
-
-    fn cut(&self, error: Error) -> Error {
-        let message = format!("the upstream \"{}\" broke off its answer", self.upstream);
-        Error { message: message.into(), ..error }
     }
 
     fn take_bytes(&mut self, data: Bytes) {

@@ -136,8 +136,8 @@ impl ModelCall {
             }
             Ok(Some(Err(error))) => return Err(Failure { error, how: relay.how() }),
             Ok(None) => {
-                let error = Error::new(Fault::UpstreamBadResponse, "the upstream's stream holds no event");
-                return Err(Failure::new(Reached::Answer, error));
+                let message = format!("the upstream \"{}\" sent a stream without an event", relay.upstream());
+                return Err(Failure::new(Reached::Answer, Error::new(Fault::UpstreamBadResponse, message)));
             }
             Err(_) => Some(Bytes::from_static(b": waiting for the model\n\n")),
         };

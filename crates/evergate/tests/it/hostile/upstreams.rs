@@ -59,6 +59,7 @@ fn chunked(case: &Case) -> Vec<Vec<u8>> {
 fn outcome(response: &Response, is_unary: bool) -> String {
     if response.status != 200 {
         assert_error_shape(response);
+        assert_names_upstream(&response.json()["error"]);
         return format!("{} {}", response.status, response.error_code());
     }
     if is_unary {
@@ -69,6 +70,7 @@ fn outcome(response: &Response, is_unary: bool) -> String {
     match events.iter().find_map(evergate_testkit::sse::Event::error_code) {
         Some(code) => {
             assert_failed_stream(&events, response.is_complete, &code);
+            assert_names_upstream(&events.last().unwrap().json()["error"]);
             format!("error {code}")
         }
         None => {
@@ -76,6 +78,11 @@ fn outcome(response: &Response, is_unary: bool) -> String {
             "done".into()
         }
     }
+}
+
+/// Whoever has several upstreams needs to know which one it was.
+fn assert_names_upstream(error: &Value) {
+    assert!(error["message"].as_str().is_some_and(|message| message.contains("the upstream \"fake\"")), "{error}");
 }
 
 /// What came before our own last event is what the upstream sent, from its first byte on; comments in front may be missing,
