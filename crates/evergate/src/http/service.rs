@@ -26,6 +26,9 @@ use crate::tasks::Caught;
 use crate::telemetry::names::End;
 use evergate_board::MasterPhase;
 
+/// What an error says of a method; all that are registered are shorter.
+const METHOD_BYTES_MAX: usize = 32;
+
 /// The service of one client connection.
 #[derive(Clone, Debug)]
 pub struct Service {
@@ -120,6 +123,14 @@ fn method_label(method: &Method) -> &'static str {
     }
 }
 
+/// As it was sent: any word of the characters that methods are made of (RFC 9110, 5.6.2), none of which needs an escape.
+fn method_sent(method: &Method) -> String {
+    match method.as_str().split_at_checked(METHOD_BYTES_MAX) {
+        Some((start, rest)) if !rest.is_empty() => format!("{start}..."),
+        _ => method.to_string(),
+    }
+}
+
 impl Service {
     /// The service of the connection that `shared` belongs to.
     #[must_use]
@@ -205,7 +216,7 @@ impl Service {
 
     fn check_method(head: &http::request::Parts, path: Path) -> Result<(), Error> {
         let is_allowed = head.method.as_str() == path.allowed();
-        let message = || format!("{} is answered at this path, {} is not", path.allowed(), method_label(&head.method));
+        let message = || format!("{} is answered at this path, {} is not", path.allowed(), method_sent(&head.method));
         if is_allowed { Ok(()) } else { Err(Error::new(Fault::MethodNotAllowed, message())) }
     }
 

@@ -224,6 +224,25 @@ fn other_methods_are_refused_with_those_that_exist() {
     }
 }
 
+/// Whatever it is: any characters of a method, and any length.
+#[test]
+fn b16_a_405_names_the_method_as_it_was_sent() {
+    let gateway = echo();
+    let long = "X".repeat(400);
+    let cut = format!("{}...", "X".repeat(32));
+    let odd = "!#$%&'*+-.^_`|~09az";
+    for (method, named) in [("BREW", "BREW"), ("post", "post"), (odd, odd), ("PROPFIND", "PROPFIND"), (&*long, &*cut)] {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(format!("{method} {CHAT} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes());
+        let response = raw.read_response(LIMIT);
+        assert_error(&response, 405, "method_not_allowed");
+        let message = format!("POST is answered at this path, {named} is not");
+        assert_eq!(response.json()["error"]["message"], message.as_str());
+        // A label has few values, whatever clients send.
+        assert_eq!(gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT)["method"], "other");
+    }
+}
+
 #[test]
 fn head_is_refused_without_a_body() {
     let gateway = echo();
