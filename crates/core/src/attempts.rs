@@ -28,6 +28,8 @@ pub enum How {
     Full,
     /// No connection came about (D1 to D9).
     NotReached,
+    /// Its program was not ready for the call, or had no place for it (G20).
+    NotReady,
     /// The connection ended after the request was written, without a byte of an answer (D10).
     Unanswered,
     /// It does not accept our credential (E2).
@@ -53,6 +55,7 @@ impl How {
         match (reached, fault) {
             (_, Fault::Internal) => Self::Ours,
             (_, Fault::DeadlineExceeded) => Self::OutOfTime,
+            (Reached::Nothing, Fault::ModelLoading | Fault::Overloaded) => Self::NotReady,
             (Reached::Nothing, _) => Self::NotReached,
             (Reached::Request, Fault::UpstreamDisconnected) => Self::Unanswered,
             (_, Fault::UpstreamTimeout | Fault::FirstTokenTimeout) => Self::Slow,
@@ -63,7 +66,7 @@ impl How {
     /// Whether another target may do better and nothing forbids to ask it.
     fn may_go_on(self, retry_unknown: bool) -> bool {
         match self {
-            Self::Full | Self::NotReached | Self::Slow | Self::Broken => true,
+            Self::Full | Self::NotReached | Self::NotReady | Self::Slow | Self::Broken => true,
             // The upstream may have worked, and sent its bill.
             Self::Unanswered => retry_unknown,
             // Our credential (whatever its status was), its limit (429): no other target has the same.
@@ -122,7 +125,12 @@ pub fn next(ended: &Ended) -> Next {
     if ended.is_last {
         return Next::Best;
     }
-    if ended.has_time { Next::Target } else { Next::OutOfTime }
+    match ended.how {
+        _ if ended.has_time => Next::Target,
+        // All the time went there, and it says more than that it is over.
+        How::NotReady => Next::This,
+        _ => Next::OutOfTime,
+    }
 }
 
 /// Chooses, of the failures of all targets, the one that the client is told of: the last of those that may pass by

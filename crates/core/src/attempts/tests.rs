@@ -10,9 +10,10 @@ const ENDED: Ended = Ended {
 };
 
 /// Every way to fail, and whether the next target is tried: without and with `retry_unknown`.
-const TABLE: [(How, [bool; 2]); 29] = [
+const TABLE: [(How, [bool; 2]); 30] = [
     (How::Full, [true, true]),
     (How::NotReached, [true, true]),
+    (How::NotReady, [true, true]),
     (How::Unanswered, [false, true]),
     (How::Slow, [true, true]),
     (How::Broken, [true, true]),
@@ -55,6 +56,7 @@ fn the_next_target_is_tried_as_the_table_says_and_only_with_time_and_nothing_sai
                         (Some(cause), _) => Next::Cancelled(cause),
                         (None, true) => Next::This,
                         (None, false) if is_last => Next::Best,
+                        (None, false) if !has_time && how == How::NotReady => Next::This,
                         (None, false) if !has_time => Next::OutOfTime,
                         (None, false) => Next::Target,
                     };
@@ -74,6 +76,7 @@ fn every_fault_of_an_attempt_is_of_one_kind_by_how_far_it_came() {
             let expected = match (reached, fault) {
                 (_, Fault::Internal) => How::Ours,
                 (_, Fault::DeadlineExceeded) => How::OutOfTime,
+                (Nothing, Fault::ModelLoading | Fault::Overloaded) => How::NotReady,
                 (Nothing, _) => How::NotReached,
                 (Request, Fault::UpstreamDisconnected) => How::Unanswered,
                 (_, Fault::UpstreamTimeout | Fault::FirstTokenTimeout) => How::Slow,

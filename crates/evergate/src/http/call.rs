@@ -168,7 +168,8 @@ impl ModelCall {
                 let error = deadline.limit().overrun(name, "did not answer within");
                 return Failure { error, how: How::OutOfTime };
             }
-            return Failure { error, how: if is_undone { How::NotReached } else { How::Status(status.as_u16()) } };
+            let how = if is_undone { How::of(Reached::Nothing, error.fault) } else { How::Status(status.as_u16()) };
+            return Failure { error, how };
         }
         let error = refusal::of(&self.app, name, status, &headers, &read);
         let is_our_key = error.fault == Fault::UpstreamAuthFailed;

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use evergate_testkit::raw::Response;
-use evergate_testkit::{Evergate, adaptersim, wait_for, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, adaptersim, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::hosts::{ask, asking, code, config, gateway, hosts, marked, programs_ends, said};
-use crate::support::{EXE, LIMIT, is_full, send, wait_ready};
+use crate::support::{EXE, LIMIT, assert_counted, is_full, send, wait_ready};
 
 /// Both modes, by their names.
 pub const MODES: [&str; 2] = ["stdio", "server"];
@@ -447,5 +447,35 @@ fn what_a_killed_host_had_not_given_to_its_program_is_the_next_ones() {
             let response = waiting.join().unwrap();
             assert!(is_answered(&response), "{name}: {}", response.text());
         }
+    }
+}
+
+/// G20: what a single target is told, be there others or not: all the time went into the start, and a later try may go well.
+#[test]
+fn g20_a_loading_model_that_takes_all_the_time_is_no_mere_deadline_with_several_targets() {
+    for mode in MODES {
+        let fake = FakeUpstream::start();
+        let folder = tempfile::tempdir().unwrap();
+        let wait = format!("await:{}", folder.path().join("go").display());
+        let own = config(&[("tiny", &section(mode, &[&wait], ""))]);
+        let others = format!(
+            "[timeouts]\ntotal = \"1s\"\n[upstreams.fake]\nbase_url = \"{}\"\n[models.m]\n\
+             targets = [ {{ upstream = \"tiny\", model = \"x\" }}, {{ upstream = \"fake\", model = \"ok\" }} ]\n",
+            fake.base_url()
+        );
+        let gateway = Evergate::builder(EXE).config(format!("{own}{others}")).start();
+        wait_ready(&gateway, 2);
+        for stream in [false, true] {
+            let response = ask(&gateway, "m", "hello", stream);
+            assert_eq!(code(&response), (503, "model_loading".into()), "{mode}: {}", response.text());
+            assert!(response.text().contains("was not ready in time"), "{}", response.text());
+            assert_eq!(response.header("x-should-retry"), Some("true"));
+            assert!(response.header("retry-after").is_some());
+            let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
+            let said = ["cause", "backend", "detail"].map(|key| record[key].clone());
+            assert_eq!(said, [json!("model_loading"), json!("tiny"), json!("its host is starting")], "{record}");
+        }
+        assert_counted(&gateway, 503, "model_loading", 2);
+        assert_eq!(fake.request_count(), 0, "there was no time left for it");
     }
 }
