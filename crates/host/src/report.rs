@@ -19,6 +19,9 @@ pub trait Report: Send + Sync + 'static {
     /// Where a program with a server of its own takes requests from now on; none when it does not any more.
     fn listens(&self, address: Option<&str>);
 
+    /// Whether any of several programs can take a request now, when that changes.
+    fn serves(&self, is_any_ready: bool);
+
     /// Requests that programs work on, and those that wait for one.
     fn load(&self, in_flight: u32, waiting: u32);
 

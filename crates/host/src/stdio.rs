@@ -72,7 +72,13 @@ impl Stdio {
             rss_max: config.rss_max,
             output_bytes_max: bounds.output_bytes_max,
             report,
-            state: Mutex::new(State { rule, waiting: BTreeMap::new(), processes: BTreeMap::new(), failure: None }),
+            state: Mutex::new(State {
+                rule,
+                waiting: BTreeMap::new(),
+                processes: BTreeMap::new(),
+                told_ready: None,
+                failure: None,
+            }),
             wake: Notify::new(),
             changed: Notify::new(),
         });

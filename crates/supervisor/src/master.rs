@@ -220,6 +220,7 @@ impl Master {
                 ready_epoch: row.ready_epoch(),
                 idle_epoch: row.idle_epoch(),
                 is_busy: row.in_flight() > 0 || row.waiting() > 0,
+                is_down: row.is_down(),
             })
         };
         let hosts: Vec<HostSeen> = self.estate.hosts.rows().filter_map(seen).collect();

@@ -21,6 +21,16 @@ fn server(script: &str) -> Evergate {
     gateway(&[("tiny", &own)])
 }
 
+/// A model of mode `stdio` under a shell's line, likewise.
+fn kept(script: &str) -> Evergate {
+    let script = script.replace("SIM", &adaptersim().display().to_string());
+    let own = format!(
+        "process = {{ mode = \"stdio\", argv = [\"sh\", \"-c\", {script:?}], in_flight_max = 8, grace = \"1s\" }}\n\
+         [models.m]\ntargets = [{{ upstream = \"tiny\", model = \"x\" }}]"
+    );
+    gateway(&[("tiny", &own)])
+}
+
 /// What clients see in the list of models.
 fn listed(gateway: &Evergate) -> String {
     let list = gateway.get("/v1/models").json();
@@ -95,4 +105,39 @@ fn g21_a_server_that_is_not_there_again_yet_is_shown_as_restarting() {
     std::fs::write(&go, "").unwrap();
     assert_eq!(said(&ask(&gateway, "m", ANSWER, false)), ANSWER);
     assert_eq!((state(&gateway, "tiny"), listed(&gateway)), ("ready".into(), "ready".into()));
+}
+
+/// A process that runs is not one that says that it is ready.
+#[test]
+fn g21_a_kept_process_that_is_not_ready_again_yet_is_shown_as_restarting() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, go) = (folder.path().join("first"), folder.path().join("go"));
+    let gateway = kept(&format!(
+        "[ -e {0} ] && while [ ! -e {1} ]; do sleep 0.02; done; : > {0}; exec SIM model:places=8",
+        first.display(),
+        go.display()
+    ));
+    let ask_it = || ask(&gateway, "m", "text=hello", false);
+    assert!(is_answered(&ask_it()));
+    assert_eq!((state(&gateway, "tiny"), listed(&gateway)), ("ready".into(), "ready".into()));
+    // One that is there is loaded.
+    assert!(gateway.cli(&["models", "load", "tiny"]).status.success());
+    let before = program(&gateway, "tiny");
+    send(before, Signal::KILL);
+    wait_until("the next process runs", LIMIT, || {
+        model(&gateway, "tiny")["program_pid"].as_i64() > Some(0) && program(&gateway, "tiny") != before
+    });
+    assert_eq!((state(&gateway, "tiny"), listed(&gateway)), ("restarting".into(), "restarting".into()));
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| gateway.cli(&["models", "load", "tiny"]));
+        // The order waits with the master; a request waits, too.
+        let asking = scope.spawn(ask_it);
+        wait_until("the request waits", LIMIT, || model(&gateway, "tiny")["waiting"].as_u64() == Some(1));
+        assert!(!loading.is_finished(), "it was told of a model that takes no requests");
+        std::fs::write(&go, "").unwrap();
+        assert!(is_answered(&asking.join().unwrap()));
+        let loaded = loading.join().unwrap();
+        assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    });
+    wait_until("it is ready again", LIMIT, || state(&gateway, "tiny") == "ready" && listed(&gateway) == "ready");
 }

@@ -113,6 +113,7 @@ mod tests {
         fn started(&self, _: Pid) {}
         fn failed(&self, _: &Failed) {}
         fn listens(&self, _: Option<&str>) {}
+        fn serves(&self, _: bool) {}
         fn load(&self, _: u32, _: u32) {}
         fn ended(&self, _: &Ended) {}
         fn line(&self, line: Line<'_>) {

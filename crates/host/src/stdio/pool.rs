@@ -45,6 +45,8 @@ pub(crate) struct State {
     pub(crate) rule: Rule,
     pub(crate) waiting: BTreeMap<Ticket, oneshot::Sender<Given>>,
     pub(crate) processes: BTreeMap<Number, mpsc::Sender<Order>>,
+    /// What was last reported of whether any is ready.
+    pub(crate) told_ready: Option<bool>,
     /// Why the last start failed.
     pub(crate) failure: Option<Cause>,
 }
@@ -168,6 +170,10 @@ impl Shared {
             let answers = self.act(&mut state);
             let (in_flight, waiting) = state.rule.load();
             self.report.load(in_flight, waiting);
+            let is_any_ready = state.rule.has_ready();
+            if state.told_ready.replace(is_any_ready) != Some(is_any_ready) {
+                self.report.serves(is_any_ready);
+            }
             answers
         };
         // Without the lock: a place that nobody takes any more goes back at once.

@@ -32,6 +32,7 @@ impl Report for Ear {
         self.failed.lock().unwrap().push(failed.to_string());
     }
     fn listens(&self, _: Option<&str>) {}
+    fn serves(&self, _: bool) {}
     fn load(&self, in_flight: u32, waiting: u32) {
         *self.load.lock().unwrap() = (in_flight, waiting);
     }

@@ -238,6 +238,8 @@ pub struct HostSeen {
     pub idle_epoch: u32,
     /// Whether it has requests.
     pub is_busy: bool,
+    /// Whether its program has ended, and the next one is not ready yet.
+    pub is_down: bool,
 }
 
 /// What is shown of a host.

@@ -104,6 +104,11 @@ impl Host {
         self.child.as_ref().filter(|child| child.ending.is_none())
     }
 
+    /// Whether it has come up, and its program has not gone from it since.
+    fn takes_requests(&self) -> bool {
+        self.serving().is_some() && self.ready_at.is_some() && !self.seen.is_down
+    }
+
     fn state(&self) -> HostState {
         match &self.child {
             Some(child) if child.ending.is_some() => HostState::Stopping,
@@ -217,6 +222,8 @@ impl State {
                 host.cause.clear();
                 // Who hears of it may ask at once, and the worker looks at the row.
                 host.show(generation, out);
+            }
+            if host.takes_requests() {
                 host.answer(Wish::Load, &Ok(seen.ready_epoch), out);
             }
             if host.ready_at.is_some_and(|at| now.saturating_sub(at) >= HEALTHY) {
@@ -406,7 +413,13 @@ impl State {
             host.count_start(outcome, child.born, now, out);
         }
         host.answer(Wish::Unload, &Ok(child.epoch), out);
-        let Some(cause) = failed else { return };
+        let Some(cause) = failed else {
+            // Who waited for its next program waits in vain.
+            if was_ready {
+                host.answer(Wish::Load, &Err(Refusal::failed("it was stopped")), out);
+            }
+            return;
+        };
         host.failures = host.failures.saturating_add(1);
         host.failures_total = host.failures_total.saturating_add(1);
         host.retry_at = now.saturating_add(backoff(host.failures, jitter));
@@ -443,7 +456,7 @@ impl State {
         let Some(host) = self.hosts.iter_mut().find(is_named) else {
             return Self::refuse(Some(caller), "no upstream of that name has a program".into(), out);
         };
-        if let Some(child) = host.serving().filter(|_| host.ready_at.is_some()) {
+        if let Some(child) = host.serving().filter(|_| host.takes_requests()) {
             return out.push(Action::Answer { caller, outcome: Ok(child.epoch) });
         }
         if host.serving().is_none() {

@@ -288,3 +288,39 @@ fn operators_load_and_unload() {
     let answer = failed.iter().find(|action| matches!(action, Action::Answer { caller: 4, .. }));
     assert!(matches!(answer, Some(Action::Answer { outcome: Err(refusal), .. }) if refusal.why == "no"), "{failed:?}");
 }
+
+#[test]
+fn an_order_to_load_waits_for_the_next_program_of_one_that_was_ready() {
+    let mut state = serving(vec![host("a", None)]);
+    let name = name_hash("a");
+    let at = T0 + SECOND;
+    let epoch = born(&want(&mut state, 0, at))[0].1;
+    serve(&mut state, 0, epoch, false, at);
+    let look = |state: &mut State, is_down| {
+        let seen = HostSeen { host: 0, ready_epoch: epoch, is_down, ..HostSeen::default() };
+        step(state, Event::Hosts(vec![seen]), at)
+    };
+    let load = |caller| Event::Order(Order::Load { name, caller });
+    look(&mut state, true);
+    assert_eq!(step(&mut state, load(1), at), [], "it takes no requests");
+    assert_eq!(look(&mut state, true), []);
+    assert_eq!(look(&mut state, false), [Action::Answer { caller: 1, outcome: Ok(epoch) }]);
+    assert_eq!(step(&mut state, load(2), at), [Action::Answer { caller: 2, outcome: Ok(epoch) }]);
+    // It goes before its program has come back: idle, say.
+    look(&mut state, true);
+    step(&mut state, load(3), at);
+    step(
+        &mut state,
+        Event::Hosts(vec![HostSeen {
+            host: 0,
+            ready_epoch: epoch,
+            idle_epoch: epoch,
+            is_down: true,
+            ..HostSeen::default()
+        }]),
+        at,
+    );
+    let gone = die(&mut state, epoch, Status::Code(0), at);
+    let answer = gone.iter().find(|action| matches!(action, Action::Answer { caller: 3, .. }));
+    assert!(matches!(answer, Some(Action::Answer { outcome: Err(_), .. })), "{gone:?}");
+}

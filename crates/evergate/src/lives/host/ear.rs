@@ -71,7 +71,7 @@ struct Shown {
     /// Those that have ended and have no successor yet.
     vacant: u64,
     restarts: u64,
-    /// Of one with a server of its own: whether nothing listens there.
+    /// Of one that is kept: whether nothing there can take a request, though it may run.
     is_deaf: bool,
     is_busy: bool,
     /// Since when it is not.
@@ -262,6 +262,10 @@ impl Report for Ear {
             row.set_address(address.unwrap_or_default());
         }
         self.show(|shown| shown.is_deaf = address.is_none());
+    }
+
+    fn serves(&self, is_any_ready: bool) {
+        self.show(|shown| shown.is_deaf = !is_any_ready);
     }
 
     fn load(&self, in_flight: u32, waiting: u32) {

@@ -200,6 +200,7 @@ impl World {
                 ready_epoch: if serves { epoch } else { 0 },
                 idle_epoch: if serves && program.asks_to_go { epoch } else { 0 },
                 is_busy: serves && program.is_busy,
+                is_down: false,
             });
         }
         for row in words {
