@@ -1,11 +1,14 @@
 //! Counters over all workers, and one access record per request.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use evergate_testkit::fake::PROMPT_TOKENS;
 use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
 use crate::support::{CHAT, EXE, LIMIT, assert_error, before, chat, open, open_stream};
@@ -293,7 +296,7 @@ fn idle_connections_do_not_keep_the_admin_listener_from_answering() {
         // The first of them may have gone already.
         let _ = raw.try_send(b"GET /metrics HT");
     }
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     for path in ["/healthz", "/metrics", "/status"] {
         assert_eq!(evergate_testkit::get(&admin, path).status, 200);
     }
@@ -303,4 +306,44 @@ fn idle_connections_do_not_keep_the_admin_listener_from_answering() {
     let last = idle.last_mut().unwrap();
     last.send(&get_request("/healthz", ""));
     assert_eq!(last.try_read_response(LIMIT).unwrap().status, 200);
+}
+
+/// Nor for those that do not take their answers, which are larger than a socket holds.
+#[test]
+fn slow_readers_do_not_keep_the_admin_listener_from_answering() {
+    const PLACES: usize = 64;
+    const MODELS: usize = 150;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("admin.sock");
+    let name = |n: usize| format!("{:_<60}", format!("m{n}"));
+    let model = |n: usize| format!("[models.{}]\ntargets = [{{ upstream = \"echo\" }}]\n", name(n));
+    let models: String = (0..MODELS).map(model).collect();
+    let head = format!("[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"unix:{}\"\n", socket.display());
+    let gateway = Evergate::builder(EXE).config(format!("{head}{models}")).start();
+    for n in 0..MODELS {
+        assert_eq!(evergate_testkit::post_chat(&gateway.addr(), &name(n), false, &Value::Null).status, 200);
+    }
+    let size = gateway.metrics().len();
+    assert!((250_000..640_000).contains(&size), "{size} bytes");
+    let slow: Vec<UnixStream> = (0..PLACES)
+        .map(|_| {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(&get_request("/metrics", "")).unwrap();
+            // It is being answered, and takes no more of it.
+            stream.read_exact(&mut [0]).unwrap();
+            stream
+        })
+        .collect();
+    let began = Instant::now();
+    assert_eq!(evergate_testkit::get(&gateway.admin(), "/healthz").status, 200);
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    // The others have five seconds and one for each 64 KiB, whether anybody needs their places or not.
+    let is_cut = |stream: &UnixStream| {
+        let mut fds = [PollFd::new(stream, PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    };
+    wait_until("all are cut", LIMIT + Duration::from_secs(5), || slow.iter().all(is_cut));
+    assert!(began.elapsed() >= Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 }

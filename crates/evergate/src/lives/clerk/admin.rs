@@ -1,16 +1,18 @@
 //! The admin listener: metrics and status for whoever may reach it, and for no web page.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evergate_board::Board;
 use evergate_core::{Error, Fault};
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue, ORIGIN};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body::Body as _;
 use http_body_util::Full;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -18,17 +20,26 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::timeout;
 
 use crate::tasks::Tasks;
 use crate::telemetry::render::prometheus;
 use crate::telemetry::status::snapshot;
 
-/// Connections at a time; more wait in the accept queue. The last place is kept free of connections that ask nothing.
+/// Connections at a time; more wait in the accept queue.
 const CONNECTIONS_MAX: u32 = 64;
 /// A request head, from its connection on.
 const HEAD_TIME: Duration = Duration::from_secs(10);
+/// An answer, until the kernel has all of it: a scraper takes milliseconds.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// Bytes for which an answer has a second more: few links are slower, and metrics of hundreds of models are not small.
+const ANSWER_BYTES_PER_S: u64 = 64 * 1024;
 /// A whole connection, which is one request: nobody keeps a place by reading slowly.
 const CONNECTION_TIME: Duration = Duration::from_secs(30);
+/// An answer that takes longer is slow, and goes when others wait for its place.
+const SLOW: Duration = Duration::from_secs(1);
+/// How often slow ones are looked for while all places are taken.
+const SLOW_LOOK: Duration = Duration::from_millis(250);
 /// After a failed accept (no descriptors left): trying again at once would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -40,42 +51,91 @@ pub(super) struct Desk {
     ip: Option<IpAddr>,
     /// One for each connection.
     places: Arc<Semaphore>,
-    /// Connections that have not asked anything yet, the oldest first.
-    idle: Mutex<Idle>,
+    guests: Mutex<Guests>,
 }
 
-/// Each with a number and with what ends it.
+/// Connections, the oldest first.
 #[derive(Debug, Default)]
-struct Idle {
+struct Guests {
     last: u64,
-    waiting: VecDeque<(u64, oneshot::Sender<()>)>,
+    all: VecDeque<Guest>,
+}
+
+#[derive(Debug)]
+struct Guest {
+    number: u64,
+    /// Ends it.
+    end: oneshot::Sender<()>,
+    /// When it was answered; none while it asks nothing.
+    answered_at: Option<Instant>,
+}
+
+impl Guests {
+    /// Ends the one that can best be missed: the oldest that asks nothing, else the one that has taken the longest over its
+    /// answer, if that is slow.
+    fn make_room(&mut self) {
+        loop {
+            let idle = self.all.iter().position(|guest| guest.answered_at.is_none());
+            let slowest = || {
+                let answered = self.all.iter().enumerate().filter_map(|(at, guest)| Some((at, guest.answered_at?)));
+                let (at, since) = answered.min_by_key(|(_, since)| *since)?;
+                (since.elapsed() >= SLOW).then_some(at)
+            };
+            let Some(guest) = idle.or_else(slowest).and_then(|at| self.all.remove(at)) else { return };
+            // One that is gone by itself has given its place back already.
+            if guest.end.send(()).is_ok() {
+                return;
+            }
+        }
+    }
 }
 
 impl Desk {
     pub(super) fn new(board: Board, ip: Option<IpAddr>) -> Self {
-        Self { board, ip, places: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)), idle: Mutex::default() }
+        Self { board, ip, places: Arc::new(Semaphore::new(CONNECTIONS_MAX as usize)), guests: Mutex::default() }
     }
 
-    /// A new connection, which asks nothing yet: its number, and what resolves when its place is needed. When no place is
-    /// left, that of the oldest such connection is.
+    fn guests(&self) -> MutexGuard<'_, Guests> {
+        // Whole between any two operations.
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for the next connection. While there is none, those that can be missed make room. Cancel-safe.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        loop {
+            // The loser of the two is dropped, and its turn with it: nobody else waits here for long.
+            match timeout(SLOW_LOOK, Arc::clone(&self.places).acquire_owned()).await {
+                Ok(place) => return place.ok(),
+                Err(_) => self.guests().make_room(),
+            }
+        }
+    }
+
+    /// A new connection, which asks nothing yet: its number, and what resolves when its place is needed. The last place is
+    /// kept free if it can be, so that who comes next is accepted at once.
     fn enter(&self) -> (u64, oneshot::Receiver<()>) {
         let (end, ended) = oneshot::channel();
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_full = self.places.available_permits() == 0;
-        // One that is gone by itself has given its place back already.
-        while let Some((_, end)) = is_full.then(|| idle.waiting.pop_front()).flatten()
-            && end.send(()).is_err()
-        {}
-        idle.last = idle.last.wrapping_add(1);
-        let number = idle.last;
-        idle.waiting.push_back((number, end));
+        let mut guests = self.guests();
+        if self.places.available_permits() == 0 {
+            guests.make_room();
+        }
+        guests.last = guests.last.wrapping_add(1);
+        let number = guests.last;
+        guests.all.push_back(Guest { number, end, answered_at: None });
         (number, ended)
     }
 
-    /// It has asked, or is gone.
+    /// It has asked, and is being answered.
+    fn serve(&self, number: u64) {
+        let mut guests = self.guests();
+        if let Some(guest) = guests.all.iter_mut().find(|guest| guest.number == number) {
+            guest.answered_at = Some(Instant::now());
+        }
+    }
+
+    /// It is gone.
     fn leave(&self, number: u64) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.waiting.retain(|(other, _)| *other != number);
+        self.guests().all.retain(|guest| guest.number != number);
     }
 
     /// Waits until nobody is connected. Nobody may be let in any more.
@@ -87,7 +147,7 @@ impl Desk {
 
 /// Accepts until the task is aborted.
 pub(super) async fn serve_tcp(listener: Arc<TcpListener>, desk: Arc<Desk>, tasks: Tasks) {
-    while let Ok(place) = Arc::clone(&desk.places).acquire_owned().await {
+    while let Some(place) = desk.place().await {
         match listener.accept().await {
             Ok((stream, _)) => start(stream, place, &desk, &tasks),
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
@@ -97,7 +157,7 @@ pub(super) async fn serve_tcp(listener: Arc<TcpListener>, desk: Arc<Desk>, tasks
 
 /// Accepts until the task is aborted.
 pub(super) async fn serve_unix(listener: Arc<UnixListener>, desk: Arc<Desk>, tasks: Tasks) {
-    while let Ok(place) = Arc::clone(&desk.places).acquire_owned().await {
+    while let Some(place) = desk.place().await {
         match listener.accept().await {
             Ok((stream, _)) => start(stream, place, &desk, &tasks),
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
@@ -112,9 +172,13 @@ where
     let desk = Arc::clone(desk);
     let (number, mut ended) = desk.enter();
     tasks.spawn("admin_connection", async move {
-        let service = service_fn(|request: Request<hyper::body::Incoming>| {
-            desk.leave(number);
-            let response = answer(&desk, request.method(), request.uri().path(), request.headers());
+        let (said, size) = oneshot::channel();
+        let (said, asked) = (Cell::new(Some(said)), Arc::clone(&desk));
+        let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+            asked.serve(number);
+            let response = answer(&asked, request.method(), request.uri().path(), request.headers());
+            // There is one request, and whoever hears of it may have gone.
+            let _ = said.take().map(|said| said.send(response.body().size_hint().lower()));
             async move { Ok::<_, Infallible>(response) }
         });
         let connection = http1::Builder::new()
@@ -122,15 +186,23 @@ where
             .header_read_timeout(HEAD_TIME)
             .keep_alive(false)
             .serve_connection(TokioIo::new(stream), service);
-        // Either may be dropped. Once it has asked, nothing ends it before its time (`leave` drops the sender).
         tokio::select! {
-            // A client that breaks off or breaks the protocol is its own affair.
-            _ = tokio::time::timeout(CONNECTION_TIME, connection) => {}
+            // Each may be dropped. A client that breaks off or breaks the protocol is its own affair.
+            _ = timeout(CONNECTION_TIME, connection) => {}
             Ok(()) = &mut ended => {}
+            () = overdue(size) => {}
         }
         desk.leave(number);
         drop(place);
     });
+}
+
+/// Resolves when an answer should have been taken; never, if none was made.
+async fn overdue(size: oneshot::Receiver<u64>) {
+    match size.await {
+        Ok(bytes) => tokio::time::sleep(ANSWER_TIME + Duration::from_secs(bytes / ANSWER_BYTES_PER_S)).await,
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// The answer to one request; its body is not read.
@@ -231,7 +303,7 @@ mod tests {
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), future).await.unwrap() })
+        runtime.block_on(async { timeout(Duration::from_secs(10), future).await.unwrap() })
     }
 
     fn ask(method: &Method, path: &str, pairs: &[(&'static str, &'static str)]) -> (u16, HeaderMap, String) {
