@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
-use http::{Request, Response};
+use http::header::{CONTENT_LENGTH, HeaderValue};
+use http::{Method, Request, Response};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 
@@ -30,19 +31,29 @@ impl hyper::service::Service<Request<Incoming>> for H2Service {
     type Future = H2Bounded;
 
     fn call(&self, request: Request<Incoming>) -> H2Bounded {
-        H2Bounded(hyper::service::Service::call(&self.0, request))
+        let is_head = request.method() == Method::HEAD;
+        H2Bounded { bounded: hyper::service::Service::call(&self.0, request), is_head }
     }
 }
 
 /// A handler of an HTTP/2 stream.
-pub struct H2Bounded(Bounded);
+pub struct H2Bounded {
+    bounded: Bounded,
+    is_head: bool,
+}
 
 impl Future for H2Bounded {
     type Output = Result<Response<H2Body>, Gone>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let response = ready!(Pin::new(&mut self.0).poll(cx))?;
-        Poll::Ready(Ok(response.map(H2Body::new)))
+        let mut response = ready!(Pin::new(&mut self.bounded).poll(cx))?;
+        if !self.is_head {
+            return Poll::Ready(Ok(response.map(H2Body::new)));
+        }
+        // Of HTTP/1 the library leaves the content out by itself (RFC 9110, 9.3.2).
+        let length = HeaderValue::from(response.body().len());
+        response.headers_mut().insert(CONTENT_LENGTH, length);
+        Poll::Ready(Ok(response.map(H2Body::without_content)))
     }
 }
 
@@ -58,6 +69,11 @@ impl H2Body {
     fn new(body: Body) -> Self {
         let taken = body.taken().unwrap_or_default();
         Self { body, taken, is_over: false }
+    }
+
+    /// The head is all of the answer.
+    fn without_content(body: Body) -> Self {
+        Self { is_over: true, ..Self::new(body) }
     }
 }
 

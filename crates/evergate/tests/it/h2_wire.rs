@@ -65,11 +65,17 @@ impl Wire {
 
     /// Asks for `/healthz`.
     pub fn get(&mut self, stream: u32) {
-        // HPACK (RFC 7541, appendix A): ":method GET", ":scheme http"; the rest is literal.
-        let mut head = vec![0x82, 0x86];
-        literal(&mut head, &[0x04], "/healthz");
+        self.ask(stream, END, "GET", "/healthz");
+    }
+
+    /// Sends the head of a request; whether a body follows is in `flags`.
+    pub fn ask(&mut self, stream: u32, flags: u8, method: &str, path: &str) {
+        // HPACK (RFC 7541, appendix A): ":scheme http" is entry 6; the rest is literal.
+        let mut head = vec![0x86];
+        literal(&mut head, &[0x02], method);
+        literal(&mut head, &[0x04], path);
         literal(&mut head, &[0x01], "localhost");
-        self.send(HEADERS, END | END_HEADERS, stream, &head);
+        self.send(HEADERS, flags | END_HEADERS, stream, &head);
     }
 
     /// Asks for a chat stream.

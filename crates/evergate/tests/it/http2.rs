@@ -1,13 +1,14 @@
 //! HTTP/2, by prior knowledge and by ALPN, with hyper's own client.
 
 use std::future::Future;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
 use evergate_testkit::raw::chat_body;
 use evergate_testkit::sse::{Event, Reader, text_of};
-use evergate_testkit::{Evergate, FakeUpstream, Identity, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, wait_until};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -16,7 +17,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-use crate::h2_wire::{DATA, RESET, WINDOW_UPDATE, Wire};
+use crate::h2_wire::{DATA, END, HEADERS, RESET, WINDOW_UPDATE, Wire};
 use crate::support::{
     CHAT, EXE, LIMIT, assert_alive, assert_counted, assert_good_stream, assert_left_soon, before, echo, echo_with,
 };
@@ -291,4 +292,39 @@ fn a_stream_without_a_window_is_ended() {
         wire.get(next);
         assert!(wire.answer(next).0);
     }
+}
+
+/// RFC 9110, 9.3.2: the fields say the length that there would be, and nothing comes behind it.
+#[test]
+fn b16_head_is_refused_without_a_body_over_http2() {
+    let gateway = echo();
+    let mut wire = Wire::connect(&gateway);
+    let mut raw = Raw::connect(&gateway.addr());
+    for (n, path) in [CHAT, "/v1/models", "/healthz", "/nothing"].into_iter().enumerate() {
+        let stream = 2 * n as u32 + 1;
+        wire.ask(stream, END, "HEAD", path);
+        let head = wire.skip_to(HEADERS);
+        assert_eq!((head.stream, head.flags & END), (stream, END), "{path}");
+        raw.send(format!("HEAD {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes());
+        let as_h1 = raw.read_head(LIMIT);
+        let answer =
+            run(async { connect(&gateway).await.send_request(request(Method::HEAD, path, "")).await.unwrap() });
+        assert_eq!(answer.status().as_u16(), as_h1.status, "{path}");
+        let length = answer.headers()["content-length"].to_str().unwrap();
+        assert_eq!(Some(length), as_h1.header("content-length"), "{path}");
+        let told = curl(&gateway, &["-I"], path);
+        assert!(told.starts_with(&format!("HTTP/2 {}", as_h1.status)) && told.contains(length), "{path}: {told}");
+    }
+    // Nothing of theirs lies between.
+    wire.get(9);
+    assert!(wire.answer(9).0);
+}
+
+/// What curl says of a path, over HTTP/2 by prior knowledge.
+fn curl(gateway: &Evergate, args: &[&str], path: &str) -> String {
+    let url = format!("http://{}{path}", gateway.addr());
+    let output = Command::new("curl").args(["-sS", "--http2-prior-knowledge"]).args(args).arg(url).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "curl {args:?} {path}: {said}");
+    String::from_utf8(output.stdout).unwrap()
 }
