@@ -90,6 +90,7 @@ impl http_body::Body for H2Body {
             Some(bytes) => Piece::new(bytes, &this.taken, None),
             None => {
                 ready!(this.taken.poll_gone(cx));
+                ready!(this.taken.poll_unread(cx));
                 this.is_over = true;
                 Piece::new(Bytes::new(), &this.taken, this.body.take_end())
             }

@@ -11,6 +11,7 @@ use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use super::unread;
 use crate::context::Token;
 use crate::gate::memory::{LARGE_BYTES, Memory};
 
@@ -127,6 +128,7 @@ pub async fn read(
         let Ok(data) = frame.into_data() else { continue };
         let bytes = (first.len() + rest.len() + data.len()) as u64;
         if bytes > limit {
+            unread::leave(body, clock);
             return Err(Stopped::Refused(too_large(limit)));
         }
         if bytes > looked {

@@ -18,3 +18,4 @@ pub mod respond;
 pub mod scan;
 pub mod service;
 mod streaming;
+pub mod unread;

@@ -24,7 +24,7 @@ use super::fault::{Bomb, Moment, Planted, planted, strike};
 use super::left::{Left, Watched};
 use super::relay::Relay;
 use super::scan::scan;
-use super::{intake, respond};
+use super::{intake, respond, unread};
 use crate::context::{Token, cancelled};
 use crate::gate::memory::{Coming, LARGE_BYTES};
 use crate::gate::pass::{IsCall, Pass};
@@ -105,7 +105,10 @@ impl ModelCall {
         strike(planted, Moment::Head);
         let mut coming = match self.check_head() {
             Ok(coming) => coming,
-            Err(error) => return (Err(error), None),
+            Err(error) => {
+                unread::leave(body, &self.app.clock);
+                return (Err(error), None);
+            }
         };
         let announced = self.app.gate.announce(self.id, &self.arrival);
         let body = match self.read(body).await {

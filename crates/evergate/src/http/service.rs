@@ -15,7 +15,7 @@ use hyper::body::Incoming;
 use super::app::App;
 use super::body::{Active, Body};
 use super::model_call::{Endpoint, ModelCall, settle};
-use super::{cors, respond};
+use super::{cors, respond, unread};
 use crate::context::{Token, cancelled};
 use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
@@ -229,8 +229,7 @@ impl Service {
             Some(error) => Judged::Refused(error),
             None => self.judge(&head, seen.path),
         };
-        let done = |served| Next::Done(Box::new(served));
-        let next = match (judged, seen.path) {
+        let served = match (judged, seen.path) {
             (Judged::Served(tenant), path) => {
                 if !tenant.is_empty() {
                     token.set_tenant(&tenant);
@@ -249,15 +248,15 @@ impl Service {
                         client_by: None,
                         left: None,
                     };
-                    Next::Call(Box::new(call), body)
-                } else {
-                    done(self.answer(&head, path))
+                    return (arrival, Next::Call(Box::new(call), body));
                 }
+                self.answer(&head, path)
             }
-            (Judged::Answered(response), _) => done(Ok(response)),
-            (Judged::Refused(error), _) => done(Err(error)),
+            (Judged::Answered(response), _) => Ok(response),
+            (Judged::Refused(error), _) => Err(error),
         };
-        (arrival, next)
+        unread::leave(body, &self.app.clock);
+        (arrival, Next::Done(Box::new(served)))
     }
 
     /// The answer to what is no call of a model.

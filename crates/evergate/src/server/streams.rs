@@ -8,13 +8,14 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use evergate_upstream::clock::{Clock, Sleep};
 
 use super::shared::Shared;
 use crate::context::Token;
+use crate::http::unread::Unread;
 use crate::tasks::Tasks;
 
 tokio::task_local! {
@@ -27,6 +28,8 @@ pub struct Taken {
     held: Mutex<Held>,
     token: OnceLock<Arc<Token>>,
     is_stalled: AtomicBool,
+    /// What of the request's body nobody reads.
+    unread: Mutex<Option<Box<Unread>>>,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +85,21 @@ impl Taken {
         }
         held.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    /// Has the rest of the request's body read before the answer ends.
+    pub fn keep(&self, unread: Unread) {
+        *self.unread.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(unread));
+    }
+
+    /// Waits until that is done.
+    pub fn poll_unread(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(body) = unread.as_mut() {
+            ready!(body.poll_end(cx));
+            *unread = None;
+        }
+        Poll::Ready(())
     }
 
     fn since(&self) -> Option<Instant> {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evergate_testkit::raw::chat_body;
@@ -17,11 +17,15 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-use crate::h2_wire::{DATA, END, HEADERS, RESET, WINDOW_UPDATE, Wire};
+use crate::h2_wire::{DATA, END, Frame, HEADERS, RESET, WINDOW_UPDATE, Wire};
 use crate::support::{
-    CHAT, EXE, LIMIT, assert_alive, assert_counted, assert_good_stream, assert_left_soon, before, echo, echo_with,
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_counted, assert_good_stream, assert_left_soon, before, echo,
+    echo_with, is_full,
 };
 use crate::until::until;
+
+/// For what must not come.
+const NOTHING: Duration = Duration::from_millis(200);
 
 type Client = SendRequest<Full<Bytes>>;
 
@@ -323,8 +327,74 @@ fn b16_head_is_refused_without_a_body_over_http2() {
 /// What curl says of a path, over HTTP/2 by prior knowledge.
 fn curl(gateway: &Evergate, args: &[&str], path: &str) -> String {
     let url = format!("http://{}{path}", gateway.addr());
-    let output = Command::new("curl").args(["-sS", "--http2-prior-knowledge"]).args(args).arg(url).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "curl {args:?} {path}: {said}");
-    String::from_utf8(output.stdout).unwrap()
+    let own = ["-sS", "-m", "5", "--http2-prior-knowledge"];
+    let output = Command::new("curl").args(own).args(args).arg(url).output().expect("curl, which the tests need");
+    String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+}
+
+/// B8, B11: a refusal that comes before the body has is read by clients that take the reset behind it for the answer's.
+#[test]
+fn b8_a_refusal_over_http2_is_read_though_the_body_was_not() {
+    let gateway = echo_with("[limits]\nbody = \"4KiB\"\n");
+    let body = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(body.path(), vec![b' '; 60_000]).unwrap();
+    let data = format!("@{}", body.path().display());
+    for _ in 0..if is_full() { 500 } else { 30 } {
+        for (path, fields, status) in [
+            (CHAT, &[][..], "413"),
+            (CHAT, &["-H", "transfer-encoding: chunked"], "413"),
+            (CHAT, &["-H", "content-encoding: gzip"], "413"),
+            (CHAT, &["-H", "origin: https://evil.example"], "403"),
+            ("/nothing", &[], "404"),
+            ("/v1/models", &[], "405"),
+        ] {
+            let args = [fields, &["-o", "/dev/null", "-w", "%{http_code}", "--data-binary", &data]].concat();
+            // Again, since a busy machine may keep curl from sending for the gateway's 100 ms.
+            let told: Vec<_> = (0..3).map(|_| curl(&gateway, &args, path)).take_while(|told| told != status).collect();
+            assert!(told.len() < 3, "{path} {fields:?}: {told:?}");
+        }
+    }
+    assert_alive(&gateway);
+}
+
+/// A body that comes to its end soon after its refusal leaves the stream to end in order.
+#[test]
+fn b11_a_refused_body_that_ends_soon_is_read_over_http2() {
+    let gateway = echo();
+    let mut wire = Wire::connect(&gateway);
+    let ends_in_order = |stream: &u32| {
+        wire.ask(*stream, 0, "POST", "/nothing");
+        assert_eq!(wire.skip_to(HEADERS).flags & END, 0);
+        let content = wire.skip_to(DATA);
+        assert!(!content.payload.is_empty() && content.flags & END == 0, "{content:?}");
+        wire.send(DATA, END, *stream, b"late");
+        let end = wire.next().unwrap();
+        let rest = if end.flags & END == 0 { Some(end.kind) } else { None };
+        // One that the machine kept from sending for 100 ms is reset behind its end.
+        rest.is_none() && !matches!(wire.next_within(NOTHING), Ok(Some(Frame { kind: RESET, .. })))
+    };
+    assert!([1, 3, 5, 7, 9, 11, 13, 15].iter().any(ends_in_order), "each was reset");
+}
+
+/// What is thrown away of a body that nobody asked for is bounded in size and in time, and holds nothing.
+#[test]
+fn b11_a_refused_body_is_not_waited_for_long_over_http2() {
+    let gateway = echo_with(ONE_WORKER);
+    let mut wire = Wire::connect(&gateway);
+    // Late, or too large: the stream is reset behind the whole answer.
+    for (stream, bytes) in [(1, 0), (3, 65_000)] {
+        let began = Instant::now();
+        wire.ask(stream, 0, "POST", "/nothing");
+        (0..bytes / 13_000).for_each(|_| wire.send(DATA, 0, stream, &[b' '; 13_000]));
+        wire.send(DATA, 0, stream, &vec![b' '; if bytes == 0 { 0 } else { 2_000 }]);
+        assert!(wire.answer(stream).1.contains("not_found"));
+        let reset = wire.next().unwrap();
+        assert_eq!((reset.kind, reset.stream, &reset.payload[..]), (RESET, stream, &[0; 4][..]), "NO_ERROR");
+        assert!(began.elapsed() < LIMIT / 4, "{stream}: {:?}", began.elapsed());
+    }
+    // Their records and counts are there before the end is: nobody waits for it.
+    wire.ask(5, 0, "POST", "/nothing");
+    wire.skip_to(HEADERS);
+    assert_counted(&gateway, 404, "not_found", 3);
+    assert!(wire.answer(5).1.contains("not_found"));
 }
