@@ -405,6 +405,27 @@ fn h7_a_machine_that_stood_still_blames_nobody() {
 }
 
 #[test]
+fn h7_who_is_forgiven_for_the_machines_sake_is_not_said_to_beat_again() {
+    let mut state = serving(rules());
+    let look = |state: &mut State, beat: Ns, now: Ns| {
+        let seen = |(epoch, beat)| Seen { epoch, is_ready: true, beat, ..Seen::default() };
+        let children = [(1, now), (2, beat), (3, now)].map(seen).to_vec();
+        let said = step(state, Event::Seen { children, queue: 0 }, now).into_iter();
+        said.filter_map(|action| if let Action::Say(text) = action { Some(text) } else { None }).collect::<Vec<_>>()
+    };
+    let silent = T0 + MS;
+    for half in 1..4 {
+        look(&mut state, silent, silent + half * 500 * MS);
+    }
+    let late = silent + 5000 * MS;
+    let said = look(&mut state, silent, late);
+    assert!(said.len() == 1 && said[0].contains("stood still"), "{said:?}");
+    let warned: Vec<String> = (1..4).flat_map(|half| look(&mut state, silent, late + half * 500 * MS)).collect();
+    assert_eq!(warned, ["the worker 0 has not beaten for a second"]);
+    assert_eq!(look(&mut state, late + 1600 * MS, late + 1600 * MS), ["the worker 0 beats again"]);
+}
+
+#[test]
 fn a_second_term_hastens_and_a_third_kills() {
     let mut state = serving(rules());
     let term = |state: &mut State, now| step(state, Event::Order(Order::Term), now);

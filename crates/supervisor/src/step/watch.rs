@@ -48,7 +48,7 @@ impl State {
                 }
                 Some(ready_at) => {
                     let age = age(child.seen.beat.max(ready_at));
-                    child.climb(age, child.granted(floor), now, out);
+                    child.climb(age, child.granted(floor), (now, floor), out);
                 }
                 None => {}
             }
@@ -126,7 +126,7 @@ impl Child {
 
     /// The ladder for a child that has not beaten for so long: warn, diagnose, ABRT, and KILL at `hang_timeout`; the time that is
     /// `granted` to it counts for the last two only.
-    fn climb(&mut self, age: Ns, granted: Ns, now: Ns, out: &mut Vec<Action>) {
+    fn climb(&mut self, age: Ns, granted: Ns, (now, floor): (Ns, Ns), out: &mut Vec<Action>) {
         let limit = self.rules.hang_timeout;
         let own = age.saturating_sub(granted);
         let is_over = own >= self.abort_age() || (planted!(HangsEarly) && age > limit / 4);
@@ -138,7 +138,10 @@ impl Child {
             out.push(Action::Say(format!("the {} has not beaten for a second", self.name())));
         } else if age < WARN && self.rung > Rung::Well {
             self.rung = Rung::Well;
-            out.push(Action::Say(format!("the {} beats again", self.name())));
+            // Or its silence is forgiven since the machine stood still, as was said, and it may be as silent as before.
+            if self.seen.beat > floor {
+                out.push(Action::Say(format!("the {} beats again", self.name())));
+            }
         } else if !is_over && age >= self.abort_age() && self.rung < Rung::Spared {
             self.rung = Rung::Spared;
             let (age, granted) = (age / MS, granted / MS);
