@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::support::{CHAT, LIMIT, assert_counted, assert_good_stream, before, chat, open_stream, rest_of, via};
 
-const FOUR_WORKERS: &str = "[workers]\nmin = 4\nmax = 4\n";
+/// Those that stand still are not replaced for it, however long a busy machine takes.
+const FOUR_WORKERS: &str = "[workers]\nmin = 4\nmax = 4\nhang_timeout = \"60s\"\n";
 /// Streams of a burst.
 const BURST: usize = 64;
 /// The most that the fullest may have more than the emptiest (specification, line 27).
