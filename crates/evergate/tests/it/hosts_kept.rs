@@ -472,8 +472,10 @@ fn g20_a_loading_model_that_takes_all_the_time_is_no_mere_deadline_with_several_
             assert_eq!(response.header("x-should-retry"), Some("true"));
             assert!(response.header("retry-after").is_some());
             let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
-            let said = ["cause", "backend", "detail"].map(|key| record[key].clone());
-            assert_eq!(said, [json!("model_loading"), json!("tiny"), json!("its host is starting")], "{record}");
+            let said = ["cause", "backend"].map(|key| record[key].clone());
+            assert_eq!(said, [json!("model_loading"), json!("tiny")], "{record}");
+            // Starting, unless the machine gave the master no processor for all of that second (seen).
+            assert!(record["detail"].as_str().unwrap().starts_with("its host is "), "{record}");
         }
         assert_counted(&gateway, 503, "model_loading", 2);
         assert_eq!(fake.request_count(), 0, "there was no time left for it");
