@@ -12,6 +12,7 @@ use evergate_testkit::{Child, Evergate, FakeUpstream, Raw, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::h2_wire::{DATA, END, GOAWAY, HEADERS, PING, RESET, Wire};
 use crate::processes::{lost_ids, wait_no_zombies};
 use crate::support::{CHAT, LIMIT, before, echo_with, is_full, send, via, wait_ready};
 
@@ -29,16 +30,25 @@ struct Failure {
 
 /// What the clients saw.
 #[derive(Default)]
-struct Seen {
+pub struct Seen {
     is_over: AtomicBool,
-    done: AtomicUsize,
+    pub done: AtomicUsize,
     failed: Mutex<BTreeMap<String, Failure>>,
     refused: Mutex<Vec<String>>,
     wrong: Mutex<Vec<String>>,
 }
 
-/// Asks until the drill is over, each time with an id and a connection of its own.
-fn client(address: &str, number: usize, model: &str, stream: bool, seen: &Seen) {
+impl Seen {
+    fn fail(&self, id: String, answer: Option<String>) {
+        self.failed.lock().unwrap().insert(id, Failure { at: Instant::now(), answer });
+    }
+}
+
+/// A client: asks a model until the drill is over. Its number makes its ids.
+type Ask = fn(&str, usize, (&str, bool), &Seen);
+
+/// Each time with a connection of its own.
+pub fn client(address: &str, number: usize, (model, stream): (&str, bool), seen: &Seen) {
     let mut count = 0;
     while !seen.is_over.load(Ordering::Relaxed) {
         let id = format!("drill-{number}-{count}");
@@ -54,12 +64,9 @@ fn client(address: &str, number: usize, model: &str, stream: bool, seen: &Seen) 
         // Read also when it could not be sent: what was said before is still there.
         let _ = raw.try_send(&request);
         let response = raw.try_read_response(3 * LIMIT);
-        let fail = |id, answer| {
-            seen.failed.lock().unwrap().insert(id, Failure { at: Instant::now(), answer });
-        };
         match response {
             Ok(response) if !response.is_complete => {
-                fail(id, Some("cut in the body".to_owned()));
+                seen.fail(id, Some("cut in the body".to_owned()));
             }
             Ok(response) if response.status == 200 && !response.text().contains("\"error\"") => {
                 seen.done.fetch_add(1, Ordering::Relaxed);
@@ -67,16 +74,86 @@ fn client(address: &str, number: usize, model: &str, stream: bool, seen: &Seen) 
             Ok(response) => seen.wrong.lock().unwrap().push(format!("{id}: {} {}", response.status, response.text())),
             Err(reason) => {
                 let is_silent = reason.ends_with("before a response head; got \"\"");
-                fail(id, (!is_silent).then_some(reason));
+                seen.fail(id, (!is_silent).then_some(reason));
             }
         }
     }
 }
 
+/// Over HTTP/2, one request behind the other on a connection for as long as it is kept.
+fn client_h2(address: &str, number: usize, (model, stream): (&str, bool), seen: &Seen) {
+    let (mut count, mut kept) = (0, None);
+    while !seen.is_over.load(Ordering::Relaxed) {
+        let id = format!("drill-{number}-{count}");
+        let (mut wire, at) = match kept.take().map_or_else(|| Wire::try_connect(address).map(|wire| (wire, 1)), Ok) {
+            Ok(found) => found,
+            Err(error) => {
+                seen.refused.lock().unwrap().push(format!("{id}: {error}"));
+                continue;
+            }
+        };
+        wire.post_as(at, &id, &chat_body(model, stream, &Value::Null));
+        let (is_leaving, told) = read_h2(&mut wire, at);
+        match told {
+            // It was not looked at, and is asked again.
+            Told::Unseen => continue,
+            Told::Whole(text) if !text.contains("\"error\"") => {
+                seen.done.fetch_add(1, Ordering::Relaxed);
+                kept = (!is_leaving).then_some((wire, at + 2));
+            }
+            Told::Whole(text) => seen.wrong.lock().unwrap().push(format!("{id}: {text}")),
+            Told::Cut(answer) => seen.fail(id, answer),
+        }
+        count += 1;
+    }
+}
+
+/// What came of a request over HTTP/2.
+enum Told {
+    /// Its answer.
+    Whole(String),
+    /// The connection's end, and before that what there was of an answer.
+    Cut(Option<String>),
+    /// The connection was ending when it came.
+    Unseen,
+}
+
+/// Reads one stream, and whether its connection is to end behind it.
+fn read_h2(wire: &mut Wire, stream: u32) -> (bool, Told) {
+    let (mut is_leaving, mut head, mut body) = (false, None, Vec::new());
+    loop {
+        let frame = match wire.next_within(3 * LIMIT) {
+            Ok(Some(frame)) => frame,
+            gone => {
+                let begun = head.map(|head: bool| format!("{head} {} {gone:?}", String::from_utf8_lossy(&body)));
+                return (true, Told::Cut(begun));
+            }
+        };
+        match frame.kind {
+            GOAWAY => {
+                is_leaving = true;
+                if u32::from_be_bytes(frame.payload[..4].try_into().unwrap()) < stream {
+                    return (true, Told::Unseen);
+                }
+            }
+            PING if frame.flags & END == 0 => wire.send(PING, END, 0, &frame.payload),
+            // ":status 200" is entry 8.
+            HEADERS => head = Some(frame.payload[0] == 0x88),
+            DATA => body.extend(&frame.payload),
+            _ => {}
+        }
+        if frame.stream == stream && (frame.kind == RESET || frame.flags & END != 0) {
+            let text = String::from_utf8_lossy(&body).into_owned();
+            let is_good = head == Some(true) && frame.kind != RESET;
+            return (is_leaving, Told::Whole(if is_good { text } else { format!("\"error\": {frame:?} {text}") }));
+        }
+    }
+}
+
 /// One kill: when, of whom, and what is on record of it.
-struct Kill {
+pub struct Kill {
     at: Instant,
-    record: Value,
+    pub record: Value,
 }
 
 /// The gateway's worker of that slot. By its number within the run, since a process id may come again.
@@ -99,7 +176,7 @@ fn wait_replaced(gateway: &Evergate, tail: &mut Tail, dead: &Child, count: usize
 }
 
 /// Kills workers in turn, each time after the last one's replacement serves and the load has gone on for a while.
-fn kill_all(gateway: &Evergate, seen: &Seen, kills: usize, lost: &mut Vec<String>) -> Vec<Kill> {
+pub fn kill_all(gateway: &Evergate, seen: &Seen, kills: usize, lost: &mut Vec<String>) -> Vec<Kill> {
     let (mut exits, mut access) = (gateway.follow_exits(), gateway.follow_access());
     let mut killed = Vec::new();
     for round in 0..kills {
@@ -131,7 +208,7 @@ fn lines_of_lost(access: &mut Tail) -> Vec<String> {
     lines.iter().map(|line| line["client_id"].as_str().unwrap().to_owned()).collect()
 }
 
-/// Who is in no record had sent bytes that nobody had read: each on a connection of its own (see `client`), none with a
+/// Who is in no record had sent bytes that nobody had read: each the only one on its connection (see `client`), none with a
 /// byte of an answer, and at each kill no more than its record counts connections without a request.
 fn check_unnamed(killed: &[Kill], failed: &BTreeMap<String, Failure>, named: &BTreeSet<String>) {
     let unnamed: Vec<_> = failed.iter().filter(|(id, _)| !named.contains(*id)).collect();
@@ -151,10 +228,10 @@ fn check_unnamed(killed: &[Kill], failed: &BTreeMap<String, Failure>, named: &BT
 
 /// Runs `drill` beside clients, each given by its model and whether it wants streams, which end with it, also when it
 /// panics.
-fn beside<T>(address: &str, seen: &Seen, clients: &[(String, bool)], drill: impl FnOnce() -> T) -> T {
+pub fn beside<T>(address: &str, seen: &Seen, (ask, clients): (Ask, &[(String, bool)]), drill: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         for (number, (model, stream)) in clients.iter().enumerate() {
-            scope.spawn(move || client(address, number, model, *stream, seen));
+            scope.spawn(move || ask(address, number, (model, *stream), seen));
         }
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(drill));
         seen.is_over.store(true, Ordering::Relaxed);
@@ -164,7 +241,15 @@ fn beside<T>(address: &str, seen: &Seen, clients: &[(String, bool)], drill: impl
 
 #[test]
 fn s02_killed_workers_lose_exactly_what_their_records_name() {
-    let kills = if is_full() { 1000 } else { 30 };
+    drill(client, if is_full() { 1000 } else { 30 });
+}
+
+#[test]
+fn s02_killed_workers_lose_exactly_what_their_records_name_over_http2() {
+    drill(client_h2, if is_full() { 1000 } else { 10 });
+}
+
+fn drill(ask: Ask, kills: usize) {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, "");
     wait_ready(&gateway, 2);
@@ -174,7 +259,7 @@ fn s02_killed_workers_lose_exactly_what_their_records_name() {
     let unary = (0..CLIENTS).map(|number| (via(&format!("delay-{}", 180 + number)), false));
     let streams = (0..STREAMS).map(|number| (via(&format!("stream-30-{}", 40 + number)), true));
     let clients: Vec<_> = unary.chain(streams).collect();
-    let killed = beside(&address, &seen, &clients, || kill_all(&gateway, &seen, kills, &mut lines));
+    let killed = beside(&address, &seen, (ask, &clients), || kill_all(&gateway, &seen, kills, &mut lines));
     let done = seen.done.load(Ordering::Relaxed);
     let failed = seen.failed.into_inner().unwrap();
     let rate = done as f64 / began.elapsed().as_secs_f64();
@@ -235,7 +320,7 @@ fn s03_killed_workers_without_a_connection_cost_nobody_anything() {
     let mut exits = gateway.follow_exits();
     // Answers of the process itself: a kept connection to an upstream would be one more socket.
     let clients = vec![("echo".to_owned(), false); 3];
-    let killed: Vec<Value> = beside(&address, &seen, &clients, || {
+    let killed: Vec<Value> = beside(&address, &seen, (client, &clients), || {
         let replace = |round: usize| {
             let before = seen.done.load(Ordering::Relaxed);
             let dead = kill_idle(&gateway, round % WORKERS, idle);

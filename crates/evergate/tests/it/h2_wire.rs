@@ -42,6 +42,11 @@ impl Wire {
         Self::over(Link::connect(&gateway.addr()).unwrap())
     }
 
+    /// For whoever counts refused connects.
+    pub fn try_connect(address: &str) -> std::io::Result<Self> {
+        Link::connect(address).map(Self::over)
+    }
+
     /// Agreed on by ALPN; the gateway's preface is what it waits for.
     pub fn connect_tls(gateway: &Evergate, config: &Arc<rustls::ClientConfig>) -> Self {
         Self::over(Link::connect(&gateway.addr()).unwrap().start_tls(config))
