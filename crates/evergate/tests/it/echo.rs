@@ -1,5 +1,6 @@
 //! The built-in model, and the endpoints around it: every field that OpenAI's published schemas require.
 
+use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use evergate_testkit::raw::{self, get_request, post, post_request};
@@ -32,6 +33,11 @@ fn a_start_without_a_file_prints_a_line_to_try_and_the_line_works() {
     assert!(said.contains(&gateway.admin()), "{said}");
     let line = said.lines().find_map(|line| line.split_once("try: curl ").map(|(_, rest)| rest)).unwrap();
     assert!(line.starts_with(&format!("http://{}{CHAT} ", gateway.addr())), "{line}");
+    // As a person would: the very text, by a shell.
+    let tried = Command::new("sh").args(["-c", &format!("curl {line}")]).output().unwrap();
+    let said = String::from_utf8_lossy(&tried.stderr);
+    let answer: Value = serde_json::from_slice(&tried.stdout).unwrap_or_else(|_| panic!("curl: {said}"));
+    assert_eq!(answer["choices"][0]["message"]["content"], "Say hello", "{answer}");
     let body = line.split_once("-d '").unwrap().1.strip_suffix('\'').unwrap();
     assert_eq!(post(&gateway.addr(), CHAT, body).content(), "Say hello");
     let stream = body.replacen('{', "{\"stream\":true,", 1);
