@@ -19,6 +19,7 @@ mod drain;
 mod drain_http2;
 mod drain_load;
 mod drill;
+mod drill_metrics;
 mod echo;
 mod exits;
 mod floods;

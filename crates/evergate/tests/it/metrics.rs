@@ -184,7 +184,8 @@ fn counters_never_go_back() {
     wait_until("twenty-five requests", LIMIT, || requests(&gateway, ok) == 25.0);
 }
 
-fn counters(gateway: &Evergate) -> Vec<Sample> {
+/// All that only grow.
+pub fn counters(gateway: &Evergate) -> Vec<Sample> {
     let is_counter = |name: &str| ["_total", "_bucket", "_sum", "_count"].iter().any(|end| name.ends_with(end));
     samples(&gateway.metrics()).into_iter().filter(|(name, _, _)| is_counter(name)).collect()
 }
