@@ -21,7 +21,7 @@ use crate::gate::Arrival;
 use crate::gate::load::Newcomer;
 use crate::panics;
 use crate::server::connection::limits;
-use crate::server::shared::Shared;
+use crate::server::shared::{Refused, Shared};
 use crate::tasks::Caught;
 use crate::telemetry::names::End;
 use evergate_board::MasterPhase;
@@ -54,8 +54,8 @@ struct Asked {
     client_id: String,
     /// Our id as a header's value.
     own_id: Option<HeaderValue>,
-    /// What its head was refused for.
-    refusal: Option<Error>,
+    /// That its head was refused.
+    refused: Option<Box<Refused>>,
 }
 
 /// What follows a request's head.
@@ -89,6 +89,11 @@ impl Path {
             path if path.starts_with("/v1/models/") => Self::OneModel,
             _ => Self::Unknown,
         }
+    }
+
+    /// That of a head which was refused. A probe's is no probe's any more: it is on record.
+    fn of_refused(path: &str) -> Self {
+        Some(Self::of(path)).filter(|path| !matches!(path, Self::Healthz | Self::Readyz)).unwrap_or(Self::Unknown)
     }
 
     /// As labelled: a bounded set.
@@ -188,6 +193,27 @@ impl Service {
         head::check_sizes(target, host.into_iter().chain(fields), &limits(&self.app.sealed.config).head)
     }
 
+    /// Of a refused head, what is known of it; of HTTP/1, the request is not the client's then.
+    fn seen(&self, request: &Request<Incoming>, refused: Option<&Refused>) -> Seen {
+        let id = self.app.gate.next_id();
+        match refused {
+            Some(Refused { method, path, since, .. }) => {
+                let method = method.as_ref().map_or("other", method_label);
+                Seen { id, path: Path::of_refused(path), method, started: *since }
+            }
+            None => {
+                let (path, method) = (Path::of(request.uri().path()), method_label(request.method()));
+                Seen { id, path, method, started: Instant::now() }
+            }
+        }
+    }
+
+    fn refused_h2(&self, request: &Request<Incoming>) -> Option<Box<Refused>> {
+        let error = self.check_h2(request).err()?;
+        let (method, path) = (Some(request.method().clone()), request.uri().path().to_owned());
+        Some(Box::new(Refused { error, method, path, since: Instant::now() }))
+    }
+
     /// What can be said by the head alone.
     fn judge(&self, head: &http::request::Parts, path: Path) -> Judged {
         // A browser asks without the key that it will send.
@@ -222,11 +248,11 @@ impl Service {
 
     /// What comes before the first wait.
     fn begin(&self, asked: Asked, seen: Seen, token: &Arc<Token>) -> (Arrival, Next) {
-        let Asked { request, client_id, own_id, refusal } = asked;
+        let Asked { request, client_id, own_id, refused } = asked;
         let (head, body) = request.into_parts();
         let mut arrival = Arrival { client_id, tenant: Arc::default(), method: seen.method, route: seen.path.label() };
-        let judged = match refusal {
-            Some(error) => Judged::Refused(error),
+        let judged = match refused {
+            Some(refused) => Judged::Refused(refused.error),
             None => self.judge(&head, seen.path),
         };
         let served = match (judged, seen.path) {
@@ -316,11 +342,10 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     fn call(&self, request: Request<Incoming>) -> Bounded {
         self.newcomer.has_sent();
         let is_h1 = request.version() <= Version::HTTP_11;
-        // Of HTTP/1, `ClientIo` has judged the head, and the path is not the client's.
-        let refusal = if is_h1 { self.shared.next_refusal() } else { self.check_h2(&request).err() };
-        let path = if refusal.is_none() { Path::of(request.uri().path()) } else { Path::Unknown };
-        let method = method_label(request.method());
-        let seen = Seen { id: self.app.gate.next_id(), path, method, started: Instant::now() };
+        // Of HTTP/1, `ClientIo` has judged the head.
+        let refused = if is_h1 { self.shared.next_refusal() } else { self.refused_h2(&request) };
+        let is_refused = refused.is_some();
+        let seen = self.seen(&request, refused.as_deref());
         let token = Arc::new(Token::default());
         let own_id = HeaderValue::from_bytes(seen.id.text().as_bytes()).ok();
         let (client_id, given) = self.client_id(request.headers()).unzip();
@@ -330,13 +355,14 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
         // connection then.
         let active = Active::new(&self.shared);
-        let asked = Box::new(Asked { request, client_id, own_id, refusal });
+        let asked = Box::new(Asked { request, client_id, own_id, refused });
         let serving = self.clone().serve(asked, seen, (Arc::clone(&token), active));
         Bounded {
             serving: Caught::of(Box::pin(serving)),
             seen,
             token,
             is_h1,
+            is_refused,
             echoed,
             page,
             app: Arc::clone(&self.app),
@@ -374,6 +400,8 @@ pub struct Bounded {
     seen: Seen,
     token: Arc<Token>,
     is_h1: bool,
+    /// By its head: how long that took is its client's doing.
+    is_refused: bool,
     /// Goes on every answer: the client's own id, or ours.
     echoed: Option<HeaderValue>,
     /// The origin of the page that may read the answer.
@@ -461,7 +489,7 @@ impl Future for Bounded {
             return Poll::Ready(Err(Gone));
         }
         // The library writes the head in this very turn. Probes tell nothing of what was served.
-        if !matches!(self.seen.path, Path::Healthz | Path::Readyz) {
+        if !self.is_refused && !matches!(self.seen.path, Path::Healthz | Path::Readyz) {
             self.app.gate.count_first_byte(self.seen.started.elapsed());
         }
         self.say_connection(&mut response);

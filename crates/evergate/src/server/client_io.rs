@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::Frames;
 use super::frames_io::Http2;
-use super::shared::Shared;
+use super::shared::{Refused, Shared};
 use super::stream::Stream;
 use crate::http::fault::{Place, pass_by};
 
@@ -307,7 +307,8 @@ impl ClientIo {
 
     /// Puts a refusal in the place of the head at hand.
     fn refuse(&mut self, error: Error) {
-        self.shared.refuse(error);
+        let since = self.head_since.unwrap_or(self.active_at).max(self.active_at);
+        self.shared.refuse(Refused::of(error, &self.raw, since));
         self.ready = Bytes::from_static(b"GET /refused HTTP/1.1\r\nhost: refused\r\n\r\n");
         self.raw = BytesMut::new();
         self.reading = Reading::Refused;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use evergate_board::InflightPhase;
 use evergate_core::Error;
+use http::Method;
 use tokio::sync::Notify;
 
 use crate::gate::pass::Pass;
@@ -21,6 +22,31 @@ pub struct Leaving {
     pub owes_first: bool,
 }
 
+/// A head that is refused, and what is known of it.
+#[derive(Debug)]
+pub struct Refused {
+    /// What the client is told.
+    pub error: Error,
+    /// None when it did not come whole, or is none.
+    pub method: Option<Method>,
+    /// The target without its query; empty when it did not come whole.
+    pub path: String,
+    /// When its first byte came.
+    pub since: Instant,
+}
+
+impl Refused {
+    /// Of HTTP/1: what its first line says, if that has come to its end.
+    pub(super) fn of(error: Error, head: &[u8], since: Instant) -> Self {
+        let end = head.iter().position(|byte| *byte == b'\n').unwrap_or(0);
+        let mut words = head.get(..end).unwrap_or_default().split(|byte| *byte == b' ');
+        let method = words.next().and_then(|word| Method::from_bytes(word).ok());
+        let target = words.next().and_then(|word| std::str::from_utf8(word).ok()).unwrap_or_default();
+        let path = target.split_once('?').map_or(target, |(path, _)| path).to_owned();
+        Self { error, method, path, since }
+    }
+}
+
 /// What the I/O type, the task and the requests of one connection tell each other.
 #[derive(Debug, Default)]
 pub struct Shared {
@@ -30,7 +56,7 @@ pub struct Shared {
     delivered: AtomicU32,
     requested: AtomicU32,
     /// The refusal that the last delivered head stands for.
-    refusal: Mutex<Option<Error>>,
+    refusal: Mutex<Option<Box<Refused>>>,
     is_refused: AtomicBool,
     /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
     finishing: Mutex<Vec<Pass>>,
@@ -58,7 +84,7 @@ impl Shared {
     /// To be called once for each request, in their order: the refusal that it stands for, if it is none of the
     /// client's own.
     #[must_use]
-    pub fn next_refusal(&self) -> Option<Error> {
+    pub fn next_refusal(&self) -> Option<Box<Refused>> {
         let number = self.requested.fetch_add(1, Ordering::Relaxed) + 1;
         let is_refused = self.is_refused.load(Ordering::Relaxed) && number == self.delivered.load(Ordering::Relaxed);
         if is_refused { lock(&self.refusal).take() } else { None }
@@ -74,10 +100,10 @@ impl Shared {
         self.delivered.load(Ordering::Relaxed) > 0
     }
 
-    pub(super) fn refuse(&self, error: Error) {
+    pub(super) fn refuse(&self, refused: Refused) {
         // Nothing is delivered behind it, so the count stays its number.
         self.deliver();
-        *lock(&self.refusal) = Some(error);
+        *lock(&self.refusal) = Some(Box::new(refused));
         self.is_refused.store(true, Ordering::Relaxed);
     }
 

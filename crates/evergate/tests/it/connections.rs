@@ -8,6 +8,7 @@ use evergate_testkit::sse::text_of;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
+use crate::metrics::{samples, sum};
 use crate::support::{
     CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_counted, assert_error, assert_good_stream, before, chat, echo,
     echo_with, open,
@@ -31,6 +32,29 @@ fn a_slow_head_is_answered_408() {
         assert!(took >= Duration::from_millis(250) && took < Duration::from_secs(3), "{took:?}");
     }
     assert_alive(&gateway);
+}
+
+/// A8, B7: its record says what its first line did, if that came, and how long its client took; the gateway's own time is none.
+#[test]
+fn a8_a_refused_head_is_on_record_as_what_was_known_of_it() {
+    let gateway = echo_with(&format!("{SHORT}[limits]\nheader = \"4KiB\"\n"));
+    let large = format!("PUT /v1/models?x=/healthz HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "y".repeat(5_000));
+    for (head, status, known) in [
+        ("POST /v1/chat/completions HTTP/1.1\r\nhost: local", 408, ["POST", "/v1/chat/completions"]),
+        ("GET /healthz HTTP/1.1\r\n", 408, ["GET", "other"]),
+        ("POST /v1/chat/completions HTT", 408, ["other", "other"]),
+        (&large, 431, ["PUT", "/v1/models"]),
+        ("GET /v1/models HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400, ["GET", "/v1/models"]),
+    ] {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(head.as_bytes());
+        let response = raw.read_response(LIMIT);
+        assert_eq!(response.status, status, "{head}");
+        let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
+        assert_eq!([&record["method"], &record["route"]], known, "{head}: {record}");
+        assert!(status != 408 || record["duration_ms"].as_f64().unwrap() >= 250.0, "{head}: {record}");
+    }
+    assert_eq!(sum(&samples(&gateway.metrics()), "evergate_first_byte_seconds_count", &[]), 0.0);
 }
 
 /// A8: bytes that keep trickling in do not move the limit.

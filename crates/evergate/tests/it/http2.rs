@@ -160,8 +160,15 @@ fn b7_heads_beyond_the_limits_are_refused() {
         assert_eq!(response.status(), 431);
         assert_eq!(ask(&mut client, get("/healthz", &[])).await.0, 200);
     });
-    assert_counted(&gateway, 431, "headers_too_large", 3);
+    run(async {
+        let mut fields = one(4_100);
+        fields[0].1 = "b7-known".to_owned();
+        ask(&mut connect(&gateway).await, get("/v1/models", &fields)).await;
+    });
+    assert_counted(&gateway, 431, "headers_too_large", 4);
     assert_counted(&gateway, 414, "uri_too_long", 1);
+    let record = gateway.wait_access("b7-known", LIMIT);
+    assert_eq!((&record["method"], &record["route"]), (&json!("GET"), &json!("/v1/models")), "{record}");
     let record = gateway.wait_access("b7", LIMIT);
     assert_eq!((&record["status"], &record["route"]), (&json!(431), &json!("other")), "{record}");
     assert_alive(&gateway);
