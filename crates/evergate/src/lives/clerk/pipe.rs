@@ -6,12 +6,16 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use evergate_core::record::LINE_BYTES_MAX;
+use rustix::buffer::spare_capacity;
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, tee};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice, tee};
 
 /// Between two looks at a pipe that has something. The pipe is looked at by the clock and never waited for: a waiter
 /// would be woken by every single record, which cost the workers a third of their time (measured).
 const PAUSE_MIN: Duration = Duration::from_millis(25);
+/// The same while little comes: a look costs the same for one line as for many.
+const PAUSE_FEW: Duration = Duration::from_millis(100);
 /// Between two looks at a pipe that has had nothing for a while.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Most bytes of one look; the pipe holds a MiB, so that a full one is emptied by one.
@@ -23,6 +27,8 @@ pub(super) struct Pipe {
     fd: OwnedFd,
     /// A pipe of our own, for a copy of what is in the other; reading and writing end.
     copy: (OwnedFd, OwnedFd),
+    /// Where bytes go that were looked at.
+    nowhere: OwnedFd,
     is_ended: bool,
     pause: Duration,
 }
@@ -34,7 +40,8 @@ impl Pipe {
         let copy = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Above the user's share of pipe memory the kernel refuses; then a look sees less.
         let _ = fcntl_setpipe_size(&copy.1, BATCH_BYTES);
-        Ok(Self { fd, copy, is_ended: false, pause: Duration::ZERO })
+        let nowhere = open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self { fd, copy, nowhere, is_ended: false, pause: Duration::ZERO })
     }
 
     /// Whole lines, at least one, which stay in the pipe until they are [taken](Pipe::take); none when nobody can write
@@ -44,8 +51,12 @@ impl Pipe {
             tokio::time::sleep(self.pause).await;
             let lines = self.look();
             if !lines.is_empty() {
-                // Under a load that fills the pipe within a pause there is none.
-                self.pause = if lines.len() < BATCH_BYTES / 4 { PAUSE_MIN } else { Duration::ZERO };
+                self.pause = match lines.len() {
+                    few if few < BATCH_BYTES / 8 => (self.pause * 2).clamp(PAUSE_MIN, PAUSE_FEW),
+                    some if some < BATCH_BYTES / 4 => self.pause.min(PAUSE_FEW),
+                    // Under a load that fills the pipe within a pause there is none.
+                    _ => Duration::ZERO,
+                };
                 return Some(lines);
             }
             self.pause = (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
@@ -79,7 +90,16 @@ impl Pipe {
 
     /// Takes out what was looked at first.
     pub(super) fn take(&mut self, count: usize) {
-        drop(read(&self.fd, count));
+        let mut left = count;
+        while left > 0 {
+            // Whole pages change hands; nothing is copied.
+            match splice(&self.fd, None, &self.nowhere, None, left, SpliceFlags::NONBLOCK) {
+                Ok(0) => break,
+                Ok(gone) => left = left.saturating_sub(gone),
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
     }
 }
 
@@ -87,11 +107,9 @@ impl Pipe {
 fn read(fd: &OwnedFd, count: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(count);
     while bytes.len() < count {
-        let mut piece = vec![0; (count - bytes.len()).min(64 << 10)];
-        match rustix::io::read(fd, &mut piece) {
+        match rustix::io::read(fd, spare_capacity(&mut bytes)) {
             Ok(0) => break,
-            Ok(got) => bytes.extend_from_slice(piece.get(..got).unwrap_or_default()),
-            Err(Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(_) => break,
         }
     }
