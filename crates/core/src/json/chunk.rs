@@ -48,6 +48,65 @@ impl Choices {
     }
 }
 
+/// Of text for the first choice, and nothing else.
+const TEXT: Chunk = Chunk {
+    is_object: true,
+    has_error: false,
+    usage: None,
+    choices: Choices::FIRST,
+    finished: Choices(0),
+    has_content: true,
+};
+
+/// Reads the events of one stream. Nearly each is like the one before but for its text, and is recognised by that: one
+/// comparison instead of a search for each key that matters.
+#[derive(Debug, Default)]
+pub struct ChunkReader {
+    /// What stood before the text of an event with text and nothing else; empty while there was none.
+    before: Vec<u8>,
+    /// What stood behind it, from its closing quote on.
+    after: Vec<u8>,
+}
+
+/// Longest frame of a text that is kept for the next event.
+const FRAME_BYTES_MAX: usize = 2048;
+
+impl ChunkReader {
+    /// As [`scan_chunk`].
+    pub fn read(&mut self, data: &[u8]) -> Chunk {
+        let data = data.trim_ascii();
+        if self.is_like_before(data) {
+            return TEXT;
+        }
+        let chunk = scan_chunk(data);
+        if chunk == TEXT {
+            self.learn(data);
+        }
+        chunk
+    }
+
+    fn is_like_before(&self, data: &[u8]) -> bool {
+        let text = data.strip_prefix(&*self.before).and_then(|rest| rest.strip_suffix(&*self.after));
+        // With an escape in it, the quote that seems to end it may be its own.
+        let is_plain = |text: &[u8]| !text.is_empty() && memchr::memchr2(b'"', b'\\', text).is_none();
+        !self.before.is_empty() && text.is_some_and(is_plain)
+    }
+
+    fn learn(&mut self, data: &[u8]) {
+        self.before.clear();
+        self.after.clear();
+        let Some(start) = CONTENT.find(data).map(|at| at + CONTENT.needle().len()) else { return };
+        let (before, text) = data.split_at_checked(start).unwrap_or((data, &[]));
+        let length = memchr::memchr2(b'"', b'\\', text).filter(|end| text.get(*end) == Some(&b'"'));
+        let Some((_, after)) = length.and_then(|length| text.split_at_checked(length)) else { return };
+        // What was walked through may differ where its keys do not; what was recognised by them cannot.
+        if before.len() + after.len() <= FRAME_BYTES_MAX && is_text_only(data) {
+            self.before.extend_from_slice(before);
+            self.after.extend_from_slice(after);
+        }
+    }
+}
+
 static ERROR: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"error\""));
 static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
 static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"finish_reason\""));
@@ -65,7 +124,7 @@ pub fn scan_chunk(data: &[u8]) -> Chunk {
         return Chunk::default();
     }
     if is_text_only(data) {
-        return Chunk { is_object: true, has_content: true, choices: Choices::FIRST, ..Chunk::default() };
+        return TEXT;
     }
     walk(data).unwrap_or_default()
 }
@@ -175,6 +234,50 @@ mod tests {
         ] {
             assert_eq!(read(data), text, "{data}");
         }
+    }
+
+    #[test]
+    fn a_stream_is_read_as_its_events_are_one_by_one() {
+        let frame = |text: &str| {
+            format!(
+                r#"{{"id":"a","choices":[{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":null}}],"usage":null}}"#
+            )
+        };
+        let texts = [
+            " word",
+            "b",
+            "",
+            r"\n",
+            r#"\""#,
+            r"\\",
+            "\\",
+            r#"x\"}],\"error\":{"#,
+            r#"x"},"error":{"a":"b"#,
+            "\"",
+            "ü",
+            " end",
+        ];
+        let mut events: Vec<String> = texts.iter().map(|text| frame(text)).collect();
+        events.push(r#"{"choices":[{"index":1,"delta":{"content":"other"},"finish_reason":null}]}"#.into());
+        events.push(r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#.into());
+        events.push(
+            r#"{"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}"#
+                .into(),
+        );
+        events.push(r#"{"error":{"message":"x"},"choices":[{"delta":{"content":"x"}}]}"#.into());
+        events
+            .push(format!(r#"{{"pad":"{}","choices":[{{"delta":{{"content":"x"}}}}]}}"#, "p".repeat(FRAME_BYTES_MAX)));
+        events.push("not JSON".into());
+        // Every event behind every other one, so that whatever one teaches is tried on all.
+        let mut reader = ChunkReader::default();
+        for first in &events {
+            for second in &events {
+                for event in [first, second, first, second] {
+                    assert_eq!(reader.read(event.as_bytes()), read(event), "{event} behind {first}");
+                }
+            }
+        }
+        assert!(reader.read(frame("a").as_bytes()) == TEXT && reader.is_like_before(frame("b").as_bytes()));
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(crate) mod text;
 mod usage;
 
 pub use answer::{Answer, scan_answer};
-pub use chunk::{Choices, Chunk, scan_chunk};
+pub use chunk::{Choices, Chunk, ChunkReader, scan_chunk};
 pub use fields::filter_fields;
 pub use request::{Limits, Request, scan_request, splice};
 pub use scan::Broken;

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use evergate_core::attempts::{How, Reached};
 use evergate_core::chat::Chunks;
 use evergate_core::deadline::Limit;
-use evergate_core::json::{Choices, Chunk, Usage, scan_chunk};
+use evergate_core::json::{Choices, Chunk, ChunkReader, Usage, scan_chunk};
 use evergate_core::sse::{Splitter, TooLarge};
 use evergate_core::{Deadline, Error, Fault};
 use evergate_upstream::AnswerBody;
@@ -103,6 +103,7 @@ pub struct Relay {
 struct Seen {
     /// An event that is more than a comment.
     any: bool,
+    reader: ChunkReader,
     choices: Choices,
     finished: Choices,
     done: bool,
@@ -303,7 +304,7 @@ impl Relay {
                 seen.any = true;
                 return;
             }
-            let chunk: Chunk = scan_chunk(&event.data);
+            let chunk: Chunk = seen.reader.read(&event.data);
             let is_error_event = event.event == Some(b"error");
             if chunk.has_error || is_error_event {
                 // Not begun, if nothing came before: a comment in the same piece does not cost the real status.
