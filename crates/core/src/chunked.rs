@@ -1,8 +1,10 @@
-//! The framing of a chunked body (RFC 9112, 7.1), followed to find where it ends.
+//! The framing of a chunked body (RFC 9112, 7.1).
+
+use std::ops::Range;
 
 use crate::error::{Error, Fault};
 
-/// Follows a chunked body to find where it ends; the bytes themselves are judged again by the HTTP library.
+/// Follows a chunked body: where its data lies and where it ends.
 #[derive(Debug, Default)]
 pub struct Chunks {
     state: State,
@@ -39,19 +41,36 @@ impl Chunks {
     /// `malformed_request` for a framing that RFC 9112, 7.1 does not allow.
     pub fn take(&mut self, bytes: &[u8]) -> Result<(usize, bool), Error> {
         let mut at = 0;
-        while at < bytes.len() && !matches!(self.state, State::Done) {
+        while self.data(bytes, &mut at)?.is_some() {}
+        Ok((at, self.is_done()))
+    }
+
+    /// The next run of data in `bytes`, looked for from `at`, which goes behind it; none when the bytes or the body are at
+    /// their end.
+    ///
+    /// # Errors
+    /// As `take`.
+    pub fn data(&mut self, bytes: &[u8], at: &mut usize) -> Result<Option<Range<usize>>, Error> {
+        while *at < bytes.len() && !self.is_done() {
             if let State::Data(left) = self.state {
-                let here = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len() - at);
-                at += here;
+                let start = *at;
+                let here = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len() - start);
+                *at += here;
                 let left = left - here as u64;
                 self.state = if left == 0 { State::DataCr } else { State::Data(left) };
-                continue;
+                return Ok(Some(start..*at));
             }
-            let Some(byte) = bytes.get(at) else { break };
+            let Some(byte) = bytes.get(*at) else { break };
             self.step(*byte)?;
-            at += 1;
+            *at += 1;
         }
-        Ok((at, matches!(self.state, State::Done)))
+        Ok(None)
+    }
+
+    /// Whether the body is complete.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        matches!(self.state, State::Done)
     }
 
     fn step(&mut self, byte: u8) -> Result<(), Error> {
@@ -116,6 +135,23 @@ mod tests {
             let (first, done) = chunks.take(&body[..split]).unwrap();
             let total = if done { first } else { first + chunks.take(&body[split..]).unwrap().0 };
             assert_eq!(total, end, "{split}");
+        }
+    }
+
+    #[test]
+    fn the_data_is_the_same_for_every_split() {
+        let body = b"5;ext=1\r\nhello\r\n1\r\n \r\n6\r\nworld!\r\n0\r\n\r\n";
+        for split in 0..=body.len() {
+            let (mut chunks, mut text) = (Chunks::default(), Vec::new());
+            for part in [&body[..split], &body[split..]] {
+                let mut at = 0;
+                while let Some(run) = chunks.data(part, &mut at).unwrap() {
+                    text.extend_from_slice(&part[run]);
+                }
+                assert_eq!(at, part.len(), "{split}");
+            }
+            assert!(chunks.is_done());
+            assert_eq!(text, b"hello world!", "{split}");
         }
     }
 

@@ -4,30 +4,8 @@ const HEX: &[u8; 16] = b"0123456789abcdef";
 
 /// Appends `value` in decimal.
 pub fn push_decimal(out: &mut String, value: u64) {
-    // Two digits at a time, from a text that is known to be one; ten pairs hold the largest.
-    let mut pairs = [0_u8; 10];
-    let (mut rest, mut count) = (value, 0);
-    for pair in &mut pairs {
-        *pair = (rest % 100) as u8;
-        rest /= 100;
-        count += 1;
-        if rest == 0 {
-            break;
-        }
-    }
-    let mut pairs = pairs.iter().take(count).rev().map(|pair| usize::from(*pair));
-    if let Some(first) = pairs.next() {
-        // The first has no leading zero.
-        out.push_str(PAIRS.get(2 * first + usize::from(first < 10)..2 * first + 2).unwrap_or_default());
-    }
-    for pair in pairs {
-        out.push_str(PAIRS.get(2 * pair..2 * pair + 2).unwrap_or_default());
-    }
+    out.push_str(itoa::Buffer::new().format(value));
 }
-
-/// `00` to `99`.
-const PAIRS: &str = "0001020304050607080910111213141516171819202122232425262728293031323334353637383940414243444546474849\
-                     5051525354555657585960616263646566676869707172737475767778798081828384858687888990919293949596979899";
 
 /// Writes `value` over the whole of `digits` in lower-case hexadecimal; what does not fit falls off on the left.
 pub fn write_hex(digits: &mut [u8], mut value: u64) {

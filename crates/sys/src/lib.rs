@@ -9,6 +9,7 @@
 mod fd;
 mod frames;
 mod landlock;
+mod malloc;
 mod overflow;
 mod reap;
 mod signal;
@@ -19,6 +20,7 @@ mod time;
 pub use fd::{adopt, memfd, reopen_read_only, seal, seal_size};
 pub use frames::call_offsets;
 pub use landlock::Landlock;
+pub use malloc::MALLOC_CONF;
 pub use overflow::tcp_overflows;
 pub use reap::{Exit, Status, exit_of, peek_exit, peek_status, reap};
 pub use signal::{Signals, Taken, is_alive, is_being_killed, kill_if_same, start_ticks};

@@ -3,7 +3,6 @@
 //! Holds INV-CANCEL-1 (ARCHITECTURE.md).
 
 use std::future::poll_fn;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -12,24 +11,20 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use evergate_core::config::BaseUrl;
 use evergate_core::deadline::Limit;
+use evergate_core::digits::push_decimal;
 use evergate_core::{Deadline, Error, Fault};
-use http::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
-    USER_AGENT,
-};
-use http::{Method, Request, StatusCode, Uri};
-use http_body_util::Full;
-use hyper::client::conn::{TrySendError, http1};
-use hyper_util::rt::TokioIo;
+use http::StatusCode;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, USER_AGENT};
+use http::uri::PathAndQuery;
 
 use crate::answer::AnswerBody;
 use crate::clock::Clock;
 use crate::connect::{ConnectError, Connector};
-use crate::io::{Care, UpstreamIo};
+use crate::h1::{Broken, Connection, Fields, Head, Kind, Outgoing};
+use crate::io::Care;
 use crate::resolve::Resolver;
-use crate::stall::{Patience, Stalled, Unsent};
+use crate::stall::{Patience, Unsent};
 use crate::tls::Trust;
-use crate::wake::Filter;
 
 /// What a client is made of.
 #[derive(Debug)]
@@ -69,8 +64,8 @@ pub struct Settings {
 pub struct Call {
     /// One of [`Settings::paths`].
     pub path: &'static str,
-    /// Client headers that may travel on; everything else is built here.
-    pub headers: HeaderMap,
+    /// What goes with this call; everything else is built here.
+    pub fields: Fields,
     /// The JSON body.
     pub body: Bytes,
     /// The call's own end.
@@ -104,42 +99,42 @@ pub struct Failure {
 pub struct Answer {
     /// The upstream's status, whatever it is.
     pub status: StatusCode,
-    /// The upstream's headers.
+    /// What it is made of.
+    pub kind: Kind,
+    /// The upstream's headers, as far as somebody asks for them: `x-*`, `openai-*`, `retry-after*`.
     pub headers: HeaderMap,
     /// The rest.
     pub body: AnswerBody,
-}
-
-type Asked = Request<Full<Bytes>>;
-
-pub(crate) type Driver = http1::Connection<TokioIo<UpstreamIo>, Full<Bytes>>;
-
-/// An open connection and the half that speaks on it.
-pub(crate) struct Connection {
-    pub(crate) sender: http1::SendRequest<Full<Bytes>>,
-    /// `None` once it has ended; polled only by who holds the connection.
-    pub(crate) driver: Option<Pin<Box<Driver>>>,
-    pub(crate) filter: Filter,
-    idle_since: Instant,
 }
 
 /// One upstream's connections and what every request to it carries.
 #[derive(Debug)]
 pub struct Client {
     settings: Settings,
-    host: HeaderValue,
-    /// What stands in the request line for each path that can be called.
-    targets: Vec<(&'static str, Uri)>,
+    targets: Vec<Target>,
     pool: Arc<Pool>,
     complained: Mutex<Option<Instant>>,
     care: Care,
 }
 
-/// Idle connections, last in first out, so that the spare ones grow old and go.
+/// A path that can be called, and what every request to it begins with: its line, and the fields that are always the same.
+struct Target {
+    path: &'static str,
+    head: Vec<u8>,
+}
+
+// Its head holds the credential.
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Idle connections with when they became so, last in first out, so that the spare ones grow old and go.
 pub(crate) struct Pool {
-    /// The upstream's.
+    /// The upstream's, for messages.
     name: String,
-    idle: Mutex<Vec<Connection>>,
+    idle: Mutex<Vec<(Box<Connection>, Instant)>>,
     idle_max: usize,
     open: Arc<AtomicU32>,
 }
@@ -151,34 +146,32 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Box<Connection>, Instant)>> {
         // The list is whole between any two operations, so a panic elsewhere cannot have broken it.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes back a connection that is between two requests.
-    pub(crate) fn give(&self, mut connection: Connection) {
-        if connection.driver.is_some() {
-            connection.idle_since = Instant::now();
-            let mut idle = self.lock();
-            if idle.len() < self.idle_max {
-                idle.push(connection);
-            }
+    /// Takes back a connection whose answer has been read, if another request may follow on it.
+    pub(crate) fn give(&self, connection: Option<Box<Connection>>) {
+        let Some(connection) = connection.filter(|connection| connection.is_reusable()) else { return };
+        let mut idle = self.lock();
+        if idle.len() < self.idle_max {
+            idle.push((connection, Instant::now()));
         }
+    }
+
+    /// The error of an answer that does not end as its framing has promised.
+    pub(crate) fn cut(&self, broken: &Broken) -> Error {
+        let is_framing = matches!(broken, Broken::NotHttp(_));
+        let what = if is_framing { "sent an answer whose framing is broken" } else { "broke off its answer" };
+        Error::new(Fault::UpstreamDisconnected, format!("the upstream \"{}\" {what}", self.name)).detail(broken)
     }
 }
 
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("evergate/", env!("CARGO_PKG_VERSION")));
-/// So soon after an answer a connection that was ready for more is not asked whether it has ended since. If it has, the call
-/// finds that before anything of the request is written, and opens another.
-const FRESH: Duration = Duration::from_millis(5);
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
 /// Between two complaints of one client.
 const COMPLAIN: Duration = Duration::from_secs(60);
-const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 impl Client {
     /// A client without open connections.
@@ -186,13 +179,7 @@ impl Client {
     /// # Errors
     /// When the base URL makes no `Host` header or no request target; configuration has ruled that out.
     pub fn new(settings: Settings) -> Result<Self, String> {
-        let host = HeaderValue::from_str(&settings.base_url.authority)
-            .map_err(|_| format!("upstream {}: the base URL's host is not a header value", settings.name))?;
-        let target = |path: &&'static str| match format!("{}{path}", settings.base_url.path).parse() {
-            Ok(uri) => Ok((*path, uri)),
-            Err(_) => Err(format!("upstream {}: the base URL's path makes no request target", settings.name)),
-        };
-        let targets = settings.paths.iter().map(target).collect::<Result<_, _>>()?;
+        let targets = settings.paths.iter().map(|path| settings.target(path)).collect::<Result<_, _>>()?;
         let pool = Arc::new(Pool {
             name: settings.name.clone(),
             idle: Mutex::new(Vec::new()),
@@ -202,7 +189,7 @@ impl Client {
         let Settings { clock, write, unsent, .. } = &settings;
         let patience = Patience { clock: clock.clone(), limit: *write, unsent: *unsent };
         let care = Care { open: Arc::clone(&pool.open), patience };
-        Ok(Self { settings, host, targets, pool, complained: Mutex::new(None), care })
+        Ok(Self { settings, targets, pool, complained: Mutex::new(None), care })
     }
 
     /// Open connections, busy and idle.
@@ -213,17 +200,16 @@ impl Client {
 
     /// Closes idle connections that are older than the limit or that the upstream has closed.
     pub async fn sweep(&self) {
-        let all = std::mem::take(&mut *self.pool.lock());
-        let mut kept = Vec::with_capacity(all.len());
-        for mut connection in all {
-            if connection.idle_since.elapsed() < self.settings.idle && is_usable(&mut connection).await {
-                kept.push(connection);
-            }
-        }
+        let mut all = std::mem::take(&mut *self.pool.lock());
+        poll_fn(|cx| {
+            all.retain_mut(|(connection, since)| since.elapsed() < self.settings.idle && connection.is_usable(cx));
+            Poll::Ready(())
+        })
+        .await;
         let mut idle = self.pool.lock();
         // Connections given back meanwhile are younger: they stay on top.
-        kept.append(&mut idle);
-        *idle = kept;
+        all.append(&mut idle);
+        *idle = all;
     }
 
     /// Closes every idle connection.
@@ -249,90 +235,66 @@ impl Client {
 
     async fn send(
         &self,
-        mut request: Box<Asked>,
+        mut request: Box<Outgoing>,
         (deadline, first_byte): (Deadline, Option<Duration>),
         begun: Option<Arc<AtomicBool>>,
     ) -> Result<Answer, Failure> {
         let name = &self.settings.name;
-        let sent = |error| Failure { error, phase: Phase::Sent };
         let begin = |has_begun| begun.iter().for_each(|begun| begun.store(has_begun, Ordering::Relaxed));
-        let (mut connection, mut is_reused) = match self.take().await {
-            Some(connection) => (connection, true),
-            None => (Box::pin(self.open(deadline)).await?, false),
-        };
-        let response = loop {
+        let (mut connection, head) = loop {
+            let (mut connection, is_reused) = match self.take() {
+                Some(connection) => (connection, true),
+                None => (Box::pin(self.open(deadline)).await?, false),
+            };
             let until = match first_byte {
                 Some(limit) => deadline.min(Deadline::new(Instant::now(), limit, Limit::FirstToken)),
                 None => deadline,
             };
             begin(true);
-            let answered = {
-                let mut answering = std::pin::pin!(connection.sender.try_send_request(*request));
-                let Connection { driver, filter, .. } = &mut connection;
-                let head = poll_fn(|cx| {
-                    filter.poll(cx, |cx| {
-                        drive(driver, cx);
-                        answering.as_mut().poll(cx)
-                    })
-                });
-                match self.settings.clock.timeout_at(until.at(), head).await {
-                    Ok(Ok(response)) => break response,
-                    Ok(Err(failed)) => Box::new(failed),
-                    Err(_) => return Err(sent(until.limit().overrun(name, "did not answer within"))),
+            let head = poll_fn(|cx| connection.poll_head(&mut request, cx));
+            match self.settings.clock.timeout_at(until.at(), head).await {
+                Ok(Ok(head)) => break (connection, head),
+                // A kept connection that was closed under our hands: nothing of the request is on it.
+                Ok(Err(_)) if is_reused && !request.has_begun() => begin(false),
+                Ok(Err(broken)) => return Err(failure(name, &broken, &request)),
+                Err(_) => {
+                    let error = until.limit().overrun(name, "did not answer within");
+                    return Err(Failure { error, phase: Phase::Sent });
                 }
-            };
-            request = again(name, answered, is_reused)?;
-            begin(false);
-            connection = Box::pin(self.open(deadline)).await?;
-            is_reused = false;
+            }
         };
-        let (head, body) = response.into_parts();
-        if head.headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        connection.go_on_sending(request);
+        let Head { status, kind, is_coded, headers, .. } = head;
+        if is_coded {
             let message = format!("the upstream \"{name}\" compressed its answer although it was not asked to");
-            return Err(sent(Error::new(Fault::UpstreamBadResponse, message)));
+            return Err(Failure { error: Error::new(Fault::UpstreamBadResponse, message), phase: Phase::Sent });
         }
-        if is_framed_twice(&head.headers) {
-            let message = format!("the upstream \"{name}\" framed its answer in more than one way");
-            return Err(sent(Error::new(Fault::UpstreamBadResponse, message)));
-        }
-        let body = AnswerBody::new(body, connection, Arc::clone(&self.pool));
-        Ok(Answer { status: head.status, headers: head.headers, body })
+        Ok(Answer { status, kind, headers, body: AnswerBody::new(connection, Arc::clone(&self.pool)) })
     }
 
-    fn request(&self, call: &Call) -> Result<Request<Full<Bytes>>, Failure> {
-        let mut request = Request::new(Full::new(call.body.clone()));
-        *request.method_mut() = Method::POST;
-        let target = self.targets.iter().find(|(path, _)| *path == call.path).map(|(_, uri)| uri.clone());
-        *request.uri_mut() = target.ok_or_else(|| Failure {
+    fn request(&self, call: &Call) -> Result<Outgoing, Failure> {
+        let target = self.targets.iter().find(|target| target.path == call.path).ok_or_else(|| Failure {
             error: Error::new(Fault::Internal, "the upstream is called at a path that it does not have"),
             phase: Phase::Connect,
         })?;
-        let headers = request.headers_mut();
-        headers.reserve(call.headers.len() + 4);
-        headers.insert(HOST, self.host.clone());
-        headers.insert(http::header::CONTENT_TYPE, JSON);
-        headers.insert(USER_AGENT, AGENT);
-        if let Some(authorization) = &self.settings.authorization {
-            headers.insert(AUTHORIZATION, authorization.clone());
-        }
-        for (name, value) in &call.headers {
-            headers.append(HeaderName::clone(name), value.clone());
-        }
-        Ok(request)
+        let mut length = String::with_capacity(24);
+        push_decimal(&mut length, call.body.len() as u64);
+        let parts: [&[u8]; 5] =
+            [&target.head, call.fields.as_bytes(), b"content-length: ", length.as_bytes(), b"\r\n\r\n"];
+        Ok(Outgoing::new(parts.concat(), call.body.clone()))
     }
 
-    async fn take(&self) -> Option<Connection> {
+    /// The idle connection that was used last. Whether it can still be used its next call finds before it sends anything.
+    fn take(&self) -> Option<Box<Connection>> {
         loop {
-            let mut connection = self.pool.lock().pop()?;
-            let idle = connection.idle_since.elapsed();
-            let is_fresh = idle < FRESH && connection.sender.is_ready();
-            if is_fresh || (idle < self.settings.idle && is_usable(&mut connection).await) {
+            let (connection, since) = self.pool.lock().pop()?;
+            if since.elapsed() < self.settings.idle {
                 return Some(connection);
             }
         }
     }
 
-    async fn open(&self, deadline: Deadline) -> Result<Connection, Failure> {
+    async fn open(&self, deadline: Deadline) -> Result<Box<Connection>, Failure> {
         let name = &self.settings.name;
         let until = deadline.min(Deadline::new(Instant::now(), self.settings.connect, Limit::Connect));
         let failed = |error| Failure { error, phase: Phase::Connect };
@@ -349,9 +311,7 @@ impl Client {
             self.complain(&error);
             failed(error.error(name))
         })?;
-        let (sender, driver) =
-            http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(|error| failed(broken(name, &error)))?;
-        Ok(Connection { sender, driver: Some(Box::pin(driver)), filter: Filter::new(), idle_since: Instant::now() })
+        Ok(Box::new(Connection::new(io)))
     }
 
     /// A certificate that is not right stays so until somebody does something about it.
@@ -366,72 +326,43 @@ impl Client {
     }
 }
 
-/// Whether two readers could see two ends of this answer (RFC 9112, 6.3): the library below takes one of them. What
-/// follows on such a connection is somebody's choice, so it must not be kept.
-fn is_framed_twice(headers: &HeaderMap) -> bool {
-    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
-    let coding = codings.next();
-    let length = lengths.next();
-    coding.is_some_and(|coding| length.is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
-        || codings.next().is_some()
-        || lengths.next().is_some()
-}
-
-/// Moves a connection forward; an end of it is seen by whoever waits for something from it.
-pub(crate) fn drive(driver: &mut Option<Pin<Box<Driver>>>, cx: &mut std::task::Context<'_>) {
-    if let Some(running) = driver
-        && running.as_mut().poll(cx).is_ready()
-    {
-        *driver = None;
+impl Settings {
+    fn target(&self, path: &'static str) -> Result<Target, String> {
+        let name = &self.name;
+        let host = HeaderValue::from_str(&self.base_url.authority)
+            .map_err(|_| format!("upstream {name}: the base URL's host is not a header value"))?;
+        let uri = format!("{}{path}", self.base_url.path).parse::<PathAndQuery>();
+        let uri = uri.map_err(|_| format!("upstream {name}: the base URL's path makes no request target"))?;
+        let mut fields = Fields::default();
+        fields.push(&HOST, &host);
+        fields.push(&CONTENT_TYPE, &JSON);
+        fields.push(&USER_AGENT, &AGENT);
+        if let Some(authorization) = &self.authorization {
+            fields.push(&AUTHORIZATION, authorization);
+        }
+        let line = format!("POST {uri} HTTP/1.1\r\n");
+        Ok(Target { path, head: [line.as_bytes(), fields.as_bytes()].concat() })
     }
 }
 
-/// Whether a request can be sent now; polls once, which is what notices that the upstream has closed.
-async fn is_usable(connection: &mut Connection) -> bool {
-    let Connection { driver, filter, sender, .. } = connection;
-    poll_fn(|cx| {
-        // Never pending: only this turn's state is asked for.
-        let _ = filter.poll(cx, |cx| {
-            drive(driver, cx);
-            Poll::<()>::Pending
-        });
-        Poll::Ready(driver.is_some() && sender.is_ready())
-    })
-    .await
-}
-
-/// The request of a kept connection that was closed under our hands, if it is still ours: nothing was written.
-fn again(name: &str, mut failed: Box<TrySendError<Asked>>, is_reused: bool) -> Result<Box<Asked>, Failure> {
-    match failed.take_message() {
-        Some(message) if is_reused => Ok(Box::new(message)),
-        Some(_) => Err(unsent(name, failed.error())),
-        None => Err(Failure { error: broken(name, failed.error()), phase: Phase::Sent }),
-    }
-}
-
-/// The failure of a new connection that ended before a byte of the request was written.
-fn unsent(name: &str, error: &hyper::Error) -> Failure {
-    let message = format!("the upstream \"{name}\" closed the connection before the request was sent");
-    let error = Error::new(Fault::UpstreamConnectFailed, message).detail(format!("connect: {error}"));
-    Failure { error, phase: Phase::Connect }
-}
-
-/// The error of a connection that failed after the request was handed to it.
-pub(crate) fn broken(name: &str, error: &hyper::Error) -> Error {
-    if Stalled::is_cause(error) {
-        Limit::Write.overrun(name, "did not take the request within")
-    } else if error.is_parse_too_large() {
-        let message = format!("the upstream \"{name}\" sent an answer whose head is too large, or has too many fields");
-        Error::new(Fault::UpstreamBadResponse, message).detail(error)
-    } else if error.is_parse() || error.is_parse_status() {
-        let message = format!("the upstream \"{name}\" sent an answer that is not HTTP/1.1");
-        Error::new(Fault::UpstreamBadResponse, message).detail(error)
-    } else {
-        Error::new(
-            Fault::UpstreamDisconnected,
-            format!("the upstream \"{name}\" closed the connection without an answer"),
-        )
-        .detail(error)
-    }
+/// The failure of a call whose connection broke before the answer's head.
+fn failure(name: &str, broken: &Broken, request: &Outgoing) -> Failure {
+    let error = |fault, what: &str| Error::new(fault, format!("the upstream \"{name}\" {what}"));
+    let error = match broken {
+        Broken::NotHttp(_) => error(Fault::UpstreamBadResponse, "sent an answer that is not HTTP/1.1").detail(broken),
+        Broken::TooLarge => {
+            let what = "sent an answer whose head is too large, or has too many fields";
+            error(Fault::UpstreamBadResponse, what).detail(broken)
+        }
+        Broken::FramedTwice => error(Fault::UpstreamBadResponse, "framed its answer in more than one way"),
+        _ if broken.is_stall() => Limit::Write.overrun(name, "did not take the request within"),
+        Broken::Io(_) | Broken::Ended if !request.has_begun() => {
+            let error = error(Fault::UpstreamConnectFailed, "closed the connection before the request was sent");
+            return Failure { error: error.detail(format!("connect: {broken}")), phase: Phase::Connect };
+        }
+        Broken::Io(_) | Broken::Ended => {
+            error(Fault::UpstreamDisconnected, "closed the connection without an answer").detail(broken)
+        }
+    };
+    Failure { error, phase: Phase::Sent }
 }

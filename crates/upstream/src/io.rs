@@ -1,6 +1,6 @@
 //! The one I/O type under an upstream connection.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// A connection to an upstream. Writes are never vectored, so that every byte passes one place in order.
+/// A connection to an upstream.
 #[derive(Debug)]
 pub(crate) struct UpstreamIo {
     stream: Stream,
@@ -105,6 +105,20 @@ impl AsyncWrite for UpstreamIo {
         let this = self.get_mut();
         let written = each!(&mut this.stream, stream => stream.poll_write(cx, bytes));
         this.stall.watch(written, this.stream.socket(), cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = each!(&mut this.stream, stream => stream.poll_write_vectored(cx, parts));
+        this.stall.watch(written, this.stream.socket(), cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -11,15 +11,16 @@ mod client;
 pub mod clock;
 mod connect;
 mod dial;
+mod h1;
 mod io;
 mod resolve;
 mod stall;
 pub mod standstill;
 mod tls;
-mod wake;
 
 pub use answer::AnswerBody;
 pub use client::{Answer, Call, Client, Failure, Phase, Settings};
+pub use h1::{Fields, Kind};
 pub use resolve::{LookUp, LookUps, Resolver, look_up};
 pub use stall::Unsent;
 pub use tls::Trust;

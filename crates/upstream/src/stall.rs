@@ -42,9 +42,8 @@ impl std::error::Error for Stalled {}
 
 impl Stalled {
     /// Whether this is what ended a connection.
-    pub(crate) fn is_cause(error: &hyper::Error) -> bool {
-        let io = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
-        io.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<Self>())
+    pub(crate) fn is_cause(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
     }
 }
 

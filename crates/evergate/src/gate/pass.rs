@@ -2,6 +2,7 @@
 //!
 //! Holds INV-PASS-1, INV-RECORD-1 (ARCHITECTURE.md).
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -131,20 +132,38 @@ pub(super) struct Admitted {
 /// A live request. Dropped before its end was set, it counts as left by its client; its record is written and its row
 /// on the board cleared when it goes.
 #[derive(Debug)]
-pub struct Pass {
+pub struct Pass(Box<Held>);
+
+/// What a pass is made of. In a box, since a pass goes from hand to hand.
+#[derive(Debug)]
+pub struct Held {
     gate: Arc<Gate>,
     ticket: Ticket,
     token: Arc<Token>,
     _permit: OwnedSemaphorePermit,
     /// For the access record.
-    pub record: Box<Record>,
+    pub record: Record,
     weight: Weight,
+}
+
+impl Deref for Pass {
+    type Target = Held;
+
+    fn deref(&self) -> &Held {
+        &self.0
+    }
+}
+
+impl DerefMut for Pass {
+    fn deref_mut(&mut self) -> &mut Held {
+        &mut self.0
+    }
 }
 
 impl Pass {
     pub(super) fn new(gate: Arc<Gate>, admitted: Admitted, token: Arc<Token>, record: Record) -> Self {
         let Admitted { ticket, permit, weight } = admitted;
-        Self { gate, ticket, token, _permit: permit, record: Box::new(record), weight }
+        Self(Box::new(Held { gate, ticket, token, _permit: permit, record, weight }))
     }
 
     /// Sets the phase on the board.
@@ -329,13 +348,13 @@ impl Drop for Pass {
         }
         // The record first, then the row: a death in between shows the request twice rather than never. A panic in it
         // would end the connection, and with it the other requests on it.
-        let (gate, record, ticket) = (&self.gate, &mut *self.record, &self.ticket);
+        let Held { gate, record, ticket, .. } = &mut *self.0;
         let is_written = caught(|| {
             pass_by(Place::Pass);
             gate.write(record, Some(ticket));
         });
         if !is_written {
-            gate.write_off(&mut self.record, &self.ticket);
+            gate.write_off(record, ticket);
         }
         let mut live = self.gate.lock_live();
         live.remove(&self.record.id.seq);

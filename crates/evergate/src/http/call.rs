@@ -8,7 +8,7 @@ use evergate_core::attempts::{How, Reached};
 use evergate_core::deadline::Limit;
 use evergate_core::json::scan_answer;
 use evergate_core::{Deadline, Error, Fault, traceparent};
-use evergate_upstream::{Answer, AnswerBody, Call};
+use evergate_upstream::{Answer, AnswerBody, Call, Fields};
 use http::Response;
 use http::header::{HeaderMap, HeaderName};
 
@@ -20,7 +20,7 @@ use super::{local, refusal, respond};
 use crate::gate::pass::Pass;
 
 /// Client headers that travel on to an upstream; all others stay here.
-const FORWARDED: [HeaderName; 3] = [
+static FORWARDED: [HeaderName; 3] = [
     HeaderName::from_static("openai-beta"),
     HeaderName::from_static("anthropic-beta"),
     HeaderName::from_static("idempotency-key"),
@@ -35,8 +35,9 @@ const REFUSAL_TIME: Duration = Duration::from_secs(2);
 
 impl ModelCall {
     fn call(&self, body: Bytes, deadline: Deadline) -> Call {
-        let mut headers = HeaderMap::new();
+        let mut fields = Fields::default();
         let (mut parent, mut state, mut parents) = (None, None, 0);
+        let mut forwarded = [None; 3];
         // One walk over the few that there are, instead of a look-up for each that might be.
         for (name, value) in &self.headers {
             if *name == TRACEPARENT {
@@ -44,22 +45,21 @@ impl ModelCall {
                 parents += 1;
             } else if *name == TRACESTATE {
                 state = state.or(Some(value));
-            } else if FORWARDED.contains(name) && !headers.contains_key(name) {
-                headers.insert(name.clone(), value.clone());
+            } else if let Some((_, first)) = FORWARDED.iter().zip(&mut forwarded).find(|(one, _)| *one == name) {
+                first.get_or_insert(value);
             }
+        }
+        for (name, value) in FORWARDED.iter().zip(forwarded) {
+            value.iter().for_each(|value| fields.push(name, value));
         }
         // Two cannot both be the parent.
         if let Some(parent) = parent.filter(|parent| parents == 1 && traceparent::is_valid(parent.as_bytes())) {
-            headers.insert(TRACEPARENT, parent.clone());
-            if let Some(state) = state {
-                headers.insert(TRACESTATE, state.clone());
-            }
+            fields.push(&TRACEPARENT, parent);
+            state.iter().for_each(|state| fields.push(&TRACESTATE, state));
         }
-        if let Some(id) = &self.own_id {
-            headers.insert(respond::REQUEST_ID, id.clone());
-        }
+        self.own_id.iter().for_each(|id| fields.push(&respond::REQUEST_ID, id));
         let begun = self.left.as_ref().map(Left::begun);
-        Call { path: self.endpoint.upstream_path(), headers, body, deadline, first_byte: None, begun }
+        Call { path: self.endpoint.upstream_path(), fields, body, deadline, first_byte: None, begun }
     }
 
     /// The same for an upstream that may be a program of this machine, which is told how much time there is.
@@ -79,17 +79,16 @@ impl ModelCall {
     /// A unary call: the answer is read whole, checked and passed on byte for byte.
     pub(super) async fn whole(&self, attempt: Attempt<'_>, pass: &mut Pass) -> Result<Response<Body>, Failure> {
         let Attempt { client, name, body, deadline, permit, first_by, local, .. } = attempt;
-        let Answer { status, headers, mut body } =
-            client.call(self.call_within(body, first_by, (deadline, local))).await?;
+        let mut answer = client.call(self.call_within(body, first_by, (deadline, local))).await?;
         if let Some(permit) = permit {
-            body.hold(permit);
+            answer.body.hold(permit);
         }
         let first_token_ms = pass.record.elapsed_ms();
-        if !status.is_success() {
-            return Err(Box::pin(self.refused(name, Answer { status, headers, body }, deadline)).await);
+        if !answer.status.is_success() {
+            return Err(Box::pin(self.refused(name, answer, deadline)).await);
         }
         let limits = &self.app.sealed.config.limits;
-        let body = self.read_whole(&mut body, name, deadline, limits.answer_bytes).await?;
+        let body = self.read_whole(&mut answer.body, name, deadline, limits.answer_bytes).await?;
         let broken = |error| Failure::new(Reached::Answer, error);
         let bad = |message: String| Error::new(Fault::UpstreamBadResponse, message);
         let seen = scan_answer(&body).map_err(|found| {
@@ -105,8 +104,8 @@ impl ModelCall {
         // Of answers only: a refusal has no first token, and comes sooner than any.
         pass.note_first_token_at(first_token_ms);
         pass.record.usage = seen.usage;
-        let mut response = respond::json(status, body);
-        pass_headers(&headers, response.headers_mut());
+        let mut response = respond::json(answer.status, body);
+        pass_headers(&answer.headers, response.headers_mut());
         Ok(response)
     }
 
@@ -155,7 +154,7 @@ impl ModelCall {
 
     /// The failure for an answer that is not a 2xx. Its body only adds words, so no failure to read it matters.
     pub(super) async fn refused(&self, name: &str, answer: Answer, deadline: Deadline) -> Failure {
-        let Answer { status, headers, mut body } = answer;
+        let Answer { status, headers, mut body, .. } = answer;
         let until = deadline.min(Deadline::new(Instant::now(), REFUSAL_TIME, Limit::Idle));
         let read = self.read_whole(&mut body, name, until, REFUSAL_BYTES_MAX).await.unwrap_or_default();
         if self.app.locals.contains_key(name)

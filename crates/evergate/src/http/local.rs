@@ -31,10 +31,10 @@ pub(super) fn tell(call: &mut Call, deadline: Deadline, place: InflightPlace) {
     let left = deadline.left(Instant::now());
     let left = left.saturating_sub(AHEAD.min(left / 2)).as_millis().max(1);
     if let Ok(value) = HeaderValue::try_from(format!("{left}ms")) {
-        call.headers.insert(HeaderName::from_static(request_timeout::NAME), value);
+        call.fields.push(&HeaderName::from_static(request_timeout::NAME), &value);
     }
     if let Ok(value) = HeaderValue::try_from(place.to_string()) {
-        call.headers.insert(PLACE, value);
+        call.fields.push(&PLACE, &value);
     }
 }
 

@@ -8,9 +8,9 @@ use evergate_core::attempts::Reached;
 use evergate_core::deadline::Limit;
 use evergate_core::json::scan_answer;
 use evergate_core::{Deadline, Error, Fault, chat};
-use evergate_upstream::AnswerBody;
+use evergate_upstream::{AnswerBody, Kind};
 use http::Response;
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::HeaderMap;
 
 use super::attempts::{Attempt, Failure};
 use super::body::{Body, Stream};
@@ -65,12 +65,11 @@ impl ModelCall {
             if !answer.status.is_success() {
                 return Err(asking.refused(&upstream, answer, deadline).await);
             }
-            let kind = answer.headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-            let is_of = |wanted: &[u8]| kind.get(..wanted.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(wanted));
-            if is_of(b"text/event-stream") {
-                return Ok(Called::Events(answer.body));
-            }
-            let body = if is_of(b"application/json") { Some(answer.body) } else { None };
+            let body = match answer.kind {
+                Kind::Events => return Ok(Called::Events(answer.body)),
+                Kind::Json => Some(answer.body),
+                Kind::Other => None,
+            };
             asking.told_as_events(&upstream, body, deadline, wants_usage).await
         });
         let (app, upstream) = (Arc::clone(&self.app), name.to_owned());
