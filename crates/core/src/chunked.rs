@@ -10,6 +10,8 @@ pub struct Chunks {
     state: State,
     /// Bytes of size lines and trailers so far in the current one.
     line_bytes: usize,
+    /// Bytes of extensions and trailers so far, in all.
+    extra_bytes: usize,
 }
 
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ enum State {
 
 /// Longest size line with its extension, and longest trailer line.
 const LINE_BYTES_MAX: usize = 4096;
+/// Most bytes of all extensions and trailers of a body: nobody here reads them.
+const EXTRA_BYTES_MAX: usize = 64 * 1024;
 /// Most digits of a size, zeros in front counted: more are only sent to be read differently by others.
 const DIGITS_MAX: usize = 16;
 
@@ -78,6 +82,12 @@ impl Chunks {
         self.line_bytes += 1;
         if self.line_bytes > LINE_BYTES_MAX {
             return Err(refuse("a chunk's size line or a trailer is too long"));
+        }
+        if matches!(self.state, S::Extension(_) | S::TrailerStart | S::Trailer) {
+            self.extra_bytes += 1;
+            if self.extra_bytes > EXTRA_BYTES_MAX {
+                return Err(refuse("the chunked body has too many extensions or trailers"));
+            }
         }
         let next = match (&self.state, byte) {
             (S::SizeStart, _) => S::Size(hex(0, byte)?),
@@ -172,5 +182,12 @@ mod tests {
         }
         let long = [b"1;".to_vec(), vec![b'x'; LINE_BYTES_MAX]].concat();
         assert!(Chunks::default().take(&long).is_err());
+        // Each short enough, and never an end.
+        let extended = [b"1;".to_vec(), vec![b'x'; 4000], b"\r\na\r\n".to_vec()].concat().repeat(20);
+        let trailers = [b"0\r\n".to_vec(), b"a:b\r\n".repeat(30_000)].concat();
+        for endless in [extended, trailers] {
+            let said = Chunks::default().take(&endless).unwrap_err().message;
+            assert!(said.contains("too many"), "{said}");
+        }
     }
 }

@@ -15,6 +15,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use evergate_core::chunked::Chunks;
 use tokio::io::{AsyncRead, ReadBuf};
+use tokio::task::coop::has_budget_remaining;
 
 pub use self::head::Kind;
 use self::head::{FIELDS_MAX, HEAD_BYTES_MAX};
@@ -26,6 +27,9 @@ use crate::stall::Stalled;
 
 /// Bytes of one read. On the stack, so that a connection that waits has no buffer.
 const PIECE_BYTES: usize = 16 * 1024;
+
+/// Reads of one turn that bring nothing for the one who asks: who sends framing without end costs no more than that.
+const READS_MAX: usize = 4;
 
 /// Why a connection is of no more use.
 #[derive(Debug)]
@@ -71,7 +75,6 @@ enum Rest {
 }
 
 /// An open connection.
-#[derive(Debug)]
 pub(crate) struct Connection {
     io: UpstreamIo,
     /// The beginning of a head.
@@ -85,12 +88,21 @@ pub(crate) struct Connection {
     unsent: Option<Box<Outgoing>>,
     /// Whether another request may follow.
     is_kept: bool,
+    /// Whether a write has failed: the end that is read then may be none.
+    is_reset: bool,
+}
+
+// What it has read may repeat what it was sent.
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("io", &self.io).field("rest", &self.rest).finish_non_exhaustive()
+    }
 }
 
 impl Connection {
     pub(crate) fn new(io: UpstreamIo) -> Self {
         let (begun, input) = (Vec::new(), Bytes::new());
-        Self { io, begun, searched: 0, input, rest: Rest::Length(0), unsent: None, is_kept: true }
+        Self { io, begun, searched: 0, input, rest: Rest::Length(0), unsent: None, is_kept: true, is_reset: false }
     }
 
     /// Whether a request can be sent now: nothing may come, not even the end, before something was asked.
@@ -101,8 +113,14 @@ impl Connection {
     /// Sends the request and waits for the head of its answer, whichever is first: an upstream may refuse what it has not
     /// read. Interim answers (RFC 9110, 15.2) are passed over.
     pub(crate) fn poll_head(&mut self, out: &mut Outgoing, cx: &mut Context<'_>) -> Poll<Result<Head, Broken>> {
-        if !out.has_begun() && !self.is_usable(cx) {
-            return Poll::Ready(Err(Broken::Ended));
+        if !out.has_begun() {
+            // Without its turn the socket would seem silent, whatever lies there.
+            if !has_budget_remaining() {
+                return again(cx);
+            }
+            if !self.is_usable(cx) {
+                return Poll::Ready(Err(Broken::Ended));
+            }
         }
         let failed = match out.poll_send(&mut self.io, cx) {
             // What it has answered before it ended the connection can still be read.
@@ -110,7 +128,7 @@ impl Connection {
             Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::Io(error))),
             Poll::Ready(Ok(())) | Poll::Pending => None,
         };
-        loop {
+        for _ in 0..READS_MAX {
             let Self { io, begun, searched, input, .. } = self;
             let polled = read(io, cx, |piece| {
                 if piece.is_empty() {
@@ -119,12 +137,11 @@ impl Connection {
                 head::take(piece, begun, searched, input)
             });
             let read = match (polled, &failed) {
-                (Poll::Pending, None) => return Poll::Pending,
+                // After a failed write, too: the runtime may not have heard of what lies there yet, and it will.
+                (Poll::Pending, _) => return Poll::Pending,
                 (Poll::Ready(Ok(read)), _) => read,
                 (Poll::Ready(Err(error)), None) => Err(Broken::Io(error)),
-                (Poll::Pending | Poll::Ready(Err(_)), Some(error)) => {
-                    Err(Broken::Io(io::Error::new(error.kind(), error.to_string())))
-                }
+                (Poll::Ready(Err(_)), Some(error)) => Err(Broken::Io(io::Error::new(error.kind(), error.to_string()))),
             };
             match read {
                 Ok(Some(head)) => {
@@ -135,10 +152,12 @@ impl Connection {
                 Err(broken) => return Poll::Ready(Err(broken)),
             }
         }
+        again(cx)
     }
 
     fn begin(&mut self, head: &Head, is_whole: bool) {
         self.is_kept = head.is_kept && is_whole;
+        self.is_reset = !is_whole;
         self.rest = match head.framing {
             Framing::Length(bytes) => Rest::Length(bytes),
             Framing::Chunked => Rest::Chunked(Chunks::default()),
@@ -157,7 +176,7 @@ impl Connection {
     /// The next bytes of the answer's body, never none; `None` at its end.
     pub(crate) fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         self.poll_unsent(cx);
-        loop {
+        for _ in 0..READS_MAX {
             if let Some(data) = self.next_data()? {
                 return Poll::Ready(Ok(Some(data)));
             }
@@ -168,7 +187,8 @@ impl Connection {
             }
             match ready!(read(&mut self.io, cx, Bytes::copy_from_slice)) {
                 Ok(piece) if piece.is_empty() => {
-                    if !matches!(self.rest, Rest::Close) {
+                    // A write that failed has taken the reset that a read would have told.
+                    if !matches!(self.rest, Rest::Close) || self.is_reset {
                         return Poll::Ready(Err(Broken::Ended));
                     }
                     self.rest = Rest::Length(0);
@@ -177,6 +197,7 @@ impl Connection {
                 Err(error) => return Poll::Ready(Err(Broken::Io(error))),
             }
         }
+        again(cx)
     }
 
     /// A failure is no reason to lose the answer.
@@ -184,6 +205,7 @@ impl Connection {
         let Some(out) = &mut self.unsent else { return };
         if let Poll::Ready(sent) = out.poll_send(&mut self.io, cx) {
             self.is_kept &= sent.is_ok();
+            self.is_reset |= sent.is_err();
             self.unsent = None;
         }
     }
@@ -226,8 +248,14 @@ impl Connection {
 /// All data in a piece of a chunked body, as one, and how many of its bytes belong to the body. Data in one run is not copied.
 fn unchunked(chunks: &mut Chunks, piece: &Bytes) -> Result<(Option<Bytes>, usize), Broken> {
     let (mut at, mut first, mut joined) = (0, None, Vec::new());
-    let mut next = || chunks.data(piece, &mut at).map_err(|error| Broken::NotHttp(error.message.into_owned()));
-    while let Some(run) = next()? {
+    loop {
+        let run = match chunks.data(piece, &mut at) {
+            Ok(Some(run)) => run,
+            Ok(None) => break,
+            // What came before is good, and the next look finds the same again.
+            Err(_) if first.is_some() => break,
+            Err(error) => return Err(Broken::NotHttp(error.message.into_owned())),
+        };
         let Some(before) = first.replace(run.clone()) else { continue };
         if joined.is_empty() {
             joined.reserve(piece.len() - before.start);
@@ -243,6 +271,12 @@ fn unchunked(chunks: &mut Chunks, piece: &Bytes) -> Result<(Option<Bytes>, usize
     Ok((data, at))
 }
 
+/// Lets others have their turn.
+fn again<T>(cx: &Context<'_>) -> Poll<T> {
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
 /// Reads once; none at the end.
 fn read<T>(io: &mut UpstreamIo, cx: &mut Context<'_>, take: impl FnOnce(&[u8]) -> T) -> Poll<io::Result<T>> {
     let mut piece = [MaybeUninit::uninit(); PIECE_BYTES];
@@ -250,3 +284,6 @@ fn read<T>(io: &mut UpstreamIo, cx: &mut Context<'_>, take: impl FnOnce(&[u8]) -
     ready!(Pin::new(io).poll_read(cx, &mut buf))?;
     Poll::Ready(Ok(take(buf.filled())))
 }
+
+#[cfg(test)]
+mod tests;

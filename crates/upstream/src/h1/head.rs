@@ -91,8 +91,16 @@ pub(super) fn take(
             return Err(Broken::TooLarge);
         }
         let Some((head, behind)) = length.and_then(|length| rest.split_at_checked(length)) else {
-            *searched = rest.len();
-            begun.extend_from_slice(rest);
+            let left = rest.len();
+            *searched = left;
+            *begun = match joined {
+                // In place: a head may come byte by byte.
+                Some(mut all) => {
+                    all.drain(..all.len() - left);
+                    all
+                }
+                None => rest.to_vec(),
+            };
             return Ok(None);
         };
         match parse(head)? {

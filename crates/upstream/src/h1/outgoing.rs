@@ -57,6 +57,11 @@ impl Outgoing {
         Self { head, body, sent: 0, is_flushed: false }
     }
 
+    #[cfg(test)]
+    pub(super) fn head_len(&self) -> usize {
+        self.head.len()
+    }
+
     /// Whether a byte of it may have reached the upstream.
     pub(crate) fn has_begun(&self) -> bool {
         self.sent > 0

@@ -9,7 +9,7 @@ use evergate_core::record::LINE_BYTES_MAX;
 use rustix::buffer::spare_capacity;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice, tee};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice, tee};
 
 /// Between two looks at a pipe that has something. The pipe is looked at by the clock and never waited for: a waiter
 /// would be woken by every single record, which cost the workers a third of their time (measured).
@@ -27,8 +27,10 @@ pub(super) struct Pipe {
     fd: OwnedFd,
     /// A pipe of our own, for a copy of what is in the other; reading and writing end.
     copy: (OwnedFd, OwnedFd),
-    /// Where bytes go that were looked at.
-    nowhere: OwnedFd,
+    /// Most bytes of one look: what both pipes hold.
+    room: usize,
+    /// Where bytes go that were looked at; none where there is no such file.
+    nowhere: Option<OwnedFd>,
     is_ended: bool,
     pause: Duration,
 }
@@ -40,8 +42,9 @@ impl Pipe {
         let copy = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Above the user's share of pipe memory the kernel refuses; then a look sees less.
         let _ = fcntl_setpipe_size(&copy.1, BATCH_BYTES);
-        let nowhere = open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { fd, copy, nowhere, is_ended: false, pause: Duration::ZERO })
+        let room = fcntl_getpipe_size(&fd)?.min(fcntl_getpipe_size(&copy.1)?).min(BATCH_BYTES);
+        let nowhere = open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).ok();
+        Ok(Self { fd, copy, room, nowhere, is_ended: false, pause: Duration::ZERO })
     }
 
     /// Whole lines, at least one, which stay in the pipe until they are [taken](Pipe::take); none when nobody can write
@@ -52,8 +55,8 @@ impl Pipe {
             let lines = self.look();
             if !lines.is_empty() {
                 self.pause = match lines.len() {
-                    few if few < BATCH_BYTES / 8 => (self.pause * 2).clamp(PAUSE_MIN, PAUSE_FEW),
-                    some if some < BATCH_BYTES / 4 => self.pause.min(PAUSE_FEW),
+                    few if few < self.room / 8 => (self.pause * 2).clamp(PAUSE_MIN, PAUSE_FEW),
+                    some if some < self.room / 4 => self.pause.min(PAUSE_FEW),
                     // Under a load that fills the pipe within a pause there is none.
                     _ => Duration::ZERO,
                 };
@@ -92,12 +95,23 @@ impl Pipe {
     pub(super) fn take(&mut self, count: usize) {
         let mut left = count;
         while left > 0 {
+            let Some(nowhere) = &self.nowhere else {
+                // As many as that and no more: whatever else is there has not been looked at.
+                match rustix::io::read(&self.fd, &mut *vec![0; left.min(64 << 10)]) {
+                    Ok(0) => break,
+                    Ok(gone) => left = left.saturating_sub(gone),
+                    Err(Errno::INTR) => {}
+                    Err(_) => break,
+                }
+                continue;
+            };
             // Whole pages change hands; nothing is copied.
-            match splice(&self.fd, None, &self.nowhere, None, left, SpliceFlags::NONBLOCK) {
+            match splice(&self.fd, None, nowhere, None, left, SpliceFlags::NONBLOCK) {
                 Ok(0) => break,
                 Ok(gone) => left = left.saturating_sub(gone),
                 Err(Errno::INTR) => {}
-                Err(_) => break,
+                // What stays would come again and again.
+                Err(_) => self.nowhere = None,
             }
         }
     }
@@ -159,10 +173,15 @@ mod tests {
         }
         assert_eq!(pipe.look().len(), 40_000);
         pipe.take(400);
+        // It cannot be written to, as where the system refuses: what is taken is read then.
+        pipe.nowhere = open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok();
+        pipe.take(800);
+        assert!(pipe.nowhere.is_none());
+        pipe.take(400);
         let mut next = Pipe::new(rustix::io::fcntl_dupfd_cloexec(&pipe.fd, 0).unwrap()).unwrap();
         drop(pipe);
-        assert_eq!(next.look().len(), 39_600);
-        next.take(39_600);
+        assert_eq!(next.look().len(), 38_400);
+        next.take(38_400);
         assert_eq!(next.look(), b"");
     }
 
