@@ -11,7 +11,7 @@ use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, chat, is_full, open_stream, send, via};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, chat, is_full, machine, open_stream, send, via};
 
 const SETTLE: Duration = Duration::from_millis(150);
 const DRAIN: Duration = Duration::from_millis(200);
@@ -215,6 +215,7 @@ fn stop_with(case: &Case, fake: &FakeUpstream) -> bool {
 
 #[test]
 fn i11_a_fault_in_any_stage_ends_in_time_and_is_named() {
+    let _machine = machine();
     let rounds = if is_full() { 50 } else { 2 };
     let fake = FakeUpstream::start();
     let cases: Vec<Case> = (0..rounds).flat_map(|_| cases()).collect();

@@ -253,3 +253,10 @@ pub fn assert_alive(gateway: &Evergate) {
     let response = evergate_testkit::post_chat(&gateway.addr(), "echo", false, &Value::Null);
     assert_eq!((response.status, response.content().as_str()), (200, "Say hello"));
 }
+
+/// Holds back other tests that ask for the whole machine for as long as it lives: each of them measures what the others would
+/// take from it.
+pub fn machine() -> std::sync::MutexGuard<'static, ()> {
+    static MACHINE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

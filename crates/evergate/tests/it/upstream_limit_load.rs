@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::balance::Frozen;
-use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, is_full, send, via, wait_ready};
+use crate::support::{CHAT, EXE, LIMIT, ONE_WORKER, before, is_full, machine, send, via, wait_ready};
 use crate::targets::config;
 use crate::upstream_limit::{shed, wait_limit};
 
@@ -272,6 +272,7 @@ fn press(gateway: &Evergate, fake: &FakeUpstream, (slots, times): (u32, u32), ti
 /// do, and whoever is refused is refused at once.
 #[test]
 fn l1_under_five_times_the_load_the_upstream_does_what_it_can() {
+    let _machine = machine();
     let _alone = alone();
     // Two thousand requests a second are too many for a program without optimisation on processors that others use.
     let (slots, loads): (u32, &[u32]) = if is_full() { (20, &[5, 10, 20]) } else { (6, &[5]) };
