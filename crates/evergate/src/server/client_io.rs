@@ -276,8 +276,7 @@ impl ClientIo {
                 }
                 return Poll::Ready(Filled::End);
             }
-            let message = "the request head was not complete in time (timeouts.header)";
-            self.refuse(Error::new(Fault::RequestTimeout, message));
+            self.refuse(late_head());
             return Poll::Ready(Filled::Refused);
         }
     }
@@ -430,6 +429,10 @@ fn whole(bytes: &[u8], limits: &HeadLimits) -> Option<Reading> {
         Framing::Length(body) => body.checked_sub(rest).map(Reading::Body),
         Framing::Chunked => (rest == 0).then(|| Reading::Chunked(Chunks::default())),
     }
+}
+
+pub(super) fn late_head() -> Error {
+    Error::new(Fault::RequestTimeout, "the request head was not complete in time (timeouts.header)")
 }
 
 enum Filled {

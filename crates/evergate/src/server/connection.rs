@@ -14,14 +14,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
 use super::client_io::{ClientIo, IoLimits};
-use super::shared::{Leaving, Shared};
+use super::shared::{Leaving, Refused, Shared};
 use super::stream::Stream;
 use super::streams::Streams;
-use crate::gate::Stage;
+use crate::gate::{Arrival, Gate, Stage};
 use crate::http::app::App;
 use crate::http::h2::H2Service;
 use crate::http::service::Service;
 use crate::tasks::Tasks;
+use crate::telemetry::names::End;
 
 /// How long an idle connection of a worker that drains stays readable while others serve on: a client that does not
 /// look whether its kept connection has ended, and thinks for up to a second, still gets an answer, with
@@ -86,12 +87,24 @@ pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Re
     let shared = Arc::clone(&drain.shared);
     match is_h2 {
         None => io.close().await,
-        Some(true) => serve_h2(config, tasks, io, service, drain).await,
+        Some(true) => {
+            serve_h2(config, tasks, io, service, drain).await;
+            if let Some(cut) = shared.take_cut() {
+                record(&app.gate, &cut);
+            }
+        }
         Some(false) => serve_h1(config, io, service, drain).await,
     }
     if shared.was_shed() {
         app.gate.count_shed_idle();
     }
+}
+
+/// Writes the record of a head that was cut: it has no handler that would.
+fn record(gate: &Gate, Refused { error, since, .. }: &Refused) {
+    let arrival = Arrival { method: "other", route: "other", ..Arrival::default() };
+    let end = (error.status(), End::Fault(error.fault));
+    gate.record_unadmitted(gate.next_id(), arrival, *since, end, Some(error));
 }
 
 /// Tells a connection's I/O type what the stages of the worker mean for it.

@@ -27,6 +27,10 @@ pub(super) struct Frames {
     /// Of the frame at hand, or the last one.
     kind: u8,
     flags: u8,
+    stream: u32,
+    /// The highest stream that a request's head has opened, and whether the frame or header block at hand is that head.
+    opened: u32,
+    is_opening: bool,
     /// Frames that have ended, those of one header block together.
     ended: u32,
 }
@@ -52,19 +56,30 @@ impl Frames {
                 0..3 => self.length = self.length << 8 | u32::from(*byte),
                 3 => self.kind = *byte,
                 4 => self.flags = *byte,
-                _ => {}
+                _ => self.stream = self.stream << 8 | u32::from(*byte),
             }
             self.head_bytes += 1;
             if self.head_bytes == HEAD_BYTES {
                 (self.left, self.head_bytes, self.length) = (self.length, 0, 0);
+                self.open();
                 self.count();
             }
             bytes = rest;
         }
     }
 
+    /// A client's streams have odd numbers that grow (RFC 9113, 5.1.1); HEADERS of an earlier one are trailers. The
+    /// highest bit means nothing.
+    fn open(&mut self) {
+        let stream = self.stream & (u32::MAX >> 1);
+        if self.kind == HEADERS && stream % 2 == 1 && stream > self.opened {
+            (self.opened, self.is_opening) = (stream, true);
+        }
+    }
+
     fn count(&mut self) {
         if self.is_between() {
+            self.is_opening = false;
             self.ended = self.ended.wrapping_add(1);
         }
     }
@@ -78,6 +93,11 @@ impl Frames {
     /// Whether what is missing are bytes of a body.
     pub(super) fn is_in_data(self) -> bool {
         self.left > 0 && self.kind == DATA && self.ended > 0
+    }
+
+    /// Whether what is missing is the rest of a request's head.
+    pub(super) fn is_in_request_head(self) -> bool {
+        self.is_opening
     }
 
     /// Changes when a frame ends, or a header block.
@@ -140,5 +160,27 @@ mod tests {
         assert_eq!(look(&[0; 8]), (true, false, 4));
         // A head without END_HEADERS, then the end of it: never between.
         assert_eq!(look(&head(0, HEADERS, 0)), (false, false, 4));
+    }
+
+    #[test]
+    fn a_requests_head_is_told_from_trailers_and_all_else() {
+        let head =
+            |length: u8, kind: u8, flags: u8, stream: [u8; 4]| [&[0, 0, length, kind, flags], &stream[..]].concat();
+        let mut follower = Frames::after_preface(24);
+        let mut look = |bytes: &[u8]| {
+            follower.take(bytes);
+            follower.is_in_request_head()
+        };
+        assert!(!look(&[b'P'; 24]));
+        assert!(!look(&head(2, HEADERS, 0, [0, 0, 1, 1])[..8]), "of which stream is not known");
+        assert!(look(&[1]) && look(b"x") && look(b"x"));
+        assert!(look(&head(1, CONTINUATION, END_HEADERS, [0, 0, 1, 1])[..5]) && look(&[0, 0, 1, 1]));
+        assert!(!look(b"x"), "it is whole");
+        for (kind, stream) in [(HEADERS, 1), (HEADERS, 0), (HEADERS, 2), (DATA, 1), (6, 0)] {
+            assert!(!look(&head(1, kind, 0, [0, 0, 1, stream])), "{kind} {stream}");
+            assert!(!look(b"x") && !look(&head(0, CONTINUATION, END_HEADERS, [0, 0, 1, stream])));
+        }
+        assert!(look(&head(1, HEADERS, END_HEADERS, [0x80, 0, 1, 3])) && !look(b"x"));
+        assert!(!look(&head(0, HEADERS, END_HEADERS, [0, 0, 1, 5])));
     }
 }

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use tokio::io::ReadBuf;
 
-use super::client_io::{ClientIo, Reading};
+use super::client_io::{ClientIo, Reading, late_head};
 use super::frames::{Frames, SHUTDOWN_ACK};
-use super::shared::Leaving;
+use super::shared::{Leaving, Refused};
 
 /// What is known of an HTTP/2 connection.
 #[derive(Debug, Default)]
@@ -65,7 +65,12 @@ impl ClientIo {
         }
         match ready!(self.poll_frames_due(cx, frames)) {
             // To the library that is the end of what the client sends.
-            Then::End => Poll::Ready(Ok(())),
+            Then::End => {
+                if let Some((_, since)) = self.h2.begun.filter(|_| frames.is_in_request_head()) {
+                    self.shared.cut(Refused::of(late_head(), &[], since));
+                }
+                Poll::Ready(Ok(()))
+            }
             Then::Idle => {
                 self.shared.send_elsewhere();
                 Poll::Pending

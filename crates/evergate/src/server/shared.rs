@@ -55,7 +55,7 @@ pub struct Shared {
     /// Heads delivered to the HTTP library, and heads it has made requests of.
     delivered: AtomicU32,
     requested: AtomicU32,
-    /// The refusal that the last delivered head stands for.
+    /// The refusal that the last delivered head stands for; of HTTP/2, see `cut`.
     refusal: Mutex<Option<Box<Refused>>>,
     is_refused: AtomicBool,
     /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
@@ -105,6 +105,16 @@ impl Shared {
         self.deliver();
         *lock(&self.refusal) = Some(Box::new(refused));
         self.is_refused.store(true, Ordering::Relaxed);
+    }
+
+    /// HTTP/2: the connection ends in the middle of a request's head, of which the HTTP library makes no request.
+    pub(super) fn cut(&self, refused: Refused) {
+        *lock(&self.refusal) = Some(Box::new(refused));
+    }
+
+    /// What was cut, once.
+    pub(super) fn take_cut(&self) -> Option<Box<Refused>> {
+        lock(&self.refusal).take()
     }
 
     /// Keeps a request's pass until its last byte is the kernel's, which is what comes next: the write and the flush

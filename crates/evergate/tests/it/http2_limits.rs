@@ -6,7 +6,7 @@ use evergate_testkit::{Evergate, FakeUpstream, wait_until};
 use serde_json::json;
 
 use crate::h2_wire::{ALL, DATA, END, GOAWAY, HEADERS, PING, RESET, Wire};
-use crate::support::{LIMIT, ONE_WORKER, assert_alive, before, echo_with, via};
+use crate::support::{LIMIT, ONE_WORKER, assert_alive, assert_counted, before, echo_with, via};
 
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
@@ -72,6 +72,55 @@ fn a8_half_a_frame_ends_its_connection() {
         assert!(took >= SECOND && took < LIMIT / 2, "{name}: {took:?}");
     }
     assert_alive(&gateway);
+}
+
+/// A8: where the head of a request had begun it is on record, though nothing of it could be read; nothing else is. The stream
+/// beside it ends with its connection, and its upstream is left.
+#[test]
+fn a8_a_head_that_does_not_end_is_on_record_as_that() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, &format!("{ONE_WORKER}[timeouts]\nheader = \"1s\"\n"));
+    let (head, ping) = (frame(HEADERS, 0, 3, POST), frame(PING, 0, 0, &[0; 8]));
+    let more = frame(CONTINUATION, 0, 3, b"\x00\x01x\x01y");
+    let mut wires: Vec<Wire> = [
+        // On record: without its end, with half of one, of which only the frame's own head has come.
+        head.clone(),
+        [&head[..], &more[..5]].concat(),
+        head[..9].to_vec(),
+        // Not: a frame that may be anything, one that is none of a request, the trailers of a request that is over.
+        head[..5].to_vec(),
+        ping[..12].to_vec(),
+        frame(HEADERS, END, 1, POST),
+    ]
+    .into_iter()
+    .map(|bytes| {
+        let mut wire = answered(&gateway);
+        wire.link.write_all(&bytes).unwrap();
+        wire
+    })
+    .collect();
+    let mut busy = Wire::connect(&gateway);
+    busy.post(1, &via("hold-mid"));
+    let _ = busy.skip_to(HEADERS);
+    busy.link.write_all(&head).unwrap();
+    wires.push(busy);
+    for wire in &mut wires {
+        assert!(read_to_end(wire, b"").is_empty());
+    }
+    let _ = fake.wait_closed(0, LIMIT);
+
+    assert_counted(&gateway, 408, "request_timeout", 4);
+    wait_until("all records", LIMIT, || gateway.access().len() >= 5);
+    let (cut, others): (Vec<_>, Vec<_>) =
+        gateway.access().into_iter().partition(|record| record["cause"] == "request_timeout");
+    assert_eq!((cut.len(), others.len()), (4, 1), "{others:?}");
+    for record in cut {
+        let known = [&record["status"], &record["method"], &record["route"], &record["attempts"]];
+        assert_eq!(known, [&json!(408), &json!("other"), &json!("other"), &json!(0)], "{record}");
+        assert!(record["duration_ms"].as_f64().unwrap() >= 1000.0, "{record}");
+    }
+    assert_eq!(others[0]["cause"], "client_gone", "{others:?}");
+    assert_eq!((fake.request_count(), gateway.exits().len()), (1, 0));
 }
 
 /// A9: the rest of a body has limits of its own, and heads that come in time cost nothing.
