@@ -8,9 +8,10 @@ import asyncio
 import json
 import os
 import sys
-import traceback
 
 import openai
+
+from cases import case, equal, run
 
 URL = os.environ["EVERGATE_URL"]
 KEY = os.environ["EVERGATE_KEY"]
@@ -29,20 +30,10 @@ TOOLS = [
     }
 ]
 client = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0, timeout=20)
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
 
 
 def chat(model, **more):
     return client.chat.completions.create(model=model, messages=MESSAGES, **more)
-
-
-def equal(found, wanted):
-    assert found == wanted, f"{found!r} is not {wanted!r}"
 
 
 def raises(kind, call, status=None, code=None):
@@ -229,19 +220,4 @@ def first_event_that_is_an_error_raises_with_a_status():
     raises(openai.InternalServerError, lambda: chat("error-event-first", stream=True), 502)
 
 
-def main():
-    failed = 0
-    for function in CASES:
-        try:
-            function()
-            print(f"ok    python {function.__name__}", flush=True)
-        except Exception as error:
-            failed += 1
-            print(f"FAILED python {function.__name__}: {type(error).__name__}: {error}", flush=True)
-            if not isinstance(error, AssertionError):
-                traceback.print_exc()
-    print(f"{len(CASES) - failed} passed, {failed} failed", flush=True)
-    return 1 if failed else 0
-
-
-sys.exit(main())
+sys.exit(run("python"))

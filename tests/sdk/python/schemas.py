@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import traceback
 
 import httpx2
 from openai.types import Completion, CreateEmbeddingResponse, Model
@@ -17,20 +16,12 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ValidationError
 
+from cases import case, equal, run
+
 KEY = os.environ["EVERGATE_KEY"]
 client = httpx2.Client(base_url=os.environ["EVERGATE_URL"], headers={"authorization": f"Bearer {KEY}"}, timeout=20)
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "Say hello, é 😀"}]}
 TEXT = {"model": "echo", "prompt": "Say hello, é 😀"}
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
-
-
-def equal(found, wanted):
-    assert found == wanted, f"{found!r} is not {wanted!r}"
 
 
 def unknown(value, at=""):
@@ -242,19 +233,4 @@ def check_error(value, code=None):
         equal(error.code, code)
 
 
-def main():
-    failed = 0
-    for function in CASES:
-        try:
-            function()
-            print(f"ok    schemas {function.__name__}", flush=True)
-        except Exception as error:
-            failed += 1
-            print(f"FAILED schemas {function.__name__}: {type(error).__name__}: {error}", flush=True)
-            if not isinstance(error, AssertionError):
-                traceback.print_exc()
-    print(f"{len(CASES) - failed} passed, {failed} failed", flush=True)
-    return 1 if failed else 0
-
-
-sys.exit(main())
+sys.exit(run("schemas"))
