@@ -24,6 +24,8 @@ const SLACK: u32 = 2;
 const FAR_LEAST: u32 = 8;
 /// Beats come every quarter of a second when nothing is to be done; who has missed two is not counted on.
 pub(super) const FRESH_NS: u64 = 600_000_000;
+/// So long between two of its own beats, a worker was held up: more than an idle one's pause.
+const HELD_UP_NS: u64 = FRESH_NS / 2;
 /// A peer that has not moved for so long while connections waited for it is stuck: standing still, or out of
 /// descriptors. On a crowded machine even a healthy one does not get a processor for some tens of milliseconds.
 const STUCK: Duration = Duration::from_millis(100);
@@ -81,6 +83,11 @@ pub struct Load {
     parked: AtomicU32,
     /// The others, in sixteenths, as a mean over beats.
     passing: AtomicU32,
+    /// Its last beat; 0 before the first.
+    beat_ns: AtomicU64,
+    /// For how long it was held up last, and until when it makes allowance for that.
+    held_up_ns: AtomicU64,
+    allows_until: AtomicU64,
     /// Peers that should have taken a connection, and how long one waited for them.
     waited: Mutex<Vec<(Peer, Duration)>>,
     far_at: AtomicU64,
@@ -102,6 +109,9 @@ impl Load {
             lasting: AtomicU32::new(0),
             parked: AtomicU32::new(0),
             passing: AtomicU32::new(0),
+            beat_ns: AtomicU64::new(0),
+            held_up_ns: AtomicU64::new(0),
+            allows_until: AtomicU64::new(0),
             waited: Mutex::default(),
             far_at: AtomicU64::new(0),
             is_far: AtomicBool::new(false),
@@ -155,7 +165,36 @@ impl Load {
         // A quarter of the new one: four beats, four tenths of a second under load.
         let next = mean.saturating_sub(mean.div_ceil(4)).saturating_add(now.saturating_mul(4));
         self.passing.store(next, Ordering::Relaxed);
+        self.note_beat(monotonic_ns());
         self.show();
+    }
+
+    fn note_beat(&self, now: u64) {
+        let silent = self.silent_ns(now);
+        if silent > HELD_UP_NS {
+            self.held_up_ns.store(silent, Ordering::Relaxed);
+            self.allows_until.store(now.saturating_add(FRESH_NS), Ordering::Relaxed);
+        }
+        self.beat_ns.store(now, Ordering::Relaxed);
+    }
+
+    /// How long its own last beat is ago.
+    fn silent_ns(&self, now: u64) -> u64 {
+        match self.beat_ns.load(Ordering::Relaxed) {
+            0 => 0,
+            beat => now.saturating_sub(beat),
+        }
+    }
+
+    /// How old the beat of a peer may be that is there. Whatever held this worker up may have held up all: nobody's beat is
+    /// fresh then, and whoever wakes first would take everything that waits.
+    fn believed_ns(&self, now: u64) -> u64 {
+        let silent = self.silent_ns(now);
+        if silent > HELD_UP_NS {
+            return FRESH_NS.saturating_add(silent);
+        }
+        let is_past = now >= self.allows_until.load(Ordering::Relaxed);
+        if is_past { FRESH_NS } else { FRESH_NS.saturating_add(self.held_up_ns.load(Ordering::Relaxed)) }
     }
 
     /// Whether anything is to be done, or was a moment ago.
@@ -191,12 +230,13 @@ impl Load {
     /// Peers that accept and beat.
     fn peers(&self) -> impl Iterator<Item = (Share, Peer)> {
         let now = monotonic_ns();
+        let believed = self.believed_ns(now);
         self.board.children().filter(|(row, _)| *row != self.row).filter_map(move |(row, child)| {
             if !child.accepting() || child.kind() != Some(Kind::Worker) {
                 return None;
             }
             let peer = Peer { row, epoch: child.epoch(), accepted: child.accepted(), beat_ns: child.beat_ns() };
-            if now.saturating_sub(peer.beat_ns) > FRESH_NS {
+            if now.saturating_sub(peer.beat_ns) > believed {
                 return None;
             }
             let share = Share { load: child.load().saturating_add(child.fresh()), connections: child.connections() };

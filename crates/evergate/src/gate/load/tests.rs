@@ -86,6 +86,32 @@ fn only_those_who_accept_and_beat_are_waited_for() {
 }
 
 #[test]
+fn who_was_held_up_does_not_count_the_silence_of_its_peers() {
+    const STILL: u64 = 3_000_000_000;
+    let (board, loads) = workers(3);
+    let load = &loads[0];
+    let names = || load.peers_before().iter().map(|peer| peer.row).collect::<Vec<_>>();
+    let beat = |row: u32, ns| board.child(row).unwrap().set_beat_ns(ns);
+    (0..4).for_each(|_| accept(load));
+    // All stand still for three seconds; the third was silent before that.
+    let stop = monotonic_ns() - STILL;
+    load.note_beat(stop);
+    beat(2, stop - FRESH_NS / 3);
+    beat(3, stop - FRESH_NS - 1);
+    assert_eq!(names(), [2]);
+    load.beat();
+    assert_eq!(names(), [2], "its own beat goes before the peer's");
+    load.allows_until.store(monotonic_ns(), Ordering::Relaxed);
+    assert!(names().is_empty(), "the peer has had its time");
+    // A pause of an idle worker is none.
+    load.note_beat(monotonic_ns() - 250_000_000);
+    load.beat();
+    assert!(names().is_empty());
+    beat(2, monotonic_ns());
+    assert_eq!(names(), [2]);
+}
+
+#[test]
 fn who_was_waited_for_in_vain_is_stuck_until_it_moves() {
     let (board, loads) = workers(3);
     (0..4).for_each(|_| accept(&loads[0]));
