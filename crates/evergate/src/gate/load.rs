@@ -165,8 +165,16 @@ impl Load {
         // A quarter of the new one: four beats, four tenths of a second under load.
         let next = mean.saturating_sub(mean.div_ceil(4)).saturating_add(now.saturating_mul(4));
         self.passing.store(next, Ordering::Relaxed);
-        self.note_beat(monotonic_ns());
         self.show();
+    }
+
+    /// Shows that the worker's event loop turns.
+    pub fn show_beat(&self) {
+        let now = monotonic_ns();
+        self.note_beat(now);
+        if let Some(child) = self.child() {
+            child.set_beat_ns(now);
+        }
     }
 
     fn note_beat(&self, now: u64) {

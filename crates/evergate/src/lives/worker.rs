@@ -138,7 +138,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     keep_house(&tasks, args.row, &app);
 
     if let Some(child) = board.child(args.row) {
-        child.set_beat_ns(monotonic_ns());
+        gate.load().show_beat();
         child.set_ready_ns(monotonic_ns());
         child.set_accepting(true);
         child.set_phase(Phase::Ready);
@@ -316,7 +316,7 @@ async fn beat(row: u32, app: Arc<App>) {
         pass_by(Place::Beat);
         let Some(child) = board.child(row) else { return };
         let lag = before.elapsed().saturating_sub(pause);
-        child.set_beat_ns(monotonic_ns());
+        load.show_beat();
         child.set_loop_lag_us(u32::try_from(lag.as_micros()).unwrap_or(u32::MAX));
         if let Some(series) = board.series(row) {
             names::count_loop_lag(&series, lag);

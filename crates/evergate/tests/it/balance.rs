@@ -146,14 +146,13 @@ fn h10_s27_a_burst_of_streams_is_spread_evenly() {
 }
 
 /// All have stood still for longer than a beat is believed, as on a machine that was suspended, or starved by others: the one
-/// that wakes first must not take its peers for dead.
+/// that wakes first must not take its peers for dead, be it that it has only just started.
 #[test]
 fn h10_s27_a_burst_after_a_standstill_is_spread_evenly() {
-    let fake = FakeUpstream::start();
-    let gateway = before(&fake, FOUR_WORKERS);
-    wait_accepting(&gateway, 4);
     assert_even(|| {
-        fake.hold();
+        let fake = FakeUpstream::start();
+        let gateway = before(&fake, FOUR_WORKERS);
+        wait_accepting(&gateway, 4);
         let mut still = frozen(&gateway.wait_workers(4));
         wait_until("their beats are old", LIMIT, || {
             workers(&gateway).iter().all(|worker| worker["beat_age_ms"].as_u64().unwrap() > 700)
@@ -163,10 +162,7 @@ fn h10_s27_a_burst_after_a_standstill_is_spread_evenly() {
         wait_until("it takes some", LIMIT, || workers(&gateway)[0]["connections"] != 0);
         drop(still);
         begun(&mut streams);
-        let counts = spread(&gateway, BURST);
-        fake.release();
-        streams.iter_mut().for_each(|raw| assert!(rest_of(raw).last().unwrap().is_done()));
-        counts
+        spread(&gateway, BURST)
     });
 }
 

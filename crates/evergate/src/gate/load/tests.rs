@@ -99,13 +99,13 @@ fn who_was_held_up_does_not_count_the_silence_of_its_peers() {
     beat(2, stop - FRESH_NS / 3);
     beat(3, stop - FRESH_NS - 1);
     assert_eq!(names(), [2]);
-    load.beat();
+    load.show_beat();
     assert_eq!(names(), [2], "its own beat goes before the peer's");
     load.allows_until.store(monotonic_ns(), Ordering::Relaxed);
     assert!(names().is_empty(), "the peer has had its time");
     // A pause of an idle worker is none.
     load.note_beat(monotonic_ns() - 250_000_000);
-    load.beat();
+    load.show_beat();
     assert!(names().is_empty());
     beat(2, monotonic_ns());
     assert_eq!(names(), [2]);
