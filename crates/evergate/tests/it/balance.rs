@@ -429,14 +429,17 @@ fn s27_the_gate_delays_and_never_starves() {
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
     let _held: Vec<Raw> = (0..16).map(|_| open_stream(&gateway, "hold-mid")).collect();
+    let fifty = || {
+        let began = std::time::Instant::now();
+        (0..50).for_each(|_| assert_eq!(chat(&gateway, "ok", false).status, 200));
+        began.elapsed()
+    };
+    // What a crowded machine needs for them by itself.
+    let usual = fifty();
     let pids = gateway.wait_workers(4);
     let _frozen = frozen(&pids[1..]);
-    let began = std::time::Instant::now();
-    for _ in 0..50 {
-        assert_eq!(chat(&gateway, "ok", false).status, 200);
-    }
-    let took = began.elapsed();
-    println!("50 requests beside three frozen workers took {took:?}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    let took = fifty();
+    println!("50 requests beside three frozen workers took {took:?}, before that {usual:?}");
+    assert!(took < Duration::from_secs(5) + 3 * usual, "{took:?}, before that {usual:?}");
     assert_eq!(workers(&gateway)[0]["accepting"], json!(true));
 }
