@@ -15,6 +15,7 @@ use crate::labels::{self, LabelRow};
 use crate::layout::{Head, Layout, MAGIC, Shape, VERSION};
 use crate::map::Map;
 use crate::permits::{self, Permits, PermitsSeen, Table};
+use crate::records::{RING_WORDS, RecordWriter, Ring};
 use crate::rows::{ChildRow, MasterRow};
 use crate::series::Series;
 
@@ -212,6 +213,23 @@ impl Board {
         }
         child.clear();
         self.permit_tables().for_each(|table| table.bury(self, row));
+    }
+
+    /// The writing end of a child's ring of access records: one per process and row.
+    #[must_use]
+    pub fn record_writer(&self, row: u32) -> RecordWriter {
+        RecordWriter::new(self.clone(), row)
+    }
+
+    /// The master's own.
+    #[must_use]
+    pub fn master_record_writer(&self) -> RecordWriter {
+        RecordWriter::new(self.clone(), self.shape().children)
+    }
+
+    pub(crate) fn ring(&self, row: u32) -> Option<Ring<'_>> {
+        let (head, words) = self.0.layout.ring_of(row)?;
+        Some(Ring { head: self.0.map.at(head)?, words: self.0.map.slice(words, RING_WORDS) })
     }
 
     /// A row's counters.

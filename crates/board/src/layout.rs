@@ -8,13 +8,14 @@ use crate::hosts::{HOSTS_MAX, HostRow};
 use crate::inflight::InflightRow;
 use crate::labels::LabelRow;
 use crate::permits::{self, TableHead};
+use crate::records::{RING_BYTES, RingHead};
 use crate::rows::{ChildRow, MasterRow};
 use crate::series::{Cell, SeriesHead};
 
 /// First word of a board.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
 /// Changes with every change of the layout, so that two builds never misread each other.
-pub(crate) const VERSION: u64 = 10;
+pub(crate) const VERSION: u64 = 11;
 
 /// In-flight rows beyond twice the places, for what waits: address space, until they are needed.
 const WAITING_ROWS: u32 = 1024;
@@ -92,6 +93,8 @@ pub(crate) struct Layout {
     series_stride: usize,
     permits: usize,
     permits_stride: usize,
+    ring_heads: usize,
+    rings: usize,
     pub(crate) size: usize,
 }
 
@@ -121,7 +124,11 @@ impl Layout {
         let permits = series.checked_add(series_stride.checked_mul(children.checked_add(1)?)?)?;
         let lines = size_of::<permits::Line>().checked_mul(children)?;
         let permits_stride = pages(size_of::<TableHead>().checked_add(permits::SLOTS_BYTES)?.checked_add(lines)?)?;
-        let size = permits.checked_add(permits_stride.checked_mul(permits::TABLES)?)?;
+        // A ring for each child, and the master's. The heads lie together: who looks at all of them touches few pages.
+        let ring_heads = permits.checked_add(permits_stride.checked_mul(permits::TABLES)?)?;
+        let ring_count = children.checked_add(1)?;
+        let rings = pages(ring_heads.checked_add(size_of::<RingHead>().checked_mul(ring_count)?)?)?;
+        let size = pages(rings.checked_add(RING_BYTES.checked_mul(ring_count)?)?)?;
         Some(Self {
             shape,
             master,
@@ -134,6 +141,8 @@ impl Layout {
             series_stride,
             permits,
             permits_stride,
+            ring_heads,
+            rings,
             size,
         })
     }
@@ -160,6 +169,16 @@ impl Layout {
             return None;
         }
         self.permits.checked_add(self.permits_stride.checked_mul(table)?)
+    }
+
+    /// Where the head of a child's ring of records is, and its words; the ring after the last child's is the master's.
+    pub(crate) fn ring_of(&self, row: u32) -> Option<(usize, usize)> {
+        if row > self.shape.children {
+            return None;
+        }
+        let row = usize::try_from(row).ok()?;
+        let head = self.ring_heads.checked_add(size_of::<RingHead>().checked_mul(row)?)?;
+        Some((head, self.rings.checked_add(RING_BYTES.checked_mul(row)?)?))
     }
 }
 
@@ -189,6 +208,14 @@ mod tests {
             assert!(at >= last && at.is_multiple_of(128));
             last = at + size_of::<TableHead>() + permits::SLOTS_BYTES + 3 * size_of::<permits::Line>();
         }
+        let (heads, words): (Vec<_>, Vec<_>) = (0..4).map(|row| layout.ring_of(row).unwrap()).unzip();
+        for (at, size) in
+            heads.into_iter().map(|at| (at, size_of::<RingHead>())).chain(words.into_iter().map(|at| (at, RING_BYTES)))
+        {
+            assert!(at >= last && at.is_multiple_of(64));
+            last = at + size;
+        }
+        assert_eq!(layout.ring_of(4), None);
         assert!(last <= layout.size);
         assert_eq!(layout.permits_of(permits::TABLES), None);
         assert_eq!(layout.inflight_of(3), None);

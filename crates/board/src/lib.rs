@@ -1,6 +1,7 @@
 //! The board: a memfd of fixed, versioned, sealed size, mapped by every process of the tree.
 //!
-//! One row for the master, one per child, one per admitted request, counters and labels. Every word is an atomic; rows
+//! One row for the master, one per child, one per admitted request, counters, labels and records on
+//! their way to the clerk. Every word is an atomic; rows
 //! that must be read whole carry a word that changes with their content. Whoever reads treats every value as untrusted:
 //! a child that runs wild can write nonsense here, and must not take a reader down with it. What a dead process knew, the
 //! others can still read.
@@ -17,6 +18,7 @@ mod map;
 #[cfg(test)]
 mod models;
 mod permits;
+mod records;
 mod rows;
 mod series;
 mod text;
@@ -29,6 +31,7 @@ pub use inflight::{Inflight, InflightPhase, InflightPlace, InflightRows, Infligh
 pub use labels::{LABEL_BYTES_MAX, OTHER};
 pub use layout::Shape;
 pub use permits::{PERMITS_MAX, Permits, PermitsSeen, Slot};
+pub use records::{RING_BYTES, RecordWriter, Records};
 pub use rows::{ChildRow, Claim, MasterPhase, MasterRow, Phase};
 pub use series::{Series, SeriesKey};
 pub use text::TEXT_BYTES_MAX;

@@ -40,6 +40,8 @@ unsafe impl Shared for crate::series::SeriesHead {}
 unsafe impl Shared for crate::permits::TableHead {}
 // SAFETY: as above.
 unsafe impl Shared for crate::permits::Line {}
+// SAFETY: as above.
+unsafe impl Shared for crate::records::RingHead {}
 
 /// A shared mapping of a whole file whose size is sealed.
 #[derive(Debug)]

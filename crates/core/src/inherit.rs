@@ -11,8 +11,9 @@ pub const CONFIG: i32 = 4;
 pub const LIFE: i32 = 5;
 /// The master's eventfd: a child adds 1 after it changed something on the board that the master waits for.
 pub const KICK: i32 = 6;
-/// The access-record pipe: the write end for workers, the read end for the clerk. Non-blocking.
-pub const ACCESS: i32 = 7;
+/// A pipe into which nothing is written: its write end for whoever writes access records, its read end for the clerk, to which end
+/// of file means that they are all gone.
+pub const WRITERS: i32 = 7;
 /// The first of `N` listening sockets, in the order of the configuration; the clerk gets the admin listeners.
 pub const LISTENERS: i32 = 8;
 

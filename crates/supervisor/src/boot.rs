@@ -38,8 +38,6 @@ const COMPILE_TIME: Duration = Duration::from_secs(30);
 const PORT_TIME: Duration = Duration::from_secs(5);
 /// How long they may need to end when they are killed for it: on a full machine it takes more than a moment.
 const KILL_TIME: Duration = Duration::from_secs(5);
-/// Room for access records while the clerk is away: some two thousand.
-const ACCESS_BYTES: usize = 1 << 20;
 
 /// Every signal that the master answers.
 const SIGNALS: [Signal; 10] = [
@@ -100,7 +98,7 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
         configs: BTreeMap::from([(1, config)]),
         life: attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC))?,
         kick: attempt("make an eventfd", eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?,
-        access: access_pipe()?,
+        writers: attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC))?,
         nothing: attempt(
             "open /dev/null",
             rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()),
@@ -239,13 +237,6 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         talk::say(&format!("cannot raise the limit of open files: {error}"));
     }
-}
-
-fn access_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
-    let pipe = attempt("make a pipe", pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK))?;
-    // Above the user's share of pipe memory the kernel refuses; then there is less room.
-    let _ = rustix::pipe::fcntl_setpipe_size(&pipe.1, ACCESS_BYTES);
-    Ok(pipe)
 }
 
 /// Random, so that request ids differ between runs; clock and pid serve where there is no random device.

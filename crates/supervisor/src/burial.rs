@@ -148,7 +148,7 @@ fn write_access(estate: &Estate, inflight: &Inflight, left: &Left<'_>) {
     };
     let mut line = String::new();
     access.write_line(&mut line);
-    if rustix::io::write(&estate.access.1, line.as_bytes()) != Ok(line.len()) {
+    if !board.master_record_writer().write(line.as_bytes()) {
         let master = board.master();
         master.set_access_dropped(master.access_dropped().saturating_add(1));
     }

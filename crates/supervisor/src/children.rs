@@ -26,8 +26,8 @@ pub(crate) struct Estate {
     /// Both ends, so that the pipe breaks when this process ends and not before.
     pub(crate) life: (OwnedFd, OwnedFd),
     pub(crate) kick: OwnedFd,
-    /// Both ends, so that a dead clerk loses nothing.
-    pub(crate) access: (OwnedFd, OwnedFd),
+    /// Both ends: by the other one the clerk knows whether anybody is left who writes records, and the master does.
+    pub(crate) writers: (OwnedFd, OwnedFd),
     pub(crate) nothing: OwnedFd,
     pub(crate) listeners: Vec<Listener>,
     pub(crate) admin: Option<Listener>,
@@ -108,11 +108,11 @@ impl Estate {
         let config = self.configs.get(&birth.generation);
         let config = config.ok_or_else(|| io::Error::other("its generation's configuration is gone"))?;
         let config = evergate_sys::reopen_read_only(config)?;
-        let (access, listeners): (_, Vec<BorrowedFd<'_>>) = match birth.kind {
-            Kind::Clerk => (&self.access.0, self.admin.iter().map(AsFd::as_fd).collect()),
-            Kind::Host => (&self.access.1, vec![self.hosts.listener(birth.slot)?]),
+        let (writers, listeners): (_, Vec<BorrowedFd<'_>>) = match birth.kind {
+            Kind::Clerk => (&self.writers.0, self.admin.iter().map(AsFd::as_fd).collect()),
+            Kind::Host => (&self.writers.1, vec![self.hosts.listener(birth.slot)?]),
             Kind::Master | Kind::Worker | Kind::Runner => {
-                (&self.access.1, self.listeners.iter().map(AsFd::as_fd).collect())
+                (&self.writers.1, self.listeners.iter().map(AsFd::as_fd).collect())
             }
         };
         let mut fds = vec![
@@ -121,7 +121,7 @@ impl Estate {
             (config.as_fd(), inherit::CONFIG),
             (self.life.0.as_fd(), inherit::LIFE),
             (self.kick.as_fd(), inherit::KICK),
-            (access.as_fd(), inherit::ACCESS),
+            (writers.as_fd(), inherit::WRITERS),
         ];
         fds.extend(listeners.iter().copied().zip(inherit::LISTENERS..));
         let mut args = vec![OsString::from(birth.kind.name())];

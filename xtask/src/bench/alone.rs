@@ -51,7 +51,7 @@ impl Alone {
             (sealed.as_fd(), inherit::CONFIG),
             (read.as_fd(), inherit::LIFE),
             (nothing.as_fd(), inherit::KICK),
-            (nothing.as_fd(), inherit::ACCESS),
+            (nothing.as_fd(), inherit::WRITERS),
             (listener.as_fd(), inherit::LISTENERS),
         ];
         let mut args: Vec<OsString> = under.to_vec();

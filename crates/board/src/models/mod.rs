@@ -10,6 +10,7 @@ mod ends;
 mod inflight;
 mod labels;
 mod permits;
+mod records;
 mod series;
 mod text;
 pub(crate) mod word;
@@ -65,6 +66,12 @@ pub(crate) enum Mistake {
     FreesAll,
     /// A burial frees nothing.
     FreesNone,
+    /// A record is shown before it is written.
+    ShowsFirst,
+    /// A record is written over others that nobody has taken.
+    WritesOver,
+    /// Records are let go before they are copied.
+    TakesFirst,
     /// A text is written without a word that somebody writes.
     WritesUnseen,
     /// A text's reader does not look whether it has changed.
@@ -89,6 +96,9 @@ pub(crate) const MISTAKES: &[(Mistake, fn())] = &[
     (Mistake::GivesBlindly, permits::only_ones_own),
     (Mistake::FreesAll, permits::within_the_limit),
     (Mistake::FreesNone, permits::within_the_limit),
+    (Mistake::ShowsFirst, records::nothing_lost_or_torn),
+    (Mistake::WritesOver, records::nothing_lost_or_torn),
+    (Mistake::TakesFirst, records::nothing_lost_or_torn),
     (Mistake::WritesUnseen, text::whole_when_said_so),
     (Mistake::ReadsOnce, text::whole_when_said_so),
 ];

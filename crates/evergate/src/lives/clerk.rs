@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use evergate_board::{Board, MasterPhase, Phase, monotonic_ns};
+use evergate_board::{Board, MasterPhase, Phase, Records, monotonic_ns};
 use evergate_core::config::Shutdown;
 use evergate_core::inherit::code;
 use rustix::net::AddressFamily;
@@ -24,11 +24,11 @@ use crate::tasks::{Caught, Tasks};
 
 mod access_log;
 mod admin;
-mod pipe;
 mod repeats;
+mod rings;
 
 use access_log::AccessLog;
-use pipe::Pipe;
+use rings::Rings;
 
 /// Between two beats; the master gets nervous after `hang_timeout`, a second at least.
 const BEAT: Duration = Duration::from_millis(250);
@@ -57,7 +57,7 @@ pub fn run(args: &ChildArgs) -> u8 {
     let (why, code) = match outcome {
         Ok(Ok(Ok(code))) => return code,
         Ok(Ok(Err(error))) | Err(error) => (format!("the start failed: {error}"), code::SYSTEM),
-        // What workers write meanwhile waits in the pipe, which the master holds open.
+        // What workers write meanwhile waits in their rings.
         Ok(Err(_)) => ("its main task panicked".to_owned(), code::INTERNAL),
     };
     if let Some(row) = board.child(args.row) {
@@ -81,13 +81,13 @@ enum End {
 async fn live(inherited: Inherited, row: u32) -> io::Result<u8> {
     // First of all, so that a stop does not find the default action.
     let mut signals = Signals::take()?;
-    let Inherited { board, sealed, life, kick: kick_fd, access, listeners } = inherited;
+    let Inherited { board, sealed, life, kick: kick_fd, writers, listeners } = inherited;
     let shutdown = sealed.config.shutdown.clone();
     let folder = state_dir_from_env().ok_or_else(|| io::Error::other("no state folder in the environment"))?;
     // Secrets are for workers.
     drop(sealed);
     let log = AccessLog::start(&folder, board.clone(), row)?;
-    let mut carrier = Carrier { pipe: Pipe::new(access)?, log, under_way: None };
+    let mut carrier = Carrier { rings: Rings::new(board.clone(), writers), log, under_way: None };
     let tasks = Tasks::new("clerk");
     let doors = Doors::open(listeners, &board, &tasks)?;
     let beating = board.clone();
@@ -129,30 +129,39 @@ impl Signals {
     }
 }
 
-/// Brings records from the pipe to the log. They leave the pipe when they are in the file, so that a clerk's death loses
+/// Brings records from the rings to the log. They leave the rings when they are in the file, so that a clerk's death loses
 /// none (`repeats` tells the next one what was written already).
 struct Carrier {
-    pipe: Pipe,
+    rings: Rings,
     log: AccessLog,
-    /// How much of the pipe the log's thread has at this moment, and its word that it is done.
-    under_way: Option<(usize, oneshot::Receiver<()>)>,
+    /// What the log's thread has at this moment, and its word that it is done.
+    under_way: Option<(Records, oneshot::Receiver<()>)>,
 }
 
 impl Carrier {
-    /// Carries one batch and gives its size; none when nobody can write any more. May be dropped at any await.
-    async fn carry(&mut self) -> Option<usize> {
+    /// Carries one batch; none when nobody can write any more. May be dropped at any await.
+    async fn carry(&mut self) -> Option<()> {
         if self.under_way.is_none() {
-            let batch = self.pipe.next().await?;
+            let batch = self.rings.next().await?;
             boot_fault::carry("before-write");
-            self.under_way = Some((batch.len(), self.log.write(batch)));
+            self.hand_over(batch);
         }
-        let (bytes, done) = self.under_way.as_mut()?;
+        let (_, done) = self.under_way.as_mut()?;
         // An error is the thread's end, after which nobody writes it.
-        let (bytes, _) = (*bytes, done.await);
+        let _ = done.await;
         boot_fault::carry("after-write");
-        self.under_way = None;
-        self.pipe.take(bytes);
-        Some(bytes)
+        let (batch, _) = self.under_way.take()?;
+        self.rings.take(&batch);
+        Some(())
+    }
+
+    fn hand_over(&mut self, mut batch: Records) {
+        if batch.broken > 0 {
+            self.log.count(u64::from(batch.broken));
+            say("a process has left something in its ring that is no record; what the ring held is dropped");
+        }
+        let done = self.log.write(std::mem::take(&mut batch.bytes));
+        self.under_way = Some((batch, done));
     }
 
     /// Carries what is there at this moment.
@@ -160,38 +169,29 @@ impl Carrier {
         if self.under_way.is_some() {
             let _ = self.carry().await;
         }
-        loop {
-            let batch = self.pipe.look();
-            let bytes = batch.len();
-            if bytes > 0 {
-                self.under_way = Some((bytes, self.log.write(batch)));
-                let _ = self.carry().await;
-            }
-            // What one look sees is all there was, if it is not the most that it can see.
-            if bytes < pipe::BATCH_BYTES / 2 {
-                return;
-            }
+        if let Some(batch) = self.rings.look() {
+            self.hand_over(batch);
+            let _ = self.carry().await;
         }
     }
 
-    /// The time is up. What is still in the pipe is the next clerk's, or lost: then it is counted, and said.
+    /// The time is up. What is still in the rings is the next clerk's, or lost: then it is counted, and said.
     fn give_up(&mut self, is_lost: bool) {
-        // Standard error may be as full as the disk.
-        let say = |words: &str| {
-            drop(writeln!(io::stderr(), "evergate: clerk: the access log could not be written in time; {words}"))
-        };
+        let late = "the access log could not be written in time;";
         if !is_lost {
-            return say("the next clerk goes on with it");
+            return say(&format!("{late} the next clerk goes on with it"));
         }
-        let mut lines = self.pipe.look();
-        let mut count = 0_u64;
-        while !lines.is_empty() {
-            count = count.saturating_add(self.log.give_up(&lines));
-            self.pipe.take(lines.len());
-            lines = self.pipe.look();
-        }
-        say(&format!("{} lost", if count == 1 { "1 record is".into() } else { format!("{count} records are") }));
+        let count = self.rings.look().map_or(0, |rest| {
+            self.rings.take(&rest);
+            self.log.give_up(&rest.bytes)
+        });
+        say(&format!("{late} {} lost", if count == 1 { "1 record is".into() } else { format!("{count} records are") }));
     }
+}
+
+fn say(words: &str) {
+    // Standard error may be as full as the disk.
+    let _ = writeln!(io::stderr(), "evergate: clerk: {words}");
 }
 
 /// Takes records until the end.
@@ -217,7 +217,7 @@ async fn serve(carrier: &mut Carrier, signals: &mut Signals, (life, tasks): (Own
 /// Writes what is still to come, within the time that a stop may take. Says whether that was enough.
 async fn finish(mut carrier: Carrier, (shutdown, board): (&Shutdown, &Board), (end, began): (End, Instant)) -> bool {
     if end == End::Orphaned {
-        // Each worker writes a record for each request that it still finishes; the last one's end ends the pipe.
+        // Each worker writes a record for each request that it still finishes; the last one's end is seen.
         let last = Instant::now() + shutdown.drain + shutdown.cancel + shutdown.cleanup;
         while let Ok(Some(_)) = timeout_at(last, carrier.carry()).await {}
     }
@@ -266,7 +266,7 @@ impl Doors {
     }
 
     /// Waits until everybody who was let in has an answer, and goes on taking records meanwhile: workers do not wait for
-    /// a pipe that is full. Who connects now waits for the next clerk.
+    /// rings that are full. Who connects now waits for the next clerk.
     async fn drain(&self, carrier: &mut Carrier, until: Instant) {
         let mut answered = std::pin::pin!(async {
             for (_, desk) in &self.0 {

@@ -63,8 +63,8 @@ pub struct Inherited {
     pub life: OwnedFd,
     /// For [`kick`].
     pub kick: OwnedFd,
-    /// A worker's write end or the clerk's read end of the access-record pipe, not blocking.
-    pub access: OwnedFd,
+    /// A pipe by which the clerk knows whether anybody is left who writes records; its read end.
+    pub writers: OwnedFd,
     /// Listening sockets in the order of the configuration, not blocking.
     pub listeners: Vec<OwnedFd>,
 }
@@ -92,7 +92,7 @@ impl Inherited {
             sealed: read_sealed(take("the configuration", inherit::CONFIG)?)?,
             life: take("the master's pipe", inherit::LIFE)?,
             kick: take("the master's eventfd", inherit::KICK)?,
-            access: take("the access-record pipe", inherit::ACCESS)?,
+            writers: take("the writers' pipe", inherit::WRITERS)?,
             listeners,
         })
     }

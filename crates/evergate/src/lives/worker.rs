@@ -82,7 +82,7 @@ struct Signals {
 }
 
 async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
-    let Inherited { board, sealed, life, kick: kicker, access, listeners } = inherited;
+    let Inherited { board, sealed, life, kick: kicker, writers, listeners } = inherited;
     let shutdown = sealed.config.shutdown.clone();
     let boot = sealed.config.workers.boot_timeout;
     let kicker = Arc::new(kicker);
@@ -104,7 +104,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     let waker = Arc::clone(&kicker);
     let tell = Box::new(move || kick(&*waker));
     let redactor = Arc::new(Redactor::new(sealed.secrets.values().map(String::as_str)));
-    let log = AccessLog::new(access, Arc::clone(&redactor));
+    let log = AccessLog::new(board.record_writer(args.row), writers, Arc::clone(&redactor));
     let gate = Gate::new(board.clone(), (args.row, args.epoch), places, log, tell);
     let waker = Arc::clone(&kicker);
     let wake: Wake = Arc::new(move || kick(&*waker));

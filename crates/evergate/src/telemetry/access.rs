@@ -1,43 +1,42 @@
-//! Hands access records to the clerk: one line, one write to a pipe that never blocks and that outlives this process.
+//! Hands access records to the clerk: one line each, into a ring on the board that outlives this process.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use evergate_board::RecordWriter;
 use evergate_core::record::Access;
 use evergate_core::redact::Redactor;
 
-/// The write end of the access pipe.
+/// The writing end of this process's ring.
 #[derive(Debug)]
 pub struct AccessLog {
-    pipe: OwnedFd,
-    dropped: AtomicU64,
+    /// With the memory in which a line is made.
+    ring: Mutex<(RecordWriter, String)>,
+    /// Open as long as something may be written: see `lives::Inherited::writers`.
+    _writers: OwnedFd,
     redactor: Arc<Redactor>,
 }
 
 impl AccessLog {
-    /// Writes to `pipe`, which is non-blocking; takes secrets out of what is not our own text.
+    /// Writes to `ring`, which has no other writer; takes secrets out of what is not our own text.
     #[must_use]
-    pub fn new(pipe: OwnedFd, redactor: Arc<Redactor>) -> Self {
-        Self { pipe, dropped: AtomicU64::new(0), redactor }
+    pub fn new(ring: RecordWriter, writers: OwnedFd, redactor: Arc<Redactor>) -> Self {
+        Self { ring: Mutex::new((ring, String::new())), _writers: writers, redactor }
     }
 
-    /// Writes the record; `false` if the pipe is full or closed and the record is lost.
-    ///
-    /// A line is at most `PIPE_BUF` bytes, so it is written whole or not at all (pipe(7)).
+    /// Writes the record; `false` if the ring is full and the record is lost.
     pub fn write(&self, record: &Access<'_>) -> bool {
-        let mut line = String::with_capacity(1024);
+        // A panic in the middle has shown nothing, and a line begins anew.
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ring, line) = &mut *ring;
+        line.clear();
         if record.detail.is_empty() {
-            record.write_line(&mut line);
+            record.write_line(line);
         } else {
             // The client's words have been looked at when they came: they are on the board, too.
             let detail = self.redactor.redact(record.detail);
-            Access { detail: &detail, ..record.clone() }.write_line(&mut line);
+            Access { detail: &detail, ..record.clone() }.write_line(line);
         }
-        let written = rustix::io::retry_on_intr(|| rustix::io::write(&self.pipe, line.as_bytes())).is_ok();
-        if !written {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-        written
+        ring.write(line.as_bytes())
     }
 }

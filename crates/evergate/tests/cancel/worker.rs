@@ -1,7 +1,5 @@
 //! A worker's own parts in this process: the gate, the board, the connections; and a client for them.
 
-use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use evergate::gate::Gate;
@@ -19,7 +17,6 @@ use evergate_core::redact::Redactor;
 use evergate_testkit::raw::post_request;
 use evergate_testkit::{FakeUpstream, gateway_config};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -38,8 +35,8 @@ pub struct Worker {
     runtime: Runtime,
     app: Arc<App>,
     board: Board,
-    /// The other end of the access pipe, and what came out of it so far.
-    records: Mutex<(std::fs::File, String)>,
+    /// Access records that were found so far.
+    records: Mutex<String>,
     /// Tasks that are there without any request.
     tasks: usize,
 }
@@ -63,10 +60,13 @@ impl Worker {
         child.set_phase(Phase::Ready);
         child.set_beat_ns(monotonic_ns());
         child.set_accepting(true);
-        let (read, write): (OwnedFd, OwnedFd) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
         let places = (sealed.config.workers.slots.min(16), sealed.config.limits.queue);
         let redactor = Arc::new(Redactor::new(std::iter::empty()));
-        let log = AccessLog::new(write, Arc::clone(&redactor));
+        let log = AccessLog::new(
+            board.record_writer(ROW),
+            std::fs::File::open("/dev/null").unwrap().into(),
+            Arc::clone(&redactor),
+        );
         let gate = Gate::new(board.clone(), (ROW, ROW), places, log, Box::new(|| ()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let app = {
@@ -81,7 +81,7 @@ impl Worker {
             drop(app.tasks.spawn("clock", async { clock.run().await.unwrap() }));
         }
         let tasks = runtime.metrics().num_alive_tasks();
-        Self { runtime, app, board, records: Mutex::new((read.into(), String::new())), tasks }
+        Self { runtime, app, board, records: Mutex::default(), tasks }
     }
 
     /// One request on a connection of its own, dropped after that many polls.
@@ -169,12 +169,10 @@ impl Worker {
 
     /// The access records under a client's id.
     fn records_of(&self, id: &str) -> Vec<Value> {
-        let mut records = self.records.lock().unwrap();
-        let (pipe, text) = &mut *records;
-        let mut piece = [0; 4096];
-        while let Ok(size @ 1..) = pipe.read(&mut piece) {
-            text.push_str(&String::from_utf8_lossy(&piece[..size]));
-        }
+        let mut text = self.records.lock().unwrap();
+        let found = self.board.records();
+        text.push_str(str::from_utf8(&found.bytes).unwrap());
+        self.board.take_records(&found);
         let all = text.lines().map(|line| serde_json::from_str(line).expect("a record"));
         all.filter(|record: &Value| record["client_id"] == id).collect()
     }

@@ -207,14 +207,14 @@ fn i12_a_frozen_clerk_costs_records_and_no_request() {
     let gateway = echo_in(state.path(), &format!("{ONE_WORKER}hang_timeout = \"60s\"\n"));
     let clerk = clerk(&gateway);
     send(clerk, Signal::STOP);
-    // A MiB of pipe holds two to three thousand.
+    // A ring of a MiB holds two to three thousand.
     let longest = ask_all(&gateway, "frozen", 4_000);
     assert!(longest < Duration::from_secs(2), "{longest:?}");
     send(clerk, Signal::CONT);
     wait_until("as many records as requests", LIMIT, || {
         records(state.path(), &["access.jsonl"]).len() as u64 + dropped(&gateway) == 4_000
     });
-    assert!(dropped(&gateway) > 0, "the pipe holds more than it should");
+    assert!(dropped(&gateway) > 0, "the ring holds more than it should");
     assert_eq!(metric(&gateway, "evergate_requests_total"), 4_000);
 }
 

@@ -75,7 +75,7 @@ struct Found {
     settings: HashMap<String, String>,
     life: OwnedFd,
     kick: OwnedFd,
-    access: OwnedFd,
+    _writers: OwnedFd,
     listeners: Vec<OwnedFd>,
     signals: Signals,
 }
@@ -105,7 +105,7 @@ impl Found {
             settings,
             life: adopt(inherit::LIFE).unwrap(),
             kick: adopt(inherit::KICK).unwrap(),
-            access: adopt(inherit::ACCESS).unwrap(),
+            _writers: adopt(inherit::WRITERS).unwrap(),
             listeners: (0..value("--listeners")).map(|n| adopt(inherit::LISTENERS + n).unwrap()).collect(),
             signals,
         };
@@ -153,12 +153,11 @@ pub fn clerk(args: &[String]) {
     let log = found.settings.get("log").unwrap();
     let mut log = File::options().append(true).create(true).open(log).unwrap();
     loop {
-        let is_orphan = found.wait(&[&found.access]);
+        let is_orphan = found.wait(&[]);
         let signal = found.signals.take().unwrap();
-        let mut bytes = [0; 65_536];
-        while let Ok(count @ 1..) = rustix::io::read(&found.access, &mut bytes) {
-            log.write_all(&bytes[..count]).unwrap();
-        }
+        let records = found.board.records();
+        log.write_all(&records.bytes).unwrap();
+        found.board.take_records(&records);
         if is_orphan || signal.is_some() {
             return;
         }

@@ -75,6 +75,11 @@ impl AccessLog {
         let _ = self.orders.try_send(Order::Reopen);
     }
 
+    /// Counts records that were lost on their way here.
+    pub(super) fn count(&self, records: u64) {
+        self.drops.add(records);
+    }
+
     /// Counts lines that nobody will write any more, and says how many.
     pub(super) fn give_up(&self, lines: &[u8]) -> u64 {
         self.drops.count(lines)
@@ -98,10 +103,14 @@ struct Drops {
 impl Drops {
     fn count(&self, bytes: &[u8]) -> u64 {
         let lines = u64::try_from(memchr::memchr_iter(b'\n', bytes).count()).unwrap_or(0);
-        if let Some(series) = self.board.series(self.row) {
-            series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), lines);
-        }
+        self.add(lines);
         lines
+    }
+
+    fn add(&self, records: u64) {
+        if let Some(series) = self.board.series(self.row) {
+            series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), records);
+        }
     }
 }
 
@@ -153,7 +162,7 @@ impl Writer {
     fn write(&mut self, lines: &[u8]) {
         boot_fault::write_log();
         let (old, new) = (self.folder.join(OLD_FILE), self.folder.join(FILE));
-        let lines = self.repeats.get_or_insert_with(|| Repeats::after(&[&old, &new])).without(lines);
+        let lines = self.repeats.get_or_insert_with(|| Repeats::after(&[&old, &new], lines.len())).without(lines);
         let mut rest = lines.as_slice();
         let outcome = self.ready().and_then(|open| open.append(&mut rest));
         if let Err(error) = outcome {

@@ -1,6 +1,6 @@
 //! Second records of one request: a worker that dies just when it has written one cannot say so, and the master, in
-//! doubt, writes another; and a clerk that dies when it has written lines, before it has taken them out of the pipe,
-//! leaves them there for the next.
+//! doubt, writes another; and a clerk that dies when it has written lines, before it has let go of them in
+//! the rings, leaves them there for the next.
 //!
 //! Holds INV-RECORD-1 (ARCHITECTURE.md).
 
@@ -9,16 +9,15 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
+use evergate_core::record::LINE_BYTES_MAX;
 use memchr::memmem;
-
-use super::pipe::BATCH_BYTES;
 
 /// How the master's lines end (`Access::is_by_master`).
 const MARK: &[u8] = b",\"by_master\":true}";
 /// What stands before the id in every line.
 const BEFORE_ID: &[u8] = b"\"request_id\":\"";
 
-/// Remembers the batch before: the two records follow each other within milliseconds, but a look at the pipe may fall
+/// Remembers the batch before: the two records follow each other within milliseconds, but a look at the rings may fall
 /// between them.
 #[derive(Debug, Default)]
 pub(super) struct Repeats {
@@ -28,9 +27,10 @@ pub(super) struct Repeats {
 }
 
 impl Repeats {
-    /// Knows what a predecessor wrote last, as much as it can have left in the pipe.
-    pub(super) fn after(files: &[&Path]) -> Self {
-        Self { before: files.iter().flat_map(|path| tail(path).unwrap_or_default()).collect(), is_first: true }
+    /// Knows what a predecessor wrote last. What it wrote and did not let go of is in the first batch, so it is no more than that.
+    pub(super) fn after(files: &[&Path], batch_bytes: usize) -> Self {
+        let most = u64::try_from(batch_bytes.saturating_add(LINE_BYTES_MAX)).unwrap_or(u64::MAX);
+        Self { before: files.iter().flat_map(|path| tail(path, most).unwrap_or_default()).collect(), is_first: true }
     }
 
     /// The batch without second records of requests.
@@ -60,16 +60,16 @@ fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.split_inclusive(|byte| *byte == b'\n')
 }
 
-/// The last whole lines of a file, as many as the pipe holds. Nothing of what is no file: a look at it could wait for ever.
-fn tail(path: &Path) -> std::io::Result<Vec<u8>> {
+/// The last whole lines of a file, so many bytes at most. Nothing of what is no file: a look at it could wait for ever.
+fn tail(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
     if !std::fs::metadata(path)?.is_file() {
         return Ok(Vec::new());
     }
     let mut file = File::open(path)?;
-    let start = file.metadata()?.len().saturating_sub(u64::try_from(BATCH_BYTES).unwrap_or(u64::MAX));
+    let start = file.metadata()?.len().saturating_sub(most);
     file.seek(SeekFrom::Start(start))?;
     let mut bytes = Vec::new();
-    file.take(2 * u64::try_from(BATCH_BYTES).unwrap_or(u64::MAX)).read_to_end(&mut bytes)?;
+    file.take(most.saturating_mul(2)).read_to_end(&mut bytes)?;
     // A line that was cut off is written again.
     bytes.truncate(memchr::memrchr(b'\n', &bytes).map_or(0, |at| at + 1));
     Ok(bytes)
@@ -118,7 +118,7 @@ mod tests {
         let [one, two, three] = ["req_1", "req_2", "req_3"].map(|id| line(id, false));
         std::fs::write(&old, &one).unwrap();
         std::fs::write(&new, format!("{two}{}", &three[..three.len() - 3])).unwrap();
-        let mut repeats = Repeats::after(&[&old, &new, &folder.path().join("none")]);
+        let mut repeats = Repeats::after(&[&old, &new, &folder.path().join("none")], 1 << 20);
         assert_eq!(pass(&mut repeats, &[one, two, three.clone()]), three);
         // Only in the first batch: later ones hold what was never looked at before.
         let four = line("req_4", false);
