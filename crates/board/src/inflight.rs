@@ -178,10 +178,16 @@ pub struct Inflight {
 }
 
 impl Inflight {
-    /// Whether it was over but for its books: the last byte of its answer is the kernel's, or it was being counted.
+    /// Whether it was over but for its books: the last byte of its answer was on its way to the kernel, or it was being counted.
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.phase == InflightPhase::Write || self.is_counted || self.counter_before.is_some()
+    }
+
+    /// Whether its last bytes were being written, or had been a moment ago: which of both, only its owner knew.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.phase == InflightPhase::Write && !self.is_counted && self.counter_before.is_none()
     }
 
     /// Whether a dead owner has added it to its counter, which stands at `now`.

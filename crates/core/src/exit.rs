@@ -202,11 +202,14 @@ pub struct ExitRecord {
     pub oom_kills: Option<u64>,
     /// In words, what tells such a KILL's sender, or why nothing does; else empty.
     pub evidence: String,
-    /// Client connections that it held beyond those of `lost`: between two requests, or with one that lay unread in its
+    /// Client connections that it held beyond those of `lost` and `ending`: between two requests, or with one that lay unread in its
     /// socket and that nobody can name.
     pub connections_idle: u32,
     /// Requests that died with it.
     pub lost: Vec<Lost>,
+    /// Requests whose last bytes were the kernel's, or on their way there at that instant: their clients have the answer, or
+    /// not all of it.
+    pub ending: Vec<Lost>,
 }
 
 impl ExitRecord {
@@ -236,6 +239,7 @@ impl ExitRecord {
             evidence: String::new(),
             connections_idle: 0,
             lost: Vec::new(),
+            ending: Vec::new(),
         }
     }
 
@@ -277,7 +281,8 @@ impl ExitRecord {
             write_string(&mut out, &self.upstream);
         }
         self.write_circumstances(&mut out);
-        self.write_lost(&mut out);
+        write_requests(&mut out, ",\"lost\":[", &self.lost);
+        write_requests(&mut out, ",\"ending\":[", &self.ending);
         out.push('}');
         out
     }
@@ -307,29 +312,29 @@ impl ExitRecord {
         let _ = write!(out, ",\"oom_kills\":{kills},\"evidence\":");
         write_string(out, &self.evidence);
     }
+}
 
-    fn write_lost(&self, out: &mut String) {
-        out.push_str(",\"lost\":[");
-        for (index, lost) in self.lost.iter().enumerate() {
-            if index > 0 {
-                out.push(',');
-            }
-            for (key, value) in [
-                ("{\"request_id\":", &lost.request_id),
-                (",\"client_id\":", &lost.client_id),
-                (",\"method\":", &lost.method),
-                (",\"route\":", &lost.route),
-                (",\"model\":", &lost.model),
-                (",\"backend\":", &lost.backend),
-                (",\"phase\":", &lost.phase),
-            ] {
-                out.push_str(key);
-                write_string(out, value);
-            }
-            let _ = write!(out, ",\"age_ms\":{}}}", lost.age_ms);
+fn write_requests(out: &mut String, key: &str, requests: &[Lost]) {
+    out.push_str(key);
+    for (index, lost) in requests.iter().enumerate() {
+        if index > 0 {
+            out.push(',');
         }
-        out.push(']');
+        for (key, value) in [
+            ("{\"request_id\":", &lost.request_id),
+            (",\"client_id\":", &lost.client_id),
+            (",\"method\":", &lost.method),
+            (",\"route\":", &lost.route),
+            (",\"model\":", &lost.model),
+            (",\"backend\":", &lost.backend),
+            (",\"phase\":", &lost.phase),
+        ] {
+            out.push_str(key);
+            write_string(out, value);
+        }
+        let _ = write!(out, ",\"age_ms\":{}}}", lost.age_ms);
     }
+    out.push(']');
 }
 
 #[cfg(test)]
@@ -349,6 +354,7 @@ mod tests {
             oom_kills: Some(1),
             evidence: "its \"cgroup\"".into(),
             lost: vec![Lost { request_id: "req_1".into(), method: "POST".into(), ..Lost::default() }],
+            ending: vec![Lost { request_id: "req_2".into(), ..Lost::default() }],
             ..ExitRecord::new(Kind::Worker, 42, status, Initiator::Unknown)
         };
         let value: serde_json::Value = serde_json::from_str(&record.to_json()).unwrap();
@@ -360,6 +366,10 @@ mod tests {
         assert_eq!((&value["panic"]["place"], &value["panic"]["age_ms"]), (&"src/a.rs:1:2".into(), &3.into()));
         assert_eq!((&value["oom_kills"], &value["evidence"]), (&1.into(), &"its \"cgroup\"".into()));
         assert_eq!((&value["lost"][0]["request_id"], &value["lost"][0]["method"]), (&"req_1".into(), &"POST".into()));
+        assert_eq!(
+            (value["ending"].as_array().unwrap().len(), &value["ending"][0]["request_id"]),
+            (1, &"req_2".into())
+        );
         assert!(!record.to_json().contains('\n'));
         let bare = ExitRecord::new(Kind::Clerk, 1, Status::Code(0), Initiator::Operator);
         let value: serde_json::Value = serde_json::from_str(&bare.to_json()).unwrap();

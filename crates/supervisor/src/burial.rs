@@ -18,9 +18,9 @@ use crate::talk;
 /// Buries one child.
 pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: &Running, initiator: Initiator) {
     let board = &estate.board;
-    // What is over was answered: the client has it, only the record may be missing.
+    // What is over was answered, or was about to be: only the record may be missing.
     let (over, lost): (Vec<_>, Vec<_>) = board.inflight(dead.birth.row).partition(Inflight::is_over);
-    let record = record(board, dead, estate.upstream(dead.birth), initiator, &lost);
+    let record = record(board, dead, estate.upstream(dead.birth), initiator, (&lost, &over));
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
@@ -29,6 +29,7 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
         for inflight in inflights {
             let detail = match inflight.phase {
                 _ if !inflight.is_over() => "",
+                _ if inflight.is_ending() => "its last bytes were the client's, or on their way, when the worker died",
                 InflightPhase::Write => "answered; the worker died before its record was written",
                 _ => "over; the worker died before its record was written",
             };
@@ -49,7 +50,13 @@ pub(crate) fn status(exit: Option<Exit>) -> Status {
     }
 }
 
-fn record(board: &Board, dead: &Running, upstream: &str, initiator: Initiator, lost: &[Inflight]) -> ExitRecord {
+fn record(
+    board: &Board,
+    dead: &Running,
+    upstream: &str,
+    initiator: Initiator,
+    (lost, over): (&[Inflight], &[Inflight]),
+) -> ExitRecord {
     let now = monotonic_ns();
     let row = board.child(dead.birth.row);
     let ms_since = |then: u64| now.saturating_sub(then) / 1_000_000;
@@ -59,6 +66,10 @@ fn record(board: &Board, dead: &Running, upstream: &str, initiator: Initiator, l
     // What tells who sent a KILL is stronger than what the rules conclude from our own doings.
     let initiator = finding.and_then(|finding| finding.initiator).unwrap_or(initiator);
     let pid = dead.pid.as_raw_nonzero().get();
+    let line = |inflight: &Inflight| lost_line(board, inflight, now);
+    let lost: Vec<_> = lost.iter().map(line).collect();
+    let ending: Vec<_> = over.iter().filter(|inflight| inflight.is_ending()).map(line).collect();
+    let named = u32::try_from(lost.len() + ending.len()).unwrap_or(0);
     ExitRecord {
         at_ms: unix_ms(),
         slot: dead.birth.slot,
@@ -84,8 +95,9 @@ fn record(board: &Board, dead: &Running, upstream: &str, initiator: Initiator, l
             None if dead.exit.is_none() => "it was killed and hangs in the kernel; nobody waits for it".to_owned(),
             None => String::new(),
         },
-        connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(u32::try_from(lost.len()).unwrap_or(0)),
-        lost: lost.iter().map(|inflight| lost_line(board, inflight, now)).collect(),
+        connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(named),
+        lost,
+        ending,
         ..ExitRecord::new(dead.birth.kind, pid, status(dead.exit), initiator)
     }
 }

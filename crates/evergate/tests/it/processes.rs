@@ -98,8 +98,13 @@ fn a_request_whose_body_was_being_read_is_named_too() {
 
 /// The clients' ids in an exit record, sorted.
 pub fn lost_ids(record: &Value) -> Vec<String> {
-    let lost = record["lost"].as_array().unwrap();
-    let mut ids: Vec<String> = lost.iter().map(|lost| lost["client_id"].as_str().unwrap().to_owned()).collect();
+    ids_of(record, "lost")
+}
+
+/// The clients' ids in a list of an exit record.
+pub fn ids_of(record: &Value, list: &str) -> Vec<String> {
+    let requests = record[list].as_array().unwrap();
+    let mut ids: Vec<String> = requests.iter().map(|one| one["client_id"].as_str().unwrap().to_owned()).collect();
     ids.sort_unstable();
     ids
 }
