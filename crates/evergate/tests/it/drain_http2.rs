@@ -8,7 +8,7 @@ use evergate_testkit::{FakeUpstream, Raw, wait_until};
 use serde_json::{Value, json};
 
 use crate::drain::{LINGER, is_closing, is_too_late, term_worker, tls_gateway, wait_connections};
-use crate::h2_wire::{ALL, DATA, HEADERS, PING, Wire};
+use crate::h2_wire::{ALL, DATA, GOAWAY, HEADERS, PING, Wire};
 use crate::support::{CHAT, LIMIT, ONE_WORKER, before, echo_with, via};
 
 /// GOAWAY for no stream, PING; at its acknowledgement GOAWAY for those after the last one taken.
@@ -149,7 +149,7 @@ fn s27_kept_connections_leave_a_worker_with_too_much_to_do() {
         wire.post(1 + 2 * stream, &via("hold-mid"));
     }
     let _ = fake.wait_request(kept.len() + 11, LIMIT);
-    assert_eq!(wire.goaway(), ALL);
+    assert_eq!(goaway_with_an_answer(&mut wire, 25), ALL);
     let busy = gateway.wait_access("kept-before-0", LIMIT)["pid"].clone();
     let mut told = Vec::new();
     for (n, raw) in kept.iter_mut().enumerate() {
@@ -166,8 +166,27 @@ fn s27_kept_connections_leave_a_worker_with_too_much_to_do() {
     }
     wire.pong();
     fake.release();
-    let ends = std::iter::from_fn(|| wire.next()).filter(|frame| frame.kind == DATA && frame.flags & 1 != 0);
+    let ends = std::iter::from_fn(|| wire.next())
+        .filter(|frame| frame.kind == DATA && frame.flags & 1 != 0 && frame.stream < 25);
     assert_eq!(ends.count(), 12, "streams in flight finish");
+}
+
+/// It comes with an answer, if a peer is counted on at that moment, which one that the machine holds up is not: then with a later
+/// one, of streams from that on.
+#[track_caller]
+fn goaway_with_an_answer(wire: &mut Wire, mut stream: u32) -> u32 {
+    let end = Instant::now() + LIMIT;
+    while Instant::now() < end {
+        match wire.next_within(Duration::from_secs(1)) {
+            Ok(Some(frame)) if frame.kind == GOAWAY => return frame.goaway(),
+            Ok(frame) => assert!(frame.is_some_and(|frame| matches!(frame.kind, DATA | HEADERS))),
+            Err(_) => {
+                wire.get(stream);
+                stream += 2;
+            }
+        }
+    }
+    panic!("never told");
 }
 
 fn ask(when: &str, n: usize) -> Vec<u8> {

@@ -32,6 +32,15 @@ pub struct Frame {
     pub payload: Vec<u8>,
 }
 
+impl Frame {
+    /// The last stream of a GOAWAY, which must be without an error.
+    #[track_caller]
+    pub fn goaway(&self) -> u32 {
+        assert_eq!(self.payload[4..8], [0; 4], "an error in GOAWAY");
+        u32::from_be_bytes(self.payload[..4].try_into().unwrap())
+    }
+}
+
 /// A connection after its preface and settings.
 pub struct Wire {
     pub link: Link,
@@ -178,9 +187,7 @@ impl Wire {
     /// The last stream of a GOAWAY without an error, which must be the next frame but for those of streams.
     #[track_caller]
     pub fn goaway(&mut self) -> u32 {
-        let frame = self.skip_to(GOAWAY);
-        assert_eq!(frame.payload[4..8], [0; 4], "an error in GOAWAY");
-        u32::from_be_bytes(frame.payload[..4].try_into().unwrap())
+        self.skip_to(GOAWAY).goaway()
     }
 
     /// The next frame of that kind; frames of streams before it are dropped.
@@ -201,8 +208,7 @@ impl Wire {
         loop {
             let frame = self.next().expect("not the end");
             if frame.kind == GOAWAY {
-                assert_eq!(frame.payload[4..8], [0; 4], "an error in GOAWAY");
-                return u32::from_be_bytes(frame.payload[..4].try_into().unwrap());
+                return frame.goaway();
             }
             assert_eq!(frame.kind, PING, "{frame:?}");
             self.send(PING, END, 0, &frame.payload);
