@@ -70,7 +70,11 @@ impl Map {
                 0,
             )?
         };
-        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
+        let start: NonNull<u8> =
+            NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
+        // A core dump would read, and so allocate, every page that was never touched. That it may do so is no failure.
+        // SAFETY: the mapping that was just made; what is said of it changes nothing that is in it.
+        let _ = unsafe { rustix::mm::madvise(start.as_ptr().cast(), length, rustix::mm::Advice::LinuxDontDump) };
         Ok(Self { start, length })
     }
 

@@ -43,15 +43,19 @@ pub(crate) struct Ring<'a> {
     pub(crate) words: &'a [AtomicU64],
 }
 
+fn place(position: u64) -> usize {
+    usize::try_from(position % ROOM).unwrap_or(0)
+}
+
 /// The words from a position on: those up to the ring's end, and those behind its turn.
 fn from(words: &[AtomicU64], position: u64) -> [&[AtomicU64]; 2] {
-    let at = usize::try_from(position).unwrap_or(0) % RING_WORDS;
+    let at = place(position);
     let (before, after) = words.split_at_checked(at).unwrap_or_default();
     [after, before]
 }
 
 fn word(words: &[AtomicU64], position: u64) -> Option<&AtomicU64> {
-    words.get(usize::try_from(position).unwrap_or(0) % RING_WORDS)
+    words.get(place(position))
 }
 
 fn put(value: u64, word: Option<&AtomicU64>) {
@@ -98,7 +102,7 @@ impl Ring<'_> {
         true
     }
 
-    /// Appends the records from `taken` to `written` and says whether all of that were records.
+    /// Appends the records from `taken` to `written`, up to the first that is none; says whether there was no such. Each is a line.
     fn copy(&self, (taken, written): (u64, u64), out: &mut Vec<u8>) -> bool {
         let mut at = taken;
         while at != written {
@@ -111,7 +115,8 @@ impl Ring<'_> {
             if count > left {
                 return false;
             }
-            let end = out.len().saturating_add(bytes);
+            let start = out.len();
+            let end = start.saturating_add(bytes);
             let mut more = usize::try_from(count).unwrap_or(0);
             for part in from(self.words, at.wrapping_add(1)) {
                 let here = part.get(..more.min(part.len())).unwrap_or_default();
@@ -119,6 +124,10 @@ impl Ring<'_> {
                 more -= here.len();
             }
             out.truncate(end);
+            if out.last() != Some(&b'\n') {
+                out.truncate(start);
+                return false;
+            }
             at = at.wrapping_add(count).wrapping_add(1);
         }
         true
@@ -141,7 +150,7 @@ impl RecordWriter {
         Self { board, ring }
     }
 
-    /// Puts a record of at most [`LINE_BYTES_MAX`] bytes into the ring; `false` if there is no room, or nothing to be written.
+    /// Puts a record, a line of at most [`LINE_BYTES_MAX`] bytes, into the ring; `false` if there is no room, or nothing to be written.
     pub fn write(&mut self, record: &[u8]) -> bool {
         self.board.ring(self.ring).is_some_and(|ring| ring.write(record))
     }
@@ -152,7 +161,7 @@ impl RecordWriter {
 pub struct Records {
     /// One record after the other, the master's last.
     pub bytes: Vec<u8>,
-    /// Rings that held something else than records; what they showed is not among the bytes.
+    /// Rings that held something else than records; what they showed from there on is not among the bytes.
     pub broken: u32,
     /// Words shown in the ring that had the most.
     pub fullest: usize,
@@ -169,11 +178,15 @@ impl Board {
     pub fn records(&self) -> Records {
         let mut found = Records::default();
         let masters = self.shape().children;
-        let shown_by_master = self.ring(masters).map(|ring| ring.shown());
+        let shown = |ring: Ring<'_>| ring.shown();
+        let mut shown_by_master = self.ring(masters).map(shown);
         for number in 0..masters {
             if let Some(ring) = self.ring(number) {
                 found.add(number, ring, ring.shown());
             }
+        }
+        if planted!(LooksAtMasterLast) {
+            shown_by_master = self.ring(masters).map(shown);
         }
         if let Some((ring, shown)) = self.ring(masters).zip(shown_by_master) {
             found.add(masters, ring, shown);
@@ -181,10 +194,11 @@ impl Board {
         found
     }
 
-    /// Lets go of what was looked at, for its writers to write over.
+    /// Lets go of what was looked at, for its writers to write over. In the order in which it was written to the file: whoever dies
+    /// in between leaves what stands at the end of that.
     pub fn take_records(&self, looked_at: &Records) {
         for (number, end) in &looked_at.ends {
-            if let Some(ring) = self.ring(*number) {
+            if let Some(ring) = self.ring(*number).filter(|_| !planted!(NeverTakes)) {
                 ring.head.taken.0.store(*end, Ordering::Release);
             }
         }
@@ -206,10 +220,8 @@ impl Records {
             ring.head.taken.0.store(written, Ordering::Release);
         }
         self.ends.push((number, written));
-        let start = self.bytes.len();
         let shown = written.wrapping_sub(taken);
         if shown > ROOM || !ring.copy((taken, written), &mut self.bytes) {
-            self.bytes.truncate(start);
             self.broken += 1;
         }
         self.fullest = self.fullest.max(usize::try_from(shown).unwrap_or(RING_WORDS));
@@ -230,11 +242,11 @@ mod tests {
         let board = board();
         let (mut one, mut two) = (board.record_writer(0), board.record_writer(1));
         let mut master = board.master_record_writer();
-        assert!(master.write(b"m\n") && two.write(b"12345678") && one.write(b"123456789\n") && one.write(b"x\n"));
+        assert!(master.write(b"m\n") && two.write(b"1234567\n") && one.write(b"123456789\n") && one.write(b"x\n"));
         assert!(!one.write(b"123456789 123456789 123\n"), "five words are used of eight");
         assert!(!one.write(b"") && !one.write(&[b'x'; LINE_BYTES_MAX + 1]));
         let looked_at = board.records();
-        assert_eq!(looked_at.bytes, b"123456789\nx\n12345678m\n");
+        assert_eq!(looked_at.bytes, b"123456789\nx\n1234567\nm\n");
         assert_eq!((looked_at.broken, looked_at.fullest), (0, 5));
         assert_eq!(board.records().bytes, looked_at.bytes);
         board.take_records(&looked_at);
@@ -265,6 +277,18 @@ mod tests {
             let looked_at = board.records();
             assert_eq!((looked_at.bytes.as_slice(), looked_at.broken), (b"again\n".as_slice(), 0));
         }
+    }
+
+    #[test]
+    fn what_stands_before_the_nonsense_is_kept_and_a_line_has_its_end() {
+        let board = board();
+        let mut writer = board.record_writer(0);
+        assert!(writer.write(b"good\n") && writer.write(b"its end is gone\n"));
+        board.ring(0).unwrap().words[4].store(0, Ordering::Relaxed);
+        let looked_at = board.records();
+        assert_eq!((looked_at.bytes.as_slice(), looked_at.broken), (b"good\n".as_slice(), 1));
+        board.take_records(&looked_at);
+        assert!(board.records().is_empty());
     }
 
     #[test]

@@ -143,7 +143,7 @@ row! {
         scale_ups set_scale_ups u64;
         /// Workers taken away.
         scale_downs set_scale_downs u64;
-        /// Access records of lost requests that the full pipe did not take.
+        /// Access records of lost requests that the full ring did not take.
         access_dropped set_access_dropped u64;
         /// Lines for standard error that it could not take.
         talk_dropped set_talk_dropped u64;

@@ -101,6 +101,35 @@ fn in_flight_rows_say_who_is_inside_until_the_ticket_drops() {
     assert!(other.inflight_rows(77).admit(start(1, "")).is_none());
 }
 
+/// Two threads with mappings of their own, on real memory, over the ring's end some thirty times.
+#[test]
+fn records_come_through_whole_and_in_order_beside_their_writer() {
+    const LINES: usize = 100_000;
+    let (board, other) = pair();
+    let line = |number: usize| format!("{number} {}\n", "x".repeat(number * 7919 % 700));
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut writer = other.record_writer(1);
+            for number in 0..LINES {
+                while !writer.write(line(number).as_bytes()) {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let mut number = 0;
+        while number < LINES {
+            let found = board.records();
+            assert_eq!(found.broken, 0);
+            for text in str::from_utf8(&found.bytes).unwrap().split_inclusive('\n') {
+                assert_eq!(text, line(number));
+                number += 1;
+            }
+            board.take_records(&found);
+        }
+    });
+    assert!(board.records().is_empty());
+}
+
 #[test]
 fn a_host_marks_the_request_that_it_was_told_of_and_no_other() {
     let (board, other) = pair();

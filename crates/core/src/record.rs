@@ -3,7 +3,7 @@
 use crate::digits::push_decimal;
 use crate::json::{write_string, write_text};
 
-/// Longest line, `PIPE_BUF`: a write of at most this many bytes to a pipe is never interleaved with another (pipe(7)).
+/// Longest line: as much of it as people and log shippers take, and what a pipe in the place of the file takes whole (`PIPE_BUF`, pipe(7)).
 pub const LINE_BYTES_MAX: usize = 4096;
 
 /// The end of a line that the master wrote; the clerk looks for it.

@@ -3,7 +3,7 @@
 //!
 //! Holds INV-EXIT-1, INV-EXIT-2 (ARCHITECTURE.md).
 
-use evergate_board::{Board, ChildRow, Inflight, InflightPhase, Phase, monotonic_ns};
+use evergate_board::{Board, ChildRow, Inflight, Phase, monotonic_ns};
 use evergate_core::count;
 use evergate_core::exit::{ExitRecord, Initiator, Lost, Panicked, Status};
 use evergate_core::ids::RequestId;
@@ -30,7 +30,6 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
             let detail = match inflight.phase {
                 _ if !inflight.is_over() => "",
                 _ if inflight.is_ending() => "its last bytes were the client's, or on their way, when the worker died",
-                InflightPhase::Write => "answered; the worker died before its record was written",
                 _ => "over; the worker died before its record was written",
             };
             let (status, cause) = (options.on_left)(board, dead.birth.row, inflight);

@@ -72,6 +72,10 @@ pub(crate) enum Mistake {
     WritesOver,
     /// Records are let go before they are copied.
     TakesFirst,
+    /// Records are never let go.
+    NeverTakes,
+    /// The master's ring is looked at after the others.
+    LooksAtMasterLast,
     /// A text is written without a word that somebody writes.
     WritesUnseen,
     /// A text's reader does not look whether it has changed.
@@ -99,6 +103,8 @@ pub(crate) const MISTAKES: &[(Mistake, fn())] = &[
     (Mistake::ShowsFirst, records::nothing_lost_or_torn),
     (Mistake::WritesOver, records::nothing_lost_or_torn),
     (Mistake::TakesFirst, records::nothing_lost_or_torn),
+    (Mistake::NeverTakes, records::nothing_lost_or_torn),
+    (Mistake::LooksAtMasterLast, records::nothing_lost_or_torn),
     (Mistake::WritesUnseen, text::whole_when_said_so),
     (Mistake::ReadsOnce, text::whole_when_said_so),
 ];

@@ -443,5 +443,6 @@ impl Gate {
         if !is_written {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
         }
+        die_in_books(Books::Written);
     }
 }

@@ -94,10 +94,12 @@ pub enum Books {
     Added,
     /// That is said on its row.
     Counted,
+    /// Its record is written.
+    Written,
 }
 
 /// How many pass a place in their books until the process ends there; 0 for never.
-static BOOKS: [AtomicU32; 3] = [const { AtomicU32::new(0) }; 3];
+static BOOKS: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
 
 /// Passes a place where the process may be meant to end.
 pub fn die_in_books(place: Books) {
@@ -165,6 +167,7 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "abort-noted" => Planted::AbortIn(Books::Noted),
         "abort-added" => Planted::AbortIn(Books::Added),
         "abort-counted" => Planted::AbortIn(Books::Counted),
+        "abort-written" => Planted::AbortIn(Books::Written),
         "eat" => Planted::Eat,
         "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,

@@ -2,7 +2,7 @@
 //!
 //! One thread runs everything but the writing of the log, which a disk may hold up and which has its own.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::net::TcpListener as StdTcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
@@ -21,6 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, timeout_at};
 use super::{ChildArgs, Inherited, boot_fault, kick, master_gone, rss_kib, state_dir_from_env};
 use crate::panics;
 use crate::tasks::{Caught, Tasks};
+use crate::telemetry::talk;
 
 mod access_log;
 mod admin;
@@ -190,8 +191,7 @@ impl Carrier {
 }
 
 fn say(words: &str) {
-    // Standard error may be as full as the disk.
-    let _ = writeln!(io::stderr(), "evergate: clerk: {words}");
+    talk::print(&format!("evergate: clerk: {words}"));
 }
 
 /// Takes records until the end.

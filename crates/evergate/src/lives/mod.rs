@@ -63,7 +63,7 @@ pub struct Inherited {
     pub life: OwnedFd,
     /// For [`kick`].
     pub kick: OwnedFd,
-    /// A pipe by which the clerk knows whether anybody is left who writes records; its read end.
+    /// A pipe by which the clerk knows whether anybody is left who may write records: its read end there, its write end elsewhere.
     pub writers: OwnedFd,
     /// Listening sockets in the order of the configuration, not blocking.
     pub listeners: Vec<OwnedFd>,

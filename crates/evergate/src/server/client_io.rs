@@ -489,6 +489,7 @@ impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         pass_by(Place::Connection);
         let this = self.get_mut();
+        this.shared.is_tried();
         let Poll::Ready(written) = this.stream.poll_write(cx, bytes) else { return this.poll_stuck(cx) };
         this.stall.reset();
         this.shared.is_taken_from();

@@ -134,6 +134,13 @@ impl Shared {
         }
     }
 
+    /// The socket was full and is tried again: what waits may go now, and its client may see that before this process runs on.
+    pub(super) fn is_tried(&self) {
+        if self.is_full.load(Ordering::Relaxed) && self.has_finishing.load(Ordering::Relaxed) {
+            lock(&self.finishing).iter().for_each(|pass| pass.enter(InflightPhase::Write));
+        }
+    }
+
     /// The socket takes something.
     pub(super) fn is_taken_from(&self) {
         if self.is_full.load(Ordering::Relaxed) {

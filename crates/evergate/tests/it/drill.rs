@@ -213,7 +213,8 @@ fn lines_of_lost(access: &mut Tail) -> Vec<String> {
 fn check_unnamed(killed: &[Kill], failed: &BTreeMap<String, Failure>, named: &BTreeSet<String>) {
     let unnamed: Vec<_> = failed.iter().filter(|(id, _)| !named.contains(*id)).collect();
     let ending: BTreeSet<String> = killed.iter().flat_map(|kill| ids_of(&kill.record, "ending")).collect();
-    let unnamed: Vec<_> = unnamed.into_iter().filter(|(id, _)| !ending.contains(*id)).collect();
+    let (cut, unnamed): (Vec<_>, Vec<_>) = unnamed.into_iter().partition(|(id, _)| ending.contains(*id));
+    assert!(cut.len() <= 1 + killed.len() / 100, "a rare one of them has not got its last bytes: {cut:?}");
     let begun: Vec<_> = unnamed.iter().filter(|(_, failure)| failure.answer.is_some()).collect();
     assert!(begun.is_empty(), "in no record, though not for want of being read: {begun:?}");
     let early: Vec<_> = unnamed.iter().filter(|(_, failure)| failure.at < killed[0].at).collect();

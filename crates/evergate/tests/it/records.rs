@@ -296,7 +296,7 @@ fn h3_records_and_drops_are_the_requests_whoever_is_killed() {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let (now, pause) = (Instant::now(), Duration::from_millis((random >> 33) % 120));
             wait_until("the next kill", LIMIT, || now.elapsed() >= pause);
-            // A clerk in a crash loop is started ever later, and a full pipe drops what this is about.
+            // A clerk in a crash loop is started ever later, and a full ring drops what this is about.
             let kind = if kills % 8 == 3 { "clerk" } else { "worker" };
             let mut children = gateway.children();
             children.retain(|child| child.kind == kind);

@@ -266,7 +266,7 @@ impl State {
         }
     }
 
-    /// The clerk goes before its successor comes: two would read the one pipe of records. Its listener is the master's,
+    /// The clerk goes before its successor comes: two would read the same rings of records. Its listener is the master's,
     /// so that connections wait meanwhile.
     fn renew_clerk(&mut self, now: Ns, out: &mut Vec<Action>) {
         for slot in self.slots.iter_mut().filter(|slot| slot.kind == Kind::Clerk) {

@@ -102,7 +102,7 @@ struct Drops {
 
 impl Drops {
     fn count(&self, bytes: &[u8]) -> u64 {
-        let lines = u64::try_from(memchr::memchr_iter(b'\n', bytes).count()).unwrap_or(0);
+        let lines = count(bytes);
         self.add(lines);
         lines
     }
@@ -112,6 +112,10 @@ impl Drops {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), records);
         }
     }
+}
+
+fn count(lines: &[u8]) -> u64 {
+    u64::try_from(memchr::memchr_iter(b'\n', lines).count()).unwrap_or(0)
 }
 
 /// The thread's side.
@@ -150,23 +154,27 @@ impl Writer {
                 Order::Write(lines, tell) => (lines, tell),
             };
             // A panic ends neither the thread nor the log: the batch counts as lost, and the file is opened anew.
-            if !caught(|| self.write(&lines)) {
+            let count = count(&lines);
+            if !caught(|| self.write(lines)) {
                 self.file = None;
-                self.drops.count(&lines);
+                self.drops.add(count);
             }
             // Nobody waits if the time was up.
             let _ = tell.send(());
         }
     }
 
-    fn write(&mut self, lines: &[u8]) {
+    fn write(&mut self, lines: Vec<u8>) {
         boot_fault::write_log();
         let (old, new) = (self.folder.join(OLD_FILE), self.folder.join(FILE));
-        let lines = self.repeats.get_or_insert_with(|| Repeats::after(&[&old, &new], lines.len())).without(lines);
-        let mut rest = lines.as_slice();
+        let mut repeats = self.repeats.take().unwrap_or_else(|| Repeats::after([&old, &new], lines.len()));
+        let mut rest = repeats.without(lines);
         let outcome = self.ready().and_then(|open| open.append(&mut rest));
-        if let Err(error) = outcome {
+        if outcome.is_err() {
             self.drops.count(rest);
+        }
+        self.repeats = Some(repeats);
+        if let Err(error) = outcome {
             if !self.is_failing {
                 self.talk(&format!("cannot be written, records are dropped: {error}"));
             }
@@ -317,7 +325,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (mut writer, board) = writer(folder.path(), 20);
         for number in 0..4 {
-            writer.write(format!("line number {number}\n").as_bytes());
+            writer.write(format!("line number {number}\n").into_bytes());
         }
         assert_eq!(text(folder.path(), OLD_FILE), "line number 0\nline number 1\n");
         assert_eq!(text(folder.path(), FILE), "line number 2\nline number 3\n");
@@ -328,11 +336,11 @@ mod tests {
     fn a_file_renamed_by_others_is_left_and_a_new_one_made() {
         let folder = tempfile::tempdir().unwrap();
         let (mut writer, _board) = writer(folder.path(), 1 << 20);
-        writer.write(b"one\n");
+        writer.write(b"one\n".to_vec());
         std::fs::rename(folder.path().join(FILE), folder.path().join("kept")).unwrap();
-        writer.write(b"two\n");
+        writer.write(b"two\n".to_vec());
         writer.file = None;
-        writer.write(b"three\n");
+        writer.write(b"three\n".to_vec());
         assert_eq!(
             (text(folder.path(), "kept").as_str(), text(folder.path(), FILE).as_str()),
             ("one\ntwo\n", "three\n")
@@ -344,10 +352,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let inner = folder.path().join("inner");
         let (mut writer, board) = writer(&inner, 1 << 20);
-        writer.write(b"one\ntwo\n");
+        writer.write(b"one\ntwo\n".to_vec());
         assert_eq!(dropped(&board), 2);
         std::fs::create_dir(&inner).unwrap();
-        writer.write(b"three\n");
+        writer.write(b"three\n".to_vec());
         assert_eq!((dropped(&board), text(&inner, FILE)), (2, "three\n".to_owned()));
     }
 
@@ -357,8 +365,8 @@ mod tests {
         // Every write to it fails with ENOSPC (full(4)).
         std::os::unix::fs::symlink("/dev/full", folder.path().join(FILE)).unwrap();
         let (mut writer, board) = writer(folder.path(), 1 << 20);
-        writer.write(b"one\ntwo\n");
-        writer.write(b"three\n");
+        writer.write(b"one\ntwo\n".to_vec());
+        writer.write(b"three\n".to_vec());
         assert_eq!(dropped(&board), 3);
     }
 
@@ -367,7 +375,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(FILE), "{\"half").unwrap();
         let (mut writer, _board) = writer(folder.path(), 1 << 20);
-        writer.write(b"{}\n");
+        writer.write(b"{}\n".to_vec());
         assert_eq!(text(folder.path(), FILE), "{\"half\n{}\n");
     }
 }

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
+use evergate_board::RING_BYTES;
 use evergate_core::record::LINE_BYTES_MAX;
 use memchr::memmem;
 
@@ -27,19 +28,23 @@ pub(super) struct Repeats {
 }
 
 impl Repeats {
-    /// Knows what a predecessor wrote last. What it wrote and did not let go of is in the first batch, so it is no more than that.
-    pub(super) fn after(files: &[&Path], batch_bytes: usize) -> Self {
-        let most = u64::try_from(batch_bytes.saturating_add(LINE_BYTES_MAX)).unwrap_or(u64::MAX);
-        Self { before: files.iter().flat_map(|path| tail(path, most).unwrap_or_default()).collect(), is_first: true }
+    /// Knows what a predecessor wrote last. What it wrote and did not let go of is in the first batch, so it is no more than that;
+    /// but the master's line in it may be the second of a request whose first the predecessor did let go of.
+    pub(super) fn after([old, new]: [&Path; 2], batch_bytes: usize) -> Self {
+        let most = batch_bytes.max(RING_BYTES).saturating_add(LINE_BYTES_MAX);
+        let new = tail(new, most).unwrap_or_default();
+        let rest = most.saturating_sub(new.len());
+        let old = if rest > LINE_BYTES_MAX { tail(old, rest).unwrap_or_default() } else { Vec::new() };
+        Self { before: [old, new].concat(), is_first: true }
     }
 
     /// The batch without second records of requests.
-    pub(super) fn without(&mut self, batch: &[u8]) -> Vec<u8> {
+    pub(super) fn without(&mut self, batch: Vec<u8>) -> &[u8] {
         let is_first = std::mem::take(&mut self.is_first);
-        let has_repeats = is_first || memmem::find(batch, MARK).is_some();
-        let batch = if has_repeats { self.sift(batch, is_first) } else { batch.to_vec() };
-        self.before.clone_from(&batch);
-        batch
+        let has_repeats = is_first || memmem::find(&batch, MARK).is_some();
+        // What was before goes: with all rings full a batch is large.
+        self.before = if has_repeats { self.sift(&batch, is_first) } else { batch };
+        &self.before
     }
 
     fn sift(&self, batch: &[u8], is_any: bool) -> Vec<u8> {
@@ -61,7 +66,8 @@ fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// The last whole lines of a file, so many bytes at most. Nothing of what is no file: a look at it could wait for ever.
-fn tail(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+fn tail(path: &Path, most: usize) -> std::io::Result<Vec<u8>> {
+    let most = u64::try_from(most).unwrap_or(u64::MAX);
     if !std::fs::metadata(path)?.is_file() {
         return Ok(Vec::new());
     }
@@ -95,7 +101,7 @@ mod tests {
     }
 
     fn pass(repeats: &mut Repeats, lines: &[String]) -> String {
-        String::from_utf8(repeats.without(lines.concat().as_bytes())).unwrap()
+        str::from_utf8(repeats.without(lines.concat().into_bytes())).unwrap().to_owned()
     }
 
     #[test]
@@ -111,6 +117,18 @@ mod tests {
         assert_eq!(pass(&mut repeats, &[line("req_1", true)]), line("req_1", true));
     }
 
+    /// It was let go of with a batch that the master's line was not in, and much was written behind it.
+    #[test]
+    fn a_second_record_goes_though_the_first_is_far_back_in_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let [none, new] = ["none", "new"].map(|name| folder.path().join(name));
+        let more: String = (2..1_000).map(|number| line(&format!("req_{number}"), false)).collect();
+        assert!(more.len() > 100_000);
+        std::fs::write(&new, line("req_1", false) + &more).unwrap();
+        let (second, other) = (line("req_1", true), line("req_1000", true));
+        assert_eq!(pass(&mut Repeats::after([&none, &new], second.len()), &[second, other.clone()]), other);
+    }
+
     #[test]
     fn what_a_predecessor_wrote_is_not_written_again_but_for_half_a_line() {
         let folder = tempfile::tempdir().unwrap();
@@ -118,7 +136,7 @@ mod tests {
         let [one, two, three] = ["req_1", "req_2", "req_3"].map(|id| line(id, false));
         std::fs::write(&old, &one).unwrap();
         std::fs::write(&new, format!("{two}{}", &three[..three.len() - 3])).unwrap();
-        let mut repeats = Repeats::after(&[&old, &new, &folder.path().join("none")], 1 << 20);
+        let mut repeats = Repeats::after([&old, &new], 0);
         assert_eq!(pass(&mut repeats, &[one, two, three.clone()]), three);
         // Only in the first batch: later ones hold what was never looked at before.
         let four = line("req_4", false);
