@@ -20,6 +20,8 @@ pub(crate) const RING_WORDS: usize = (1 << 20) / 8;
 #[cfg(test)]
 pub(crate) const RING_WORDS: usize = 8;
 
+const ROOM: u64 = RING_WORDS as u64;
+
 /// Bytes that a ring holds, with a word for each record's length.
 pub const RING_BYTES: usize = RING_WORDS * 8;
 
@@ -68,8 +70,6 @@ fn put(value: u64, word: Option<&AtomicU64>) {
 fn words_of(bytes: usize) -> u64 {
     u64::try_from(bytes.div_ceil(8)).unwrap_or(u64::MAX)
 }
-
-const ROOM: u64 = RING_WORDS as u64;
 
 impl Ring<'_> {
     /// Whether there was room.
