@@ -202,7 +202,7 @@ pub struct ExitRecord {
     pub oom_kills: Option<u64>,
     /// In words, what tells such a KILL's sender, or why nothing does; else empty.
     pub evidence: String,
-    /// Client connections that it held beyond those of `lost` and `ending`: between two requests, or with one that lay unread in its
+    /// Client connections that it held beyond those of `lost`: between two requests, or with one that lay unread in its
     /// socket and that nobody can name.
     pub connections_idle: u32,
     /// Requests that died with it.

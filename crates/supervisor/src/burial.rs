@@ -68,7 +68,8 @@ fn record(
     let line = |inflight: &Inflight| lost_line(board, inflight, now);
     let lost: Vec<_> = lost.iter().map(line).collect();
     let ending: Vec<_> = over.iter().filter(|inflight| inflight.is_ending()).map(line).collect();
-    let named = u32::try_from(lost.len() + ending.len()).unwrap_or(0);
+    // Not those of `ending`: a client may have its answer, and have asked for more on the same connection.
+    let busy = u32::try_from(lost.len()).unwrap_or(0);
     ExitRecord {
         at_ms: unix_ms(),
         slot: dead.birth.slot,
@@ -94,7 +95,7 @@ fn record(
             None if dead.exit.is_none() => "it was killed and hangs in the kernel; nobody waits for it".to_owned(),
             None => String::new(),
         },
-        connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(named),
+        connections_idle: row.map_or(0, ChildRow::connections).saturating_sub(busy),
         lost,
         ending,
         ..ExitRecord::new(dead.birth.kind, pid, status(dead.exit), initiator)
