@@ -1,4 +1,4 @@
-//! A request head and the chunks behind it, against the parser of the HTTP library and a decoder of our own.
+//! A request head and the chunks behind it, against hyper's parser and a plain decoder.
 
 use evergate_core::chunked::Chunks;
 use evergate_core::head::{self, Framing, HeadLimits};
@@ -13,9 +13,10 @@ pub fn check(bytes: &[u8]) {
     }
     let Some(length) = whole else { return };
     let (head, body) = bytes.split_at(length);
-    let Ok(framing) = head::check(head, &LIMITS) else { return };
-    agrees(head, framing);
-    if framing == Framing::Chunked {
+    let mut fields = Vec::new();
+    let Ok(read) = head::read(head, &LIMITS, |name, value| fields.push((name, value))) else { return };
+    agrees(head, &read, &fields);
+    if read.framing == Framing::Chunked {
         chunks(body);
     }
 }
@@ -31,18 +32,23 @@ fn in_pieces(bytes: &[u8]) -> Option<usize> {
     None
 }
 
-/// What is let through, the library takes too, and sees the same: it never answers in words of its own.
-fn agrees(head: &[u8], framing: Framing) {
+/// What is let through, hyper's parser takes too, and sees the same; and the types for it take what is seen.
+fn agrees(head: &[u8], read: &head::Head<'_>, ours: &[(&[u8], &[u8])]) {
     let mut fields = [httparse::EMPTY_HEADER; 100];
     let mut request = httparse::Request::new(&mut fields);
-    let parsed = request.parse(head).expect("let through, but the library refuses it");
+    let parsed = request.parse(head).expect("let through, but hyper's parser refuses it");
     assert_eq!(parsed, httparse::Status::Complete(head.len()));
-    let target = request.path.unwrap();
-    target.parse::<http::Uri>().expect("a target that the library refuses");
-    http::Method::from_bytes(request.method.unwrap().as_bytes()).expect("a method that the library refuses");
-    for field in request.headers.iter() {
-        http::HeaderName::from_bytes(field.name.as_bytes()).expect("a field name that the library refuses");
-        http::HeaderValue::from_bytes(field.value).expect("a field value that the library refuses");
+    let (method, target) = (request.method.unwrap(), request.path.unwrap());
+    assert_eq!((read.method, read.target), (method.as_bytes(), target.as_bytes()));
+    assert_eq!(read.is_http_1_0, request.version == Some(0));
+    target.parse::<http::Uri>().expect("a target that its type refuses");
+    http::Method::from_bytes(method.as_bytes()).expect("a method that its type refuses");
+    let theirs: Vec<(&[u8], &[u8])> =
+        request.headers.iter().map(|field| (field.name.as_bytes(), field.value)).collect();
+    assert_eq!(ours, theirs, "other fields");
+    for (name, value) in ours {
+        http::HeaderName::from_bytes(name).expect("a field name that its type refuses");
+        http::HeaderValue::from_bytes(value).expect("a field value that its type refuses");
     }
     let named = |name: &str| -> Vec<&[u8]> {
         let fields = request.headers.iter().filter(|field| field.name.eq_ignore_ascii_case(name));
@@ -50,7 +56,7 @@ fn agrees(head: &[u8], framing: Framing) {
     };
     let (hosts, lengths, codings) = (named("host"), named("content-length"), named("transfer-encoding"));
     assert!(hosts.len() <= 1 && (hosts.len() == 1 || request.version == Some(0)), "{hosts:?}");
-    match framing {
+    match read.framing {
         Framing::Chunked => {
             assert!(lengths.is_empty() && codings.len() == 1 && request.version == Some(1));
             assert!(codings[0].eq_ignore_ascii_case(b"chunked"), "{codings:?}");

@@ -384,6 +384,12 @@ pub struct Ticket {
 }
 
 impl Ticket {
+    /// Which of its process's rows it is.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
     /// Where it is, for whoever works for it elsewhere.
     #[must_use]
     pub fn place(&self) -> InflightPlace {

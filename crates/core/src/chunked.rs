@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use bytes::Bytes;
+
 use crate::error::{Error, Fault};
 
 /// Follows a chunked body: where its data lies and where it ends.
@@ -69,6 +71,34 @@ impl Chunks {
             *at += 1;
         }
         Ok(None)
+    }
+
+    /// All data in `piece` as one, and how many of its bytes belong to the body. Data in one run is not copied.
+    ///
+    /// # Errors
+    /// As `take`; what came before the mistake is given first, and the next look finds the same again.
+    pub fn joined(&mut self, piece: &Bytes) -> Result<(Option<Bytes>, usize), Error> {
+        let (mut at, mut first, mut joined) = (0, None, Vec::new());
+        loop {
+            let run = match self.data(piece, &mut at) {
+                Ok(Some(run)) => run,
+                Ok(None) => break,
+                Err(_) if first.is_some() => break,
+                Err(error) => return Err(error),
+            };
+            let Some(before) = first.replace(run.clone()) else { continue };
+            if joined.is_empty() {
+                joined.reserve(piece.len() - before.start);
+                joined.extend_from_slice(piece.get(before).unwrap_or_default());
+            }
+            joined.extend_from_slice(piece.get(run).unwrap_or_default());
+        }
+        let data = match first {
+            Some(_) if !joined.is_empty() => Some(joined.into()),
+            Some(run) => Some(piece.slice(run)),
+            None => None,
+        };
+        Ok((data, at))
     }
 
     /// Whether the body is complete.

@@ -1,9 +1,8 @@
-//! The pre-scan of an HTTP/1.1 request head: refuses what the HTTP library behind it would let pass or hide.
+//! Reads an HTTP/1.1 request head, and refuses what other servers let pass or hide.
 //!
-//! hyper drops `Content-Length` beside `Transfer-Encoding`, takes the first of two `Host` fields, swallows equal
+//! hyper, for one, drops `Content-Length` beside `Transfer-Encoding`, takes the first of two `Host` fields, swallows equal
 //! duplicates of `Content-Length` and accepts bare line feeds (measured). Each of these is how one server is made to
-//! see another request than the next one does, so they are refused here (RFC 9112, sections 2.2, 3.2, 5, 6.3). What it
-//! would refuse by itself is refused here too: its own answer has no error body and no request id.
+//! see another request than the next one does, so they are refused here (RFC 9112, sections 2.2, 3.2, 5, 6.3).
 
 use crate::error::{Error, Fault};
 
@@ -88,15 +87,45 @@ fn refuse(message: &'static str) -> Error {
     Error::new(Fault::MalformedRequest, message)
 }
 
+/// What one head says, but for its fields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head<'a> {
+    /// A token.
+    pub method: &'a [u8],
+    /// In one of the forms of RFC 9112, 3.2.
+    pub target: &'a [u8],
+    /// HTTP/1.0; else 1.1.
+    pub is_http_1_0: bool,
+    /// How its body is framed.
+    pub framing: Framing,
+    /// Whether the client wants to keep the connection (RFC 9112, 9.3).
+    pub is_kept: bool,
+    /// Whether it waits for a 100 before it sends the body (RFC 9110, 10.1.1).
+    pub expects_continue: bool,
+}
+
 /// Judges one complete head.
 ///
 /// # Errors
-/// `malformed_request`, `uri_too_long` or `headers_too_large`; the connection cannot be used after any of them.
+/// As [`read`].
 pub fn check(head: &[u8], limits: &HeadLimits) -> Result<Framing, Error> {
+    read(head, limits, |_, _| ()).map(|head| head.framing)
+}
+
+/// Judges one complete head, and gives the name and value of each field as they stand there. What was given is worth nothing
+/// when it ends in an error.
+///
+/// # Errors
+/// `malformed_request`, `uri_too_long` or `headers_too_large`; the connection cannot be used after any of them.
+pub fn read<'a>(
+    head: &'a [u8],
+    limits: &HeadLimits,
+    mut give: impl FnMut(&'a [u8], &'a [u8]),
+) -> Result<Head<'a>, Error> {
     let mut lines = Lines { rest: head, count: 0 };
     let returns = returns(head)?;
     let mut line = lines.next_line()?;
-    // RFC 9112, 2.2: an empty line before a request line should be ignored; hyper does so too.
+    // RFC 9112, 2.2: an empty line before a request line should be ignored.
     while line.is_empty() && !lines.rest.is_empty() {
         line = lines.next_line()?;
     }
@@ -112,13 +141,18 @@ pub fn check(head: &[u8], limits: &HeadLimits) -> Result<Framing, Error> {
         if count > limits.fields {
             return Err(limits.too_many());
         }
-        fields.take(line)?;
+        let (name, value) = fields.take(line)?;
+        give(name, value);
     }
     if returns != lines.count {
         return Err(refuse("the request head holds a bare CR"));
     }
     fields.check_host(&request)?;
-    fields.framing(&request)
+    let framing = fields.framing(&request)?;
+    let RequestLine { method, target, is_http_1_0, .. } = request;
+    let is_kept = !fields.says_close && (!is_http_1_0 || fields.says_keep);
+    let expects_continue = fields.expects_continue && !is_http_1_0;
+    Ok(Head { method, target, is_http_1_0, framing, is_kept, expects_continue })
 }
 
 /// How many carriage returns a head holds; it must hold no other control character than them, line feeds and tabs (RFC
@@ -161,6 +195,8 @@ impl<'a> Lines<'a> {
 }
 
 struct RequestLine<'a> {
+    method: &'a [u8],
+    target: &'a [u8],
     /// Authority of an absolute-form target.
     authority: Option<&'a [u8]>,
     is_http_1_0: bool,
@@ -183,7 +219,7 @@ fn request_line<'a>(line: &'a [u8], limits: &HeadLimits) -> Result<RequestLine<'
         _ => return Err(refuse("the protocol version is not HTTP/1.1 or HTTP/1.0")),
     };
     let authority = authority(method, target)?;
-    Ok(RequestLine { authority, is_http_1_0 })
+    Ok(RequestLine { method, target, authority, is_http_1_0 })
 }
 
 /// The host that a target names itself, if it does (RFC 9112, 3.2: origin-form, absolute-form, and what only CONNECT and
@@ -213,10 +249,14 @@ struct Fields<'a> {
     host: Option<&'a [u8]>,
     length: Option<u64>,
     is_chunked: bool,
+    says_close: bool,
+    says_keep: bool,
+    expects_continue: bool,
 }
 
 impl<'a> Fields<'a> {
-    fn take(&mut self, line: &'a [u8]) -> Result<(), Error> {
+    /// Gives the field's name and value.
+    fn take(&mut self, line: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), Error> {
         if matches!(line.first(), Some(b' ' | b'\t')) {
             return Err(refuse("a header field is folded over lines"));
         }
@@ -235,12 +275,23 @@ impl<'a> Fields<'a> {
                 }
                 std::mem::replace(&mut self.is_chunked, true)
             }
+            10 if name.eq_ignore_ascii_case(b"connection") => {
+                for word in value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+                    self.says_close |= word.eq_ignore_ascii_case(b"close");
+                    self.says_keep |= word.eq_ignore_ascii_case(b"keep-alive");
+                }
+                false
+            }
+            6 if name.eq_ignore_ascii_case(b"expect") => {
+                self.expects_continue |= value.eq_ignore_ascii_case(b"100-continue");
+                false
+            }
             _ => false,
         };
         if is_repeated {
             return Err(refuse("Host, Content-Length or Transfer-Encoding stands in the request twice"));
         }
-        Ok(())
+        Ok((name, value))
     }
 
     fn check_host(&self, request: &RequestLine<'_>) -> Result<(), Error> {
@@ -349,6 +400,36 @@ mod tests {
         assert_eq!(judge("GET / HTTP/1.0\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n"), Ok(Framing::Length(0)));
         assert_eq!(judge("CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n"), Ok(Framing::Length(0)));
+    }
+
+    #[test]
+    fn a_head_gives_its_fields_and_what_they_say_of_the_connection() {
+        let mut fields = Vec::new();
+        let text = "POST /x?y HTTP/1.1\r\nHost: a\r\nExpect: 100-Continue\r\nx:\t 1 2 \r\nx: \r\n\r\n";
+        let head = read(text.as_bytes(), &LIMITS, |name, value| fields.push((name, value))).unwrap();
+        let expected = Head {
+            method: b"POST",
+            target: b"/x?y",
+            is_http_1_0: false,
+            framing: Framing::Length(0),
+            is_kept: true,
+            expects_continue: true,
+        };
+        assert_eq!(head, expected);
+        let given: [(&[u8], &[u8]); 4] = [(b"Host", b"a"), (b"Expect", b"100-Continue"), (b"x", b"1 2"), (b"x", b"")];
+        assert_eq!(fields, given);
+
+        let said = |version: &str, fields: &str| {
+            let text = format!("GET / HTTP/{version}\r\nhost: a\r\n{fields}\r\n");
+            read(text.as_bytes(), &LIMITS, |_, _| ()).map(|head| (head.is_kept, head.expects_continue)).unwrap()
+        };
+        assert_eq!(said("1.1", "connection: foo, Close\r\n"), (false, false));
+        assert_eq!(said("1.1", "Connection: closed\r\n"), (true, false));
+        assert_eq!(said("1.1", "connection: keep-alive\r\nconnection: close\r\n"), (false, false));
+        assert_eq!(said("1.0", ""), (false, false));
+        // A 1.0 client does not know what an interim answer is.
+        assert_eq!(said("1.0", "connection: Keep-Alive\r\nexpect: 100-continue\r\n"), (true, false));
+        assert_eq!(said("1.1", "expect: 200-ok\r\n"), (true, false));
     }
 
     #[test]

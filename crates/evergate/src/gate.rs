@@ -8,7 +8,6 @@ pub mod memory;
 pub mod pass;
 pub mod permits;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,7 +51,7 @@ pub struct Gate {
     announced_max: u32,
     reading: AtomicU32,
     seq: AtomicU32,
-    live: Mutex<HashMap<u32, Arc<Token>>>,
+    live: Mutex<Live>,
     empty: Notify,
     stage: watch::Sender<Stage>,
     /// Why live requests are told to end.
@@ -62,6 +61,34 @@ pub struct Gate {
     short_ns: AtomicU64,
     idle: idle::Idle,
     incoming: incoming::Incoming,
+}
+
+/// Live requests by their rows.
+#[derive(Debug, Default)]
+struct Live {
+    by_row: Vec<Option<Arc<Token>>>,
+    count: usize,
+}
+
+impl Live {
+    fn insert(&mut self, row: u32, token: Arc<Token>) {
+        let row = row as usize;
+        if self.by_row.len() <= row {
+            self.by_row.resize(row + 1, None);
+        }
+        if let Some(slot) = self.by_row.get_mut(row) {
+            self.count += usize::from(slot.replace(token).is_none());
+        }
+    }
+
+    fn remove(&mut self, row: u32) {
+        let gone = self.by_row.get_mut(row as usize).and_then(Option::take);
+        self.count -= usize::from(gone.is_some());
+    }
+
+    fn tokens(&self) -> impl Iterator<Item = &Arc<Token>> {
+        self.by_row.iter().flatten()
+    }
 }
 
 /// What is known of a request when it arrives.
@@ -213,7 +240,7 @@ impl Gate {
     pub fn cancel(&self, cause: Cause) {
         self.ending.set(cause);
         self.enter(Stage::Cancelling);
-        for token in self.lock_live().values() {
+        for token in self.lock_live().tokens() {
             token.cancel(self.ending());
         }
     }
@@ -228,7 +255,7 @@ impl Gate {
     /// one.
     pub fn end_most(&self) -> bool {
         let live =
-            self.lock_live().values().filter(|token| token.cause().is_none()).max_by_key(|token| token.held()).cloned();
+            self.lock_live().tokens().filter(|token| token.cause().is_none()).max_by_key(|token| token.held()).cloned();
         let most = live.into_iter().chain(self.incoming.most()).max_by_key(|token| token.held());
         let most = most.filter(|token| token.held() > memory::LARGE_BYTES);
         most.inspect(|token| token.cancel(Cause::Memory)).is_some()
@@ -237,7 +264,7 @@ impl Gate {
     /// Live requests.
     #[must_use]
     pub fn live(&self) -> usize {
-        self.lock_live().len()
+        self.lock_live().count
     }
 
     /// Waits until no request is live.
@@ -251,8 +278,8 @@ impl Gate {
         }
     }
 
-    fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Arc<Token>>> {
-        // Inserting and removing leave the map whole whatever happens between.
+    fn lock_live(&self) -> std::sync::MutexGuard<'_, Live> {
+        // Inserting and removing leave it whole whatever happens between.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -319,7 +346,7 @@ impl Gate {
         };
         ticket.set_phase(InflightPhase::Route);
         token.account();
-        self.lock_live().insert(id.seq, Arc::clone(token));
+        self.lock_live().insert(ticket.index(), Arc::clone(token));
         if *self.stage.borrow() == Stage::Cancelling {
             token.cancel(self.ending());
         }

@@ -237,38 +237,13 @@ impl Connection {
                 Ok((!data.is_empty()).then_some(data))
             }
             Rest::Chunked(chunks) => {
-                let (data, taken) = unchunked(chunks, &self.input)?;
+                let joined = chunks.joined(&self.input);
+                let (data, taken) = joined.map_err(|error| Broken::NotHttp(error.message.into_owned()))?;
                 self.input = self.input.split_off(taken);
                 Ok(data)
             }
         }
     }
-}
-
-/// All data in a piece of a chunked body, as one, and how many of its bytes belong to the body. Data in one run is not copied.
-fn unchunked(chunks: &mut Chunks, piece: &Bytes) -> Result<(Option<Bytes>, usize), Broken> {
-    let (mut at, mut first, mut joined) = (0, None, Vec::new());
-    loop {
-        let run = match chunks.data(piece, &mut at) {
-            Ok(Some(run)) => run,
-            Ok(None) => break,
-            // What came before is good, and the next look finds the same again.
-            Err(_) if first.is_some() => break,
-            Err(error) => return Err(Broken::NotHttp(error.message.into_owned())),
-        };
-        let Some(before) = first.replace(run.clone()) else { continue };
-        if joined.is_empty() {
-            joined.reserve(piece.len() - before.start);
-            joined.extend_from_slice(piece.get(before).unwrap_or_default());
-        }
-        joined.extend_from_slice(piece.get(run).unwrap_or_default());
-    }
-    let data = match first {
-        Some(_) if !joined.is_empty() => Some(joined.into()),
-        Some(run) => Some(piece.slice(run)),
-        None => None,
-    };
-    Ok((data, at))
 }
 
 /// Lets others have their turn.

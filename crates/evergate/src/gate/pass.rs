@@ -357,8 +357,8 @@ impl Drop for Pass {
             gate.write_off(record, ticket);
         }
         let mut live = self.gate.lock_live();
-        live.remove(&self.record.id.seq);
-        if live.is_empty() {
+        live.remove(self.ticket.index());
+        if live.count == 0 {
             self.gate.empty.notify_waiters();
         }
     }

@@ -100,7 +100,8 @@ fn host_of(authority: &str) -> Option<&str> {
     if let Some(rest) = authority.strip_prefix('[') {
         return rest.split_once(']').map(|(host, _)| host);
     }
-    Some(authority.split_once(':').map_or(authority, |(host, _)| host))
+    // By bytes: the search for a character is code that nothing else needs in a request.
+    authority.get(..authority.bytes().position(|byte| byte == b':').unwrap_or(authority.len()))
 }
 
 fn is_ours(hosts: &[String], host: &str) -> bool {

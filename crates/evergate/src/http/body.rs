@@ -318,7 +318,7 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        // Never true while a pass is held: the library must ask for the end, which is when the pass is handed on.
+        // Never true while a pass is held: who writes it must ask for the end, which is when the pass is handed on.
         matches!(self.content, Content::Done)
     }
 

@@ -15,9 +15,9 @@ use bytes::{Buf, Bytes};
 use http::header::{CONTENT_LENGTH, HeaderValue};
 use http::{Method, Request, Response};
 use http_body::{Frame, SizeHint};
-use hyper::body::Incoming;
 
 use super::body::{Body, End};
+use super::incoming::Incoming;
 use super::service::{Bounded, Gone, Service};
 use crate::server::streams::Taken;
 
@@ -25,13 +25,14 @@ use crate::server::streams::Taken;
 #[derive(Clone, Debug)]
 pub struct H2Service(pub Service);
 
-impl hyper::service::Service<Request<Incoming>> for H2Service {
+impl hyper::service::Service<Request<hyper::body::Incoming>> for H2Service {
     type Response = Response<H2Body>;
     type Error = Gone;
     type Future = H2Bounded;
 
-    fn call(&self, request: Request<Incoming>) -> H2Bounded {
+    fn call(&self, request: Request<hyper::body::Incoming>) -> H2Bounded {
         let is_head = request.method() == Method::HEAD;
+        let request = request.map(Incoming::H2);
         H2Bounded { bounded: hyper::service::Service::call(&self.0, request), is_head }
     }
 }
@@ -50,7 +51,7 @@ impl Future for H2Bounded {
         if !self.is_head {
             return Poll::Ready(Ok(response.map(H2Body::new)));
         }
-        // Of HTTP/1 the library leaves the content out by itself (RFC 9110, 9.3.2).
+        // Of HTTP/1 the connection leaves the content out by itself (RFC 9110, 9.3.2).
         let length = HeaderValue::from(response.body().len());
         response.headers_mut().insert(CONTENT_LENGTH, length);
         Poll::Ready(Ok(response.map(H2Body::without_content)))

@@ -9,8 +9,8 @@ use evergate_upstream::clock::Clock;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use http_body::Body;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 
+use super::incoming::Incoming;
 use super::unread;
 use crate::context::Token;
 use crate::gate::memory::{LARGE_BYTES, Memory};
@@ -86,8 +86,16 @@ impl From<hyper::Error> for Stopped {
         if is_gone || error.is_incomplete_message() || error.is_canceled() {
             return Self::ClientGone;
         }
+        Self::broken(error)
+    }
+}
+
+impl Stopped {
+    /// What has come is no body.
+    #[must_use]
+    pub fn broken(why: impl std::fmt::Display) -> Self {
         let message = "the request body breaks its framing";
-        Self::Refused(Error::new(Fault::MalformedRequest, message).detail(error))
+        Self::Refused(Error::new(Fault::MalformedRequest, message).detail(why))
     }
 }
 
@@ -118,7 +126,7 @@ pub async fn read(
         let frame = match clock.timeout_from(until, body.frame()).await {
             Ok(Some(Ok(frame))) => frame,
             Ok(None) => break,
-            Ok(Some(Err(error))) => return Err(error.into()),
+            Ok(Some(Err(stopped))) => return Err(stopped),
             Err(_) => {
                 let key = if is_idle { "timeouts.body_idle" } else { "timeouts.body" };
                 let message = format!("the request body did not arrive within {key}");

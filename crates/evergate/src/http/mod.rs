@@ -8,6 +8,7 @@ mod call;
 pub mod cors;
 pub mod fault;
 pub mod h2;
+pub mod incoming;
 pub mod intake;
 pub mod left;
 pub mod local;

@@ -15,12 +15,12 @@ use evergate_core::{Cause, Deadline, Error, Fault};
 use http::header::{HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
 use http_body::Body as _;
-use hyper::body::Incoming;
 
 use super::app::App;
 use super::attempts::Asked;
 use super::body::Body;
 use super::fault::{Bomb, Moment, Planted, planted, strike};
+use super::incoming::Incoming;
 use super::left::{Left, Watched};
 use super::relay::Relay;
 use super::scan::scan;
@@ -100,7 +100,7 @@ pub type Outcome = (Result<Response<Body>, Error>, Option<Pass>);
 
 impl ModelCall {
     /// Serves it. What is awaited boxed here is rare or long: the way of a unary call is moved about whole.
-    pub async fn run(mut self: Box<Self>, body: Incoming) -> Outcome {
+    pub async fn run(mut self: Box<Self>, mut body: Incoming) -> Outcome {
         let planted = planted(&self.headers);
         strike(planted, Moment::Head);
         let mut coming = match self.check_head() {
@@ -111,13 +111,16 @@ impl ModelCall {
             }
         };
         let announced = self.app.gate.announce(self.id, &self.arrival);
-        let body = match self.read(body).await {
-            Ok(body) => body,
-            Err(intake::Stopped::Refused(error)) => return (Err(error), None),
-            Err(intake::Stopped::ClientGone) => {
-                self.token.cancel(Cause::ClientGone);
-                return (Err(cancelled(Cause::ClientGone)), None);
-            }
+        let body = match body.take_whole(LARGE_BYTES) {
+            Some(body) => body,
+            None => match Box::pin(self.read(body)).await {
+                Ok(body) => body,
+                Err(intake::Stopped::Refused(error)) => return (Err(error), None),
+                Err(intake::Stopped::ClientGone) => {
+                    self.token.cancel(Cause::ClientGone);
+                    return (Err(cancelled(Cause::ClientGone)), None);
+                }
+            },
         };
         coming.iter_mut().for_each(Coming::has_come);
         let deadline = match self.deadline() {
@@ -170,8 +173,7 @@ impl ModelCall {
         let _shown = is_large.then(|| self.app.gate.show_incoming(self.id.seq, &self.token));
         let mut stage = self.app.gate.stage();
         tokio::select! {
-            // Most bodies are there already. The loser is dropped, and the request with it; waiting for a stage is
-            // cancel-safe.
+            // What is there counts. The loser is dropped, and the request with it; waiting for a stage is cancel-safe.
             biased;
             read = intake::read(body, &self.app.sealed.config, (&self.app.clock, &self.app.memory, &self.token)) => read,
             _ = stage.wait_for(|stage| *stage == Stage::Cancelling) => {

@@ -10,10 +10,10 @@ use evergate_core::ids::{RequestId, is_well_formed};
 use evergate_core::{Cause, Error, Fault, chat, head};
 use http::header::{ALLOW, CONNECTION, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
 
 use super::app::App;
 use super::body::{Active, Body};
+use super::incoming::Incoming;
 use super::model_call::{Endpoint, ModelCall, settle};
 use super::{cors, respond, unread};
 use crate::context::{Token, cancelled};
@@ -184,7 +184,7 @@ impl Service {
         Some((id, value))
     }
 
-    /// The sizes of a head that `ClientIo` has not seen as text.
+    /// The sizes of a head that did not come as text.
     fn check_h2(&self, request: &Request<Incoming>) -> Result<(), Error> {
         let uri = request.uri();
         let target = uri.path_and_query().map_or(0, |target| target.as_str().len());
@@ -342,8 +342,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     fn call(&self, request: Request<Incoming>) -> Bounded {
         self.newcomer.has_sent();
         let is_h1 = request.version() <= Version::HTTP_11;
-        // Of HTTP/1, `ClientIo` has judged the head.
-        let refused = if is_h1 { self.shared.next_refusal() } else { self.refused_h2(&request) };
+        let refused = if is_h1 { self.shared.take_refusal() } else { self.refused_h2(&request) };
         let is_refused = refused.is_some();
         let seen = self.seen(&request, refused.as_deref());
         let token = Arc::new(Token::default());
@@ -352,8 +351,8 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let client_id = client_id.unwrap_or_default().to_owned();
         let echoed = given.cloned().or_else(|| own_id.clone());
         let page = self.app.cors.listed(request.headers()).cloned();
-        // Active from here on: the library reads again before it polls the handler, and must not see the end of an idle
-        // connection then.
+        // Active from here on: of HTTP/2 the library reads again before it polls the handler, and must not see the end of
+        // an idle connection then.
         let active = Active::new(&self.shared);
         let asked = Box::new(Asked { request, client_id, own_id, refused });
         let serving = self.clone().serve(asked, seen, (Arc::clone(&token), active));
@@ -371,8 +370,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     }
 }
 
-/// The client has left while its request was read: nobody is there to be answered. The HTTP library ends the connection,
-/// or the stream, at that.
+/// The client has left while its request was read: nobody is there to be answered. That ends the connection, or the stream.
 #[derive(Debug)]
 pub struct Gone;
 
@@ -488,7 +486,7 @@ impl Future for Bounded {
         if self.token.cause() == Some(Cause::ClientGone) {
             return Poll::Ready(Err(Gone));
         }
-        // The library writes the head in this very turn. Probes tell nothing of what was served.
+        // The head is written in this very turn. Probes tell nothing of what was served.
         if !self.is_refused && !matches!(self.seen.path, Path::Healthz | Path::Readyz) {
             self.app.gate.count_first_byte(self.seen.started.elapsed());
         }

@@ -2,7 +2,7 @@
 //!
 //! On HTTP/2 the library resets a stream behind an answer whose request has not come to its end (NO_ERROR; RFC 9113, 8.1), and
 //! there are clients that throw the answer away at that, such as curl 7.88. So the answer's end waits a little while the
-//! rest of the body is read and thrown away, as far as that is small. Of HTTP/1, `ClientIo` sees to it.
+//! rest of the body is read and thrown away, as far as that is small. Of HTTP/1, the connection sees to it.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use evergate_upstream::clock::{Clock, Sleep};
 use http_body::Body as _;
-use hyper::body::Incoming;
 
+use super::incoming::Incoming;
 use crate::server::streams::Taken;
 
 /// What is on its way of most bodies when the answer comes. Of a larger one the client has to stop sending anyway.

@@ -2,18 +2,21 @@
 //!
 //! Holds INV-DRAIN-1 (ARCHITECTURE.md).
 
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use evergate_board::MasterPhase;
 use evergate_core::config::Config;
 use evergate_core::head::HeadLimits;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
 use super::client_io::{ClientIo, IoLimits};
+use super::h1;
 use super::shared::{Leaving, Refused, Shared};
 use super::stream::Stream;
 use super::streams::Streams;
@@ -42,7 +45,7 @@ pub fn limits(config: &Config) -> IoLimits {
         head: HeadLimits {
             bytes: size(config.limits.header_bytes),
             fields: config.limits.headers as usize,
-            uri_bytes: size(config.limits.uri_bytes).min(HYPER_URI_BYTES_MAX),
+            uri_bytes: size(config.limits.uri_bytes).min(URI_BYTES_MAX),
         },
         header_timeout: config.timeouts.header,
         idle_timeout: config.timeouts.client_idle,
@@ -50,11 +53,8 @@ pub fn limits(config: &Config) -> IoLimits {
     }
 }
 
-/// Longest request target that hyper takes; beyond it, its answer is its own.
-const HYPER_URI_BYTES_MAX: usize = u16::MAX as usize - 1;
-
-/// Most header fields that hyper takes when nothing is said (`http1::Builder::max_headers`).
-const HYPER_HEADERS_MAX: u32 = 100;
+/// Longest request target that the type for it takes (`http::Uri`).
+const URI_BYTES_MAX: usize = u16::MAX as usize - 1;
 
 /// Of HTTP/2 (A14), said here so that no other version of the library says otherwise. Streams that a client opened and reset
 /// before they were looked at; streams that this side reset for a mistake of the client's: beyond either the client is told
@@ -89,11 +89,15 @@ pub async fn serve(app: Arc<App>, tasks: Tasks, stream: Stream, stage: watch::Re
         None => io.close().await,
         Some(true) => {
             serve_h2(config, tasks, io, service, drain).await;
-            if let Some(cut) = shared.take_cut() {
+            if let Some(cut) = shared.take_refusal() {
                 record(&app.gate, &cut);
             }
         }
-        Some(false) => serve_h1(config, io, service, drain).await,
+        // Draining, answers say `Connection: close`; one that awaits a request ends when its patience is over.
+        Some(false) => {
+            let connection = pin!(h1::Connection::new(io, service));
+            drain.during(connection).await;
+        }
     }
     if shared.was_shed() {
         app.gate.count_shed_idle();
@@ -145,28 +149,27 @@ impl Drain<'_> {
     async fn during<T>(&mut self, future: impl Future<Output = T>) -> T {
         let mut future = pin!(future);
         loop {
-            tokio::select! {
-                // Pinned outside; waiting for a change is cancel-safe.
-                done = future.as_mut() => return done,
-                _ = self.changed() => {}
+            let mut seen = self.stage.clone();
+            let mut changed = pin!(self.changed());
+            let mut asked: Option<Waker> = None;
+            let done = poll_fn(|cx| {
+                if let Poll::Ready(done) = future.as_mut().poll(cx) {
+                    return Poll::Ready(Some(done));
+                }
+                // Each turn of a busy connection comes here: who will be woken need not ask again.
+                let is_asked = asked.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+                if is_asked && !seen.has_changed().unwrap_or_default() {
+                    return Poll::Pending;
+                }
+                seen.mark_unchanged();
+                asked = Some(cx.waker().clone());
+                changed.as_mut().poll(cx).map(|_| None)
+            });
+            if let Some(done) = done.await {
+                return done;
             }
         }
     }
-}
-
-/// The library's own graceful shutdown is not used: it closes a connection on which nothing has come, and one whose
-/// next request is on its way. Draining, answers say `Connection: close`, and `ClientIo` says "end of file" to the
-/// library when its patience is over.
-async fn serve_h1(config: &Config, io: ClientIo, service: Service, mut drain: Drain<'_>) {
-    let buffer = usize::try_from(config.limits.header_bytes).unwrap_or(usize::MAX).clamp(64 * 1024, 1 << 20);
-    let mut builder = http1::Builder::new();
-    // `ClientIo` has the timers of heads, and has counted the fields: the library's own limit only matters where it
-    // would be the lower one, and costs more than none.
-    builder.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(buffer);
-    if config.limits.headers > HYPER_HEADERS_MAX {
-        builder.max_headers(config.limits.headers as usize);
-    }
-    let _ = drain.during(builder.serve_connection(TokioIo::new(io), service)).await;
 }
 
 /// An HTTP/2 connection ends by two GOAWAY frames with a PING between: streams on their way here are still taken (RFC

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tokio::io::ReadBuf;
 
-use super::client_io::{ClientIo, Reading, late_head};
+use super::client_io::{ClientIo, late_head};
 use super::frames::{Frames, SHUTDOWN_ACK};
 use super::shared::{Leaving, Refused};
 
@@ -48,17 +48,13 @@ enum Then {
 impl ClientIo {
     /// Reads for the HTTP/2 library, under the limits of heads and of idling, and answers its PING when the client does not
     /// in time.
-    pub(super) fn poll_frames(
-        &mut self,
-        cx: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-        frames: Frames,
-    ) -> Poll<io::Result<()>> {
+    pub(super) fn poll_frames(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = out.filled().len();
         if let Poll::Ready(read) = self.stream.poll_read(cx, out) {
-            self.follow(frames, out.filled().get(before..).unwrap_or_default());
+            self.follow(out.filled().get(before..).unwrap_or_default());
             return Poll::Ready(read);
         }
+        let frames = self.frames;
         self.h2.was_active |= self.is_active();
         if !self.is_active() && self.shared.is_shed(self.active_at) {
             self.shared.send_elsewhere();
@@ -67,7 +63,7 @@ impl ClientIo {
             // To the library that is the end of what the client sends.
             Then::End => {
                 if let Some((_, since)) = self.h2.begun.filter(|_| frames.is_in_request_head()) {
-                    self.shared.cut(Refused::of(late_head(), &[], since));
+                    self.shared.refuse(Refused::of(late_head(), &[], since));
                 }
                 Poll::Ready(Ok(()))
             }
@@ -128,15 +124,14 @@ impl ClientIo {
         self.shared.active.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether what has just been written can be an answer: on HTTP/2 there is also talk about the connection, which does not
-    /// keep it.
+    /// Whether what has just been written can be an answer: there is also talk about the connection, which does not keep it.
     pub(super) fn is_of_a_request(&mut self) -> bool {
-        !matches!(self.reading, Reading::Frames(_)) || self.is_active() || std::mem::take(&mut self.h2.was_active)
+        self.is_active() || std::mem::take(&mut self.h2.was_active)
     }
 
-    fn follow(&mut self, mut frames: Frames, bytes: &[u8]) {
-        frames.take(bytes);
-        self.h2.note(frames);
-        self.reading = Reading::Frames(frames);
+    /// Follows bytes that go to the library.
+    pub(super) fn follow(&mut self, bytes: &[u8]) {
+        self.frames.take(bytes);
+        self.h2.note(self.frames);
     }
 }

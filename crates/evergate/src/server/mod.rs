@@ -5,6 +5,7 @@ pub mod client_io;
 pub mod connection;
 mod frames;
 mod frames_io;
+pub mod h1;
 pub mod shared;
 pub mod stream;
 pub mod streams;

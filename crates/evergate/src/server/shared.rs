@@ -50,15 +50,12 @@ impl Refused {
 /// What the I/O type, the task and the requests of one connection tell each other.
 #[derive(Debug, Default)]
 pub struct Shared {
-    /// Requests between head and last byte.
+    /// Requests between head and last byte; what HTTP/2 knows them by.
     pub active: AtomicU32,
-    /// Heads delivered to the HTTP library, and heads it has made requests of.
-    delivered: AtomicU32,
-    requested: AtomicU32,
-    /// The refusal that the last delivered head stands for; of HTTP/2, see `cut`.
+    /// Of HTTP/1, that the request at hand stands for a head that is refused; of HTTP/2, see `refuse`.
     refusal: Mutex<Option<Box<Refused>>>,
     is_refused: AtomicBool,
-    /// Requests whose answers are written into the HTTP library's buffer but not yet to the kernel.
+    /// Requests whose answers are written into a buffer but not yet to the kernel.
     finishing: Mutex<Vec<Pass>>,
     has_finishing: AtomicBool,
     leaving: Mutex<Option<Leaving>>,
@@ -81,40 +78,17 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// To be called once for each request, in their order: the refusal that it stands for, if it is none of the
-    /// client's own.
-    #[must_use]
-    pub fn next_refusal(&self) -> Option<Box<Refused>> {
-        let number = self.requested.fetch_add(1, Ordering::Relaxed) + 1;
-        let is_refused = self.is_refused.load(Ordering::Relaxed) && number == self.delivered.load(Ordering::Relaxed);
-        if is_refused { lock(&self.refusal).take() } else { None }
-    }
-
-    /// Counts a head that is handed to the HTTP library.
-    pub(super) fn deliver(&self) {
-        self.delivered.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Whether a head was ever handed to the HTTP library.
-    pub(super) fn is_used(&self) -> bool {
-        self.delivered.load(Ordering::Relaxed) > 0
-    }
-
+    /// The next request of this connection is none: its head is refused. On HTTP/2 none comes: the connection ended in the
+    /// middle of that head.
     pub(super) fn refuse(&self, refused: Refused) {
-        // Nothing is delivered behind it, so the count stays its number.
-        self.deliver();
         *lock(&self.refusal) = Some(Box::new(refused));
         self.is_refused.store(true, Ordering::Relaxed);
     }
 
-    /// HTTP/2: the connection ends in the middle of a request's head, of which the HTTP library makes no request.
-    pub(super) fn cut(&self, refused: Refused) {
-        *lock(&self.refusal) = Some(Box::new(refused));
-    }
-
-    /// What was cut, once.
-    pub(super) fn take_cut(&self) -> Option<Box<Refused>> {
-        lock(&self.refusal).take()
+    /// What was refused, once.
+    #[must_use]
+    pub fn take_refusal(&self) -> Option<Box<Refused>> {
+        if self.is_refused.load(Ordering::Relaxed) { lock(&self.refusal).take() } else { None }
     }
 
     /// Keeps a request's pass until its last byte is the kernel's, which is what comes next: the write and the flush

@@ -1,6 +1,6 @@
 //! How a connection reaches us, and what the kernel can be asked about it.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -46,8 +46,12 @@ impl Stream {
         each!(self, stream => stream.poll_read(cx, buf))
     }
 
-    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        each!(self, stream => stream.poll_write(cx, bytes))
+    /// Writes the parts one behind the other, as far as they go; says how many bytes went.
+    pub(super) fn poll_write_parts(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match parts {
+            [one] => each!(self, stream => stream.poll_write(cx, one)),
+            parts => each!(self, stream => stream.poll_write_vectored(cx, parts)),
+        }
     }
 
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -98,6 +102,12 @@ impl Stream {
     pub(super) fn reset_at_close(&self) {
         // A socket that refuses is dead already.
         let _ = rustix::net::sockopt::set_socket_linger(self.fd(), Some(Duration::ZERO));
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Self::poll_read(self.get_mut(), cx, buf)
     }
 }
 

@@ -9,10 +9,10 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use evergate::http::body::Body;
+use evergate::http::incoming::Incoming;
 use evergate::http::service::Service;
+use http::{Request, Response};
 use http_body::Frame;
-use hyper::body::Incoming;
-use hyper::{Request, Response};
 
 /// How many polls a request has left, its handler's and its body's together.
 #[derive(Debug)]

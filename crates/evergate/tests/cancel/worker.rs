@@ -7,6 +7,7 @@ use evergate::http::app::App;
 use evergate::http::service::Service;
 use evergate::server::client_io::ClientIo;
 use evergate::server::connection::limits;
+use evergate::server::h1::Connection;
 use evergate::server::stream::Stream;
 use evergate::tasks::Tasks;
 use evergate::telemetry::access::AccessLog;
@@ -16,7 +17,6 @@ use evergate_core::exit::Kind;
 use evergate_core::redact::Redactor;
 use evergate_testkit::raw::post_request;
 use evergate_testkit::{FakeUpstream, gateway_config};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -132,9 +132,7 @@ impl Worker {
             let io = ClientIo::new(stream, limits(&app.sealed.config), app.clock.clone());
             let service = Service::new(Arc::clone(&app), io.shared());
             let service = Cut { service, polls: Polls::new(polls) };
-            let mut builder = hyper::server::conn::http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(None);
-            let _ = builder.serve_connection(TokioIo::new(io), service).await;
+            Connection::new(io, service).await;
         };
         drop(self.app.tasks.spawn("connection", serving));
         client.unwrap()

@@ -57,6 +57,20 @@ fn a8_a_refused_head_is_on_record_as_what_was_known_of_it() {
     assert_eq!(sum(&samples(&gateway.metrics()), "evergate_first_byte_seconds_count", &[]), 0.0);
 }
 
+/// B7: what lies before its first byte is no part of it.
+#[test]
+fn b7_a_refused_head_behind_an_idle_time_is_on_record_without_it() {
+    let gateway = echo_with(ONE_WORKER);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&get_request("/healthz", ""));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    raw.link().pause(Duration::from_secs(1)).expect("still open");
+    raw.send(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n");
+    let response = raw.read_response(LIMIT);
+    let record = gateway.wait_access(response.header("x-request-id").unwrap(), LIMIT);
+    assert!(record["duration_ms"].as_f64().unwrap() < 900.0, "{record}");
+}
+
 /// A8: bytes that keep trickling in do not move the limit.
 #[test]
 fn a_trickling_head_is_answered_408() {

@@ -98,7 +98,7 @@ fn check(response: &Response, wanted: &str) -> Result<(), String> {
         return Err(said());
     }
     // Type, retry and the rest as the table has them.
-    crate::support::assert_error(response, status, code);
+    crate::support::assert_refusal(response, status, code);
     let param = response.json()["error"]["param"].clone();
     match words.next() {
         Some(wanted) if param != wanted => Err(format!("param {param}: {}", said())),
