@@ -7,7 +7,7 @@ use std::io::Read;
 use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::{Response, chat_body, get_request, post_request};
 use evergate_testkit::traces::traces_of;
-use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Identity, Raw, gateway_config, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -297,7 +297,9 @@ fn no_secret_stands_in_anything_that_is_said_or_left() {
     }
     gateway.write("evergate.toml", &good);
     assert_eq!(gateway.cli(&["reload"]).status.code(), Some(0));
-    send(gateway.children().iter().find(|child| child.kind == "clerk").unwrap().pid, Signal::KILL);
+    // A reload ends the clerk before the next one is started.
+    let clerk = || gateway.children().into_iter().find(|child| child.kind == "clerk");
+    send(wait_for("a clerk", LIMIT, clerk).pid, Signal::KILL);
     wait_ready(&gateway, 2);
     said.gateway(&gateway);
     gateway.signal(Signal::TERM);
