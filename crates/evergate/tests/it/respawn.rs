@@ -30,9 +30,13 @@ fn s01_a_killed_worker_is_soon_on_record_and_replaced() {
     let gateway = echo_with(ONE_WORKER);
     let (address, mut exits) = (gateway.addr(), gateway.follow_exits());
     let (mut recorded, mut answered) = (Vec::new(), Vec::new());
+    let mut before = 0;
     for _ in 0..rounds {
         wait_ready(&gateway, 1);
-        let (pid, since) = (gateway.workers()[0], Instant::now());
+        // The record comes first, then the run file.
+        let next = || gateway.workers().first().copied().filter(|pid| *pid != before);
+        let (pid, since) = (wait_for("the next worker", LIMIT, next), Instant::now());
+        before = pid;
         wait_until("a worker that is well", LIMIT, || since.elapsed() >= WELL);
         let (killed, at) = (SystemTime::now(), Instant::now());
         send(pid, Signal::KILL);
