@@ -248,6 +248,13 @@ async fn read_answer(client: &mut UnixStream, is_head: bool) -> Option<Answer> {
     Some(answer)
 }
 
+/// The connection has more turns than it needs for what was sent.
+async fn others_run() {
+    for _ in 0..20 {
+        tokio::task::yield_now().await;
+    }
+}
+
 async fn is_at_end(client: &mut UnixStream) -> bool {
     client.read_u8().await.is_err()
 }
@@ -270,9 +277,7 @@ fn a_request_is_the_same_however_it_is_cut() {
             let expected = expected.clone();
             talk(|mut client, handler| async move {
                 client.write_all(&text[..split]).await.unwrap();
-                for _ in 0..4 {
-                    tokio::task::yield_now().await;
-                }
+                others_run().await;
                 client.write_all(&text[split..]).await.unwrap();
                 let answer = read_answer(&mut client, false).await.unwrap();
                 assert_eq!((answer.status, answer.content), (200, pattern(4).to_vec()), "{split}");
@@ -416,9 +421,7 @@ fn a_hundred_is_said_once_and_only_to_who_waits_for_it() {
             .write_all(b"POST /1 HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\nhel")
             .await
             .unwrap();
-        for _ in 0..6 {
-            tokio::task::yield_now().await;
-        }
+        others_run().await;
         client.write_all(b"lo").await.unwrap();
         assert_eq!(read_answer(&mut client, false).await.unwrap().status, 200);
         // Who is refused by the head alone is told at once, and its body is not awaited.
@@ -516,9 +519,7 @@ fn a_client_that_leaves_takes_what_it_asked_for_with_it() {
     ] {
         talk(|mut client, handler| async move {
             client.write_all(text.as_bytes()).await.unwrap();
-            for _ in 0..6 {
-                tokio::task::yield_now().await;
-            }
+            others_run().await;
             assert_eq!(handler.alive(), u32::from(text.len() > 30), "{text}");
             drop(client);
             // `talk` sees that the connection ends, with nothing left.
@@ -533,9 +534,7 @@ fn a_handler_that_goes_on_is_waited_for() {
             .write_all(b"GET /wait HTTP/1.1\r\nhost: a\r\n\r\nGET /2?close HTTP/1.1\r\nhost: a\r\n\r\n")
             .await
             .unwrap();
-        for _ in 0..6 {
-            tokio::task::yield_now().await;
-        }
+        others_run().await;
         assert_eq!(handler.seen().len(), 1, "one after the other");
         handler.go.notify_one();
         assert_eq!(read_answer(&mut client, false).await.unwrap().content.len(), 0);
@@ -562,9 +561,7 @@ fn nothing_of_what_is_sent_ahead_is_lost() {
                 write
             };
             let hear = async {
-                for _ in 0..20 {
-                    tokio::task::yield_now().await;
-                }
+                others_run().await;
                 assert_eq!(handler.seen.lock().unwrap().len(), 1);
                 handler.go.notify_one();
                 let mut answers = String::new();
