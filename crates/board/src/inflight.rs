@@ -37,6 +37,8 @@ pub(crate) struct InflightRow {
     backend: AtomicU64,
     attempts: AtomicU64,
     end: AtomicU64,
+    /// One more than how far the ring of records was written when this request's was about to be shown; 0 before that.
+    recording: AtomicU64,
     /// Length of the model's name; written once, after the name, so that whoever finds a length finds the name.
     name_length: AtomicU64,
     name: [AtomicU64; MODEL_WORDS],
@@ -169,6 +171,8 @@ pub struct Inflight {
     pub is_counted: bool,
     /// The lower half of what its counter was before the owner began to add it.
     pub counter_before: Option<u32>,
+    /// How far the owner's ring of records was written when this request's was about to be shown in it.
+    pub ring_before: Option<u64>,
     /// What it was doing.
     pub phase: InflightPhase,
     /// Whether it is a stream.
@@ -195,6 +199,13 @@ impl Inflight {
     pub fn was_counted(&self, now: u64) -> bool {
         let is_beyond = |before: u32| u64::from(before) != now & LOWER_HALF || planted!(TrustsNote);
         self.is_counted || self.counter_before.is_some_and(is_beyond)
+    }
+
+    /// Whether a dead owner has shown its record in its ring, which is written as far as `now`.
+    #[must_use]
+    pub fn was_recorded(&self, now: u64) -> bool {
+        // Nothing else was shown there since: a row ends before its owner's next record.
+        self.ring_before.is_some_and(|before| before != now || planted!(TrustsShownNote))
     }
 
     /// Our own id of it.
@@ -237,7 +248,7 @@ impl InflightRow {
         self.started_ns.store(start.started_ns, Ordering::Relaxed);
         self.phase.store(InflightPhase::Body as u64, Ordering::Relaxed);
         self.model.store(0, Ordering::Relaxed);
-        for word in [&self.is_stream, &self.backend, &self.attempts, &self.end, &self.name_length] {
+        for word in [&self.is_stream, &self.backend, &self.attempts, &self.end, &self.recording, &self.name_length] {
             word.store(0, Ordering::Relaxed);
         }
         self.id.store(id, Ordering::Release);
@@ -283,6 +294,7 @@ impl InflightRow {
             end: (end & ENDED != 0).then(|| u16::try_from(end & 0xffff).unwrap_or(0)),
             is_counted: end & COUNTED != 0,
             counter_before: (end & COUNTING != 0).then(|| u32::try_from(end >> 32).unwrap_or(0)),
+            ring_before: self.recording.load(Ordering::Relaxed).checked_sub(1),
             phase: InflightPhase::from_word(self.phase.load(Ordering::Relaxed)),
             is_stream: self.is_stream.load(Ordering::Relaxed) == 1,
             started_ns: self.started_ns.load(Ordering::Relaxed),
@@ -452,6 +464,13 @@ impl Ticket {
         if let Some(row) = self.rows.0.slot(self.index) {
             // One writer, so this is no lost update; not before what was added.
             row.end.store(row.end.load(Ordering::Relaxed) | COUNTED, Ordering::Release);
+        }
+    }
+
+    /// Says that its record is about to be shown in the owner's ring, which is written as far as `before`.
+    pub fn set_recording(&self, before: u64) {
+        if let Some(row) = self.rows.0.slot(self.index) {
+            row.recording.store(before.wrapping_add(1), Ordering::Relaxed);
         }
     }
 

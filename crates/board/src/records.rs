@@ -72,8 +72,8 @@ fn words_of(bytes: usize) -> u64 {
 }
 
 impl Ring<'_> {
-    /// Whether there was room.
-    fn write(&self, record: &[u8]) -> bool {
+    /// Whether there was room. Before the record is shown, `note` is told how far the ring is written.
+    fn write(&self, record: &[u8], note: impl FnOnce(u64)) -> bool {
         let written = self.head.written.0.load(Ordering::Relaxed);
         let used = written.wrapping_sub(self.head.taken.0.load(Ordering::Acquire));
         let needed = words_of(record.len()).saturating_add(1);
@@ -97,6 +97,12 @@ impl Ring<'_> {
             let mut last = [0; 8];
             last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
             put(u64::from_le_bytes(last), word(self.words, end.wrapping_sub(1)));
+        }
+        if planted!(NotesShownLate) {
+            self.head.written.0.store(end, Ordering::Release);
+        }
+        if !planted!(ShowsUnnoted) {
+            note(written);
         }
         self.head.written.0.store(end, Ordering::Release);
         true
@@ -152,7 +158,13 @@ impl RecordWriter {
 
     /// Puts a record, a line of at most [`LINE_BYTES_MAX`] bytes, into the ring; `false` if there is no room, or nothing to be written.
     pub fn write(&mut self, record: &[u8]) -> bool {
-        self.board.ring(self.ring).is_some_and(|ring| ring.write(record))
+        self.write_noted(record, |_| ())
+    }
+
+    /// The same; before the record is shown, `note` is told how far the ring is written, so that whoever finds this process dead
+    /// knows by [`Board::records_written`] whether it was shown. Not called where nothing is written.
+    pub fn write_noted(&mut self, record: &[u8], note: impl FnOnce(u64)) -> bool {
+        self.board.ring(self.ring).is_some_and(|ring| ring.write(record, note))
     }
 }
 
@@ -192,6 +204,12 @@ impl Board {
             found.add(masters, ring, shown);
         }
         found
+    }
+
+    /// How far a child's ring is written: words since the start of the run.
+    #[must_use]
+    pub fn records_written(&self, row: u32) -> u64 {
+        self.ring(row).map_or(0, |ring| ring.head.written.0.load(Ordering::Acquire))
     }
 
     /// Lets go of what was looked at, for its writers to write over. In the order in which it was written to the file: whoever dies

@@ -33,7 +33,9 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
                 _ => "over; the worker died before its record was written",
             };
             let (status, cause) = (options.on_left)(board, dead.birth.row, inflight);
-            write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
+            if !inflight.was_recorded(board.records_written(dead.birth.row)) {
+                write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
+            }
         }
     }
     board.bury(dead.birth.row);

@@ -1,7 +1,8 @@
-//! A request's end: whoever of worker and master counts it, it is counted once, wherever the worker dies (INV-RECORD-1).
+//! A request's end: whoever of worker and master counts it and records it, that is done once, wherever the worker dies
+//! (INV-RECORD-1).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::{board, claim, mortal};
 use crate::{Board, InflightStart, SeriesKey};
@@ -54,6 +55,54 @@ pub(super) fn counted_once() {
     }
     scrape.join().unwrap();
     assert_eq!(board.series(0).unwrap().get(KEY), gone.load(Ordering::Relaxed) + found, "{found} were found dead");
+}
+
+/// What the clerk does, whoever has written.
+fn carry(board: &Board, file: &Mutex<Vec<String>>) {
+    let found = board.records();
+    let text = String::from_utf8(found.bytes.clone()).unwrap();
+    file.lock().unwrap().extend(text.lines().map(str::to_owned));
+    board.take_records(&found);
+}
+
+/// Two workers have the row one after the other, record what ends, and die anywhere, while the clerk takes the records away; the
+/// master records what is left without. Each request that was admitted has one record.
+pub(super) fn recorded_once() {
+    let board = board(1);
+    let (file, admitted) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+    for epoch in 1..=2 {
+        let (own, said) = (board.clone(), Arc::clone(&admitted));
+        let worker = mortal(60, move || {
+            let (rows, mut ring) = (own.inflight_rows(0), own.record_writer(0));
+            for seq in 1..=REQUESTS {
+                let start = InflightStart { seq, epoch, client_id: "", route: 1, key: 1, method: 1, started_ns: 1 };
+                let ticket = rows.admit(start).unwrap();
+                let line = format!("{epoch}.{seq}\n");
+                said.lock().unwrap().push(line.trim_end().to_owned());
+                assert!(ring.write_noted(line.as_bytes(), |before| ticket.set_recording(before)), "two words of eight");
+            }
+        });
+        let (clerk, taken) = (board.clone(), Arc::clone(&file));
+        let clerk = shuttle::thread::spawn(move || (0..2).for_each(|_| carry(&clerk, &taken)));
+        worker.join().unwrap();
+        let written = board.records_written(0);
+        for left in board.inflight(0).filter(|left| !left.was_recorded(written)) {
+            assert!(board.master_record_writer().write(format!("{}.{}\n", left.epoch, left.seq).as_bytes()));
+        }
+        board.bury(0);
+        claim(&board, 0, epoch + 1);
+        clerk.join().unwrap();
+        carry(&board, &file);
+    }
+    let (mut file, mut admitted) = (file.lock().unwrap().clone(), admitted.lock().unwrap().clone());
+    file.sort();
+    admitted.sort();
+    assert_eq!(file, admitted);
+}
+
+#[test]
+fn a_request_is_recorded_once_wherever_its_worker_dies() {
+    super::explore(recorded_once);
 }
 
 #[test]

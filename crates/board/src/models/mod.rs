@@ -48,6 +48,12 @@ pub(crate) enum Mistake {
     NotesLate,
     /// Of a noted one the counter is not compared.
     TrustsNote,
+    /// A record is shown without a note that it is going to be.
+    ShowsUnnoted,
+    /// That note is made after it is shown.
+    NotesShownLate,
+    /// Of a noted one the ring is not compared.
+    TrustsShownNote,
     /// A counter is read, and written back with one more.
     AddsInTwo,
     /// A counter's key is written without a look who else does.
@@ -91,6 +97,9 @@ pub(crate) const MISTAKES: &[(Mistake, fn())] = &[
     (Mistake::CountsUnnoted, ends::counted_once),
     (Mistake::NotesLate, ends::counted_once),
     (Mistake::TrustsNote, ends::counted_once),
+    (Mistake::ShowsUnnoted, ends::recorded_once),
+    (Mistake::NotesShownLate, ends::recorded_once),
+    (Mistake::TrustsShownNote, ends::recorded_once),
     (Mistake::AddsInTwo, series::nothing_lost),
     (Mistake::KeysBlindly, series::nothing_lost),
     (Mistake::ReadyFirst, labels::one_number_whole_text),

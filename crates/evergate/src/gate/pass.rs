@@ -346,7 +346,7 @@ impl Drop for Pass {
         if std::thread::panicking() && self.record.detail.is_empty() {
             self.record.detail = panics::last();
         }
-        // The record first, then the row: a death in between shows the request twice rather than never. A panic in it
+        // The record first, then the row, which tells the master of a death in between. A panic in it
         // would end the connection, and with it the other requests on it.
         let Held { gate, record, ticket, .. } = &mut *self.0;
         let is_written = caught(|| {
@@ -396,8 +396,8 @@ impl Gate {
     }
 
     /// Counts a request and writes its record. With a row on the board, a death in the middle is made up for by the master:
-    /// it counts what has not been counted, which the row and the counter tell, and the clerk drops its second record of one
-    /// request.
+    /// it counts what has not been counted, which the row and the counter tell, and records what has not been recorded, which the
+    /// row and the ring tell.
     pub(super) fn write(&self, record: &mut Record, ticket: Option<&Ticket>) {
         let (status, end) = self.count(record, ticket);
         die_in_books(Books::Counted);
@@ -415,9 +415,10 @@ impl Gate {
                 series.add(names::key(names::USAGE_SUSPECT, model_label, 0, 0), 1);
             }
         }
-        let is_written = self.access.write(&Access {
+        let request_id = record.id.text();
+        let access = Access {
             at_ms: evergate_sys::unix_ms(),
-            request_id: record.id.text().as_str(),
+            request_id: request_id.as_str(),
             client_id: &record.arrival.client_id,
             tenant: &record.arrival.tenant,
             method: record.arrival.method,
@@ -439,6 +440,12 @@ impl Gate {
             detail: &record.detail,
             pid: self.child().map_or(0, ChildRow::pid),
             is_by_master: false,
+        };
+        let is_written = self.access.write(&access, |before| {
+            if let Some(ticket) = ticket {
+                ticket.set_recording(before);
+            }
+            die_in_books(Books::Recording);
         });
         if !is_written {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);

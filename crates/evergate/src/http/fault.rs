@@ -1,7 +1,7 @@
 //! Planted faults for drills: only in debug builds, and only where `EVERGATE_FAULT=1` stands in the environment.
 
 use rustix::time::{ClockId, clock_gettime};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use http::HeaderMap;
 
@@ -25,8 +25,11 @@ pub enum Planted {
     DoublePanic,
     /// `abort`: end the process by ABRT.
     Abort,
-    /// `abort-noted`, `abort-added`, `abort-counted`: the same at that place in the books of the next request but this one.
+    /// `abort-noted`, `abort-added`, `abort-counted`, `abort-recording`, `abort-written`: the same at that place in the books of the
+    /// next request but this one.
     AbortIn(Books),
+    /// `stop-written`: stop there as by SIGSTOP.
+    StopIn(Books),
     /// `exit-N`: end the process with this code.
     Exit(u8),
     /// `eat`: take memory until somebody ends the process, at most [`EAT_BYTES_MAX`].
@@ -85,7 +88,7 @@ pub fn pass_by(place: Place) {
     }
 }
 
-/// A place in the books of a request, before its record is written.
+/// A place in the books of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Books {
     /// It is noted that it is being counted.
@@ -94,12 +97,16 @@ pub enum Books {
     Added,
     /// That is said on its row.
     Counted,
+    /// It is noted that its record is about to be shown.
+    Recording,
     /// Its record is written.
     Written,
 }
 
 /// How many pass a place in their books until the process ends there; 0 for never.
-static BOOKS: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
+static BOOKS: [AtomicU32; 5] = [const { AtomicU32::new(0) }; 5];
+/// Whether it stops there instead.
+static STOPS: AtomicBool = AtomicBool::new(false);
 
 /// Passes a place where the process may be meant to end.
 pub fn die_in_books(place: Books) {
@@ -109,7 +116,12 @@ pub fn die_in_books(place: Books) {
             .get(place as usize)
             .is_some_and(|left| left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) == Ok(1))
     {
-        std::process::abort();
+        if STOPS.load(Ordering::Relaxed) {
+            // A drill that sees no stop says so.
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+        } else {
+            std::process::abort();
+        }
     }
 }
 
@@ -167,7 +179,9 @@ pub fn planted(headers: &HeaderMap) -> Option<Planted> {
         "abort-noted" => Planted::AbortIn(Books::Noted),
         "abort-added" => Planted::AbortIn(Books::Added),
         "abort-counted" => Planted::AbortIn(Books::Counted),
+        "abort-recording" => Planted::AbortIn(Books::Recording),
         "abort-written" => Planted::AbortIn(Books::Written),
+        "stop-written" => Planted::StopIn(Books::Written),
         "eat" => Planted::Eat,
         "stuck-stream" => Planted::StuckStream,
         "spin" => Planted::Spin,
@@ -200,7 +214,8 @@ pub fn strike(planted: Option<Planted>, here: Moment) {
             }
         }
         (Some(Planted::Abort), Moment::Handler) => std::process::abort(),
-        (Some(Planted::AbortIn(place)), Moment::Handler) => {
+        (Some(fault @ (Planted::AbortIn(place) | Planted::StopIn(place))), Moment::Handler) => {
+            STOPS.store(fault == Planted::StopIn(place), Ordering::Relaxed);
             if let Some(left) = BOOKS.get(place as usize) {
                 // This request's own books come first.
                 left.store(2, Ordering::Relaxed);

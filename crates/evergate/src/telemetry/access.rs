@@ -24,8 +24,8 @@ impl AccessLog {
         Self { ring: Mutex::new((ring, String::new())), _writers: writers, redactor }
     }
 
-    /// Writes the record; `false` if the ring is full and the record is lost.
-    pub fn write(&self, record: &Access<'_>) -> bool {
+    /// Writes the record; `false` if the ring is full and the record is lost. `note` as in [`RecordWriter::write_noted`].
+    pub fn write(&self, record: &Access<'_>, note: impl FnOnce(u64)) -> bool {
         // A panic in the middle has shown nothing, and a line begins anew.
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         let (ring, line) = &mut *ring;
@@ -37,6 +37,6 @@ impl AccessLog {
             let detail = self.redactor.redact(record.detail);
             Access { detail: &detail, ..record.clone() }.write_line(line);
         }
-        ring.write(line.as_bytes())
+        ring.write_noted(line.as_bytes(), note)
     }
 }

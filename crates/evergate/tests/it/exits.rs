@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use evergate_testkit::driver::state_of;
 use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::processes::{lost_ids, wait_no_zombies};
@@ -211,7 +212,7 @@ fn s02_a_death_anywhere_in_the_books_leaves_one_count_and_one_record() {
         ("refused by its body", post_request(CHAT, victim, "{"), 400, CHAT),
         ("admitted", chat(victim, "echo"), 200, CHAT),
     ];
-    for place in ["noted", "added", "counted", "written"] {
+    for place in ["noted", "added", "counted", "recording", "written"] {
         for (name, request, status, route) in &requests {
             let what = format!("{name}, {place}");
             let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
@@ -224,7 +225,6 @@ fn s02_a_death_anywhere_in_the_books_leaves_one_count_and_one_record() {
             let record = gateway.wait_exits(1, LIMIT, |record| record["kind"] == "worker").remove(0);
             assert_eq!((&record["signal"], &record["lost"]), (&json!(6), &json!([])), "{what}: {record}");
             let victim = gateway.wait_access("victim", LIMIT);
-            // Of two records the worker's own is kept.
             let is_by_master = place != "written";
             assert_eq!(
                 (victim["by_master"] == true, &victim["status"]),
@@ -244,6 +244,38 @@ fn s02_a_death_anywhere_in_the_books_leaves_one_count_and_one_record() {
             );
         }
     }
+}
+
+/// Line 2: between its record and the end of its row a worker stands still for so long that others' records follow in the log.
+#[test]
+fn s02_a_worker_that_dies_long_after_a_record_leaves_no_second_one() {
+    let config = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
+                  targets = [{ upstream = \"echo\" }]\n[workers]\nmin = 2\nmax = 2\nhang_timeout = \"60s\"\n";
+    let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+    wait_ready(&gateway, 2);
+    let chat = |fields: &str| post_request(CHAT, fields, &chat_body("echo", false, &Value::Null));
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&chat("x-evergate-fault: stop-written\r\nx-request-id: armed\r\n"));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    raw.send(&chat("x-request-id: victim\r\n"));
+    let stopped = gateway.wait_access("victim", LIMIT)["pid"].as_i64().unwrap() as i32;
+    wait_until("its stop", LIMIT, || state_of(stopped) == Some('T'));
+    for id in ["next", "after-that"] {
+        let mut raw = Raw::connect(&gateway.addr());
+        raw.send(&chat(&format!("x-request-id: {id}\r\n")));
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        let _ = gateway.wait_access(id, LIMIT);
+    }
+    kill_process(Pid::from_raw(stopped).unwrap(), Signal::KILL).unwrap();
+    let record = ended(&gateway, stopped);
+    assert_eq!((&record["signal"], &record["lost"]), (&json!(9), &json!([])), "{record}");
+    // What the master would have written stands before that.
+    raw = Raw::connect(&gateway.addr());
+    raw.send(&chat("x-request-id: last\r\n"));
+    let _ = gateway.wait_access("last", LIMIT);
+    let victims: Vec<_> = gateway.access().into_iter().filter(|record| record["client_id"] == "victim").collect();
+    assert!(victims.len() == 1 && victims[0]["by_master"] != true, "{victims:?}");
+    assert_eq!((gateway.access().len() as u64 + dropped(&gateway), requests_total(&gateway)), (5, 5));
 }
 
 /// I13: whatever ends leaves a record with a cause: what was killed, what was told to, and what nobody saw.

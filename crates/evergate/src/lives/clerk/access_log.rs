@@ -15,7 +15,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 
-use super::repeats::Repeats;
+use super::repeats::without_repeats;
 use crate::lives::{ACCESS_FILE as FILE, ACCESS_OLD_FILE as OLD_FILE, boot_fault};
 use crate::tasks::caught;
 use crate::telemetry::names;
@@ -124,8 +124,8 @@ struct Writer {
     bytes_max: u64,
     drops: Drops,
     file: Option<Open>,
-    /// Loaded at the first batch.
-    repeats: Option<Repeats>,
+    /// Whether the next batch is the first.
+    is_first: bool,
     /// Whether the last batch failed: only the first failure is talked about.
     is_failing: bool,
 }
@@ -141,7 +141,7 @@ struct Open {
 
 impl Writer {
     fn new(folder: &Path, bytes_max: u64, drops: Drops) -> Self {
-        Self { folder: folder.to_owned(), bytes_max, drops, file: None, repeats: None, is_failing: false }
+        Self { folder: folder.to_owned(), bytes_max, drops, file: None, is_first: true, is_failing: false }
     }
 
     fn run(&mut self, inbox: &Receiver<Order>) {
@@ -164,16 +164,16 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, lines: Vec<u8>) {
+    fn write(&mut self, mut lines: Vec<u8>) {
         boot_fault::write_log();
-        let (old, new) = (self.folder.join(OLD_FILE), self.folder.join(FILE));
-        let mut repeats = self.repeats.take().unwrap_or_else(|| Repeats::after([&old, &new], lines.len()));
-        let mut rest = repeats.without(lines);
+        if std::mem::take(&mut self.is_first) {
+            lines = without_repeats(&lines, [&self.folder.join(OLD_FILE), &self.folder.join(FILE)]);
+        }
+        let mut rest = lines.as_slice();
         let outcome = self.ready().and_then(|open| open.append(&mut rest));
         if outcome.is_err() {
             self.drops.count(rest);
         }
-        self.repeats = Some(repeats);
         if let Err(error) = outcome {
             if !self.is_failing {
                 self.talk(&format!("cannot be written, records are dropped: {error}"));
