@@ -422,24 +422,39 @@ async fn after_four_were_moved() -> Vec<u64> {
     counts
 }
 
-/// Nobody is waited for for long: with all peers frozen, the last worker serves everything.
+/// Peers that have less to do are waited for a moment only, though they are believed to be alive, since they stand still since a moment
+/// ago. Without that limit a connection waits until their beats are too old, 300 ms at least.
 #[test]
 fn s27_the_gate_delays_and_never_starves() {
     let fake = FakeUpstream::start();
     let gateway = before(&fake, FOUR_WORKERS);
     wait_accepting(&gateway, 4);
-    let _held: Vec<Raw> = (0..16).map(|_| open_stream(&gateway, "hold-mid")).collect();
-    let fifty = || {
+    let pids = gateway.wait_workers(4);
+    let still = frozen(&pids[1..]);
+    // Each connection after them is rather one for the others.
+    let _held: Vec<Raw> = (0..4).map(|_| open_stream(&gateway, "hold-mid")).collect();
+    drop(still);
+    let ask = |count: usize| {
         let began = std::time::Instant::now();
-        (0..50).for_each(|_| assert_eq!(chat(&gateway, "ok", false).status, 200));
+        (0..count).for_each(|_| assert_eq!(chat(&gateway, "ok", false).status, 200));
         began.elapsed()
     };
-    // What a crowded machine needs for them by itself.
-    let usual = fifty();
-    let pids = gateway.wait_workers(4);
-    let _frozen = frozen(&pids[1..]);
-    let took = fifty();
-    println!("50 requests beside three frozen workers took {took:?}, before that {usual:?}");
-    assert!(took < Duration::from_secs(5) + 3 * usual, "{took:?}, before that {usual:?}");
-    assert_eq!(workers(&gateway)[0]["accepting"], json!(true));
+    let mut seen = Vec::new();
+    for _ in 0..10 {
+        // An idle worker's beats are 250 ms apart.
+        let has_beaten = |worker: &Value| worker["beat_age_ms"].as_u64().is_some_and(|age| age <= 260);
+        wait_until("all beat", LIMIT, || workers(&gateway).iter().all(has_beaten));
+        let _still = frozen(&pids[1..]);
+        let first = ask(1);
+        let rest = ask(49);
+        println!("beside three frozen workers the first request took {first:?}, the next 49 {rest:?}");
+        // Nobody stands behind each of them for long, either.
+        assert!(rest < Duration::from_secs(10), "{rest:?}");
+        if first < Duration::from_millis(150) {
+            return;
+        }
+        // The machine had no processor for it.
+        seen.push(first);
+    }
+    panic!("the first request beside frozen workers took {seen:?}");
 }
