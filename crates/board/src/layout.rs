@@ -15,7 +15,7 @@ use crate::series::{Cell, SeriesHead};
 /// First word of a board.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"evergate");
 /// Changes with every change of the layout, so that two builds never misread each other.
-pub(crate) const VERSION: u64 = 12;
+pub(crate) const VERSION: u64 = 13;
 
 /// In-flight rows beyond twice the places, for what waits: address space, until they are needed.
 const WAITING_ROWS: u32 = 1024;

@@ -151,7 +151,34 @@ row! {
         is_closed set_is_closed bool;
         /// Processes reaped that were no child of ours.
         strangers set_strangers u64;
-    } with {}
+        /// Ends of children that were noted.
+        exits set_exits u64;
+    } with {
+        last_exits: [Text; EXITS],
+    }
+}
+
+/// Ends that are kept on the board.
+const EXITS: usize = 8;
+
+impl MasterRow {
+    /// Notes the end of a child, a text of at most 256 bytes; the last eight are kept.
+    pub fn note_exit(&self, text: &str) {
+        let count = self.exits();
+        let at = usize::try_from(count).unwrap_or(0) % EXITS;
+        if let Some(place) = self.last_exits.get(at) {
+            place.set(text);
+        }
+        self.set_exits(count.wrapping_add(1));
+    }
+
+    /// The last ends of children, eight at most, the newest first.
+    #[must_use]
+    pub fn last_exits(&self) -> Vec<String> {
+        let count = usize::try_from(self.exits()).unwrap_or(0);
+        let newest_first = (count.saturating_sub(EXITS)..count).rev();
+        newest_first.filter_map(|at| Some(self.last_exits.get(at % EXITS)?.get())).collect()
+    }
 }
 
 row! {
@@ -185,6 +212,8 @@ row! {
         load set_load u32;
         /// Connections it accepted that have not sent a request yet.
         fresh set_fresh u32;
+        /// Requests that it could begin at once: places that nobody has or is about to ask for.
+        spare set_spare u32;
         /// The part of its load that lasts: streams, requests that wait, and the rest as a mean over some beats.
         held set_held u32;
         /// Connections it accepted since its start.
@@ -217,6 +246,8 @@ row! {
         running set_running u64;
         /// Requests it has taken since its start.
         requests set_requests u64;
+        /// Of those, the ones that have ended with an error that was not their client's.
+        errors set_errors u64;
         /// In-flight rows from this one on were never used by this child.
         inflight_high set_inflight_high u32;
         /// When it last panicked, monotonic nanoseconds; 0 for never.
@@ -272,6 +303,7 @@ impl ChildRow {
         self.set_took_queue(false);
         self.set_load(0);
         self.set_fresh(0);
+        self.set_spare(0);
         self.set_held(0);
         self.set_accepted(0);
         self.set_connections(0);
@@ -288,6 +320,7 @@ impl ChildRow {
         self.set_leaking(false);
         self.set_running(0);
         self.set_requests(0);
+        self.set_errors(0);
         self.set_inflight_high(0);
         self.set_panic_ns(0);
         self.panic_place.set("");

@@ -287,6 +287,36 @@ impl ExitRecord {
         out
     }
 
+    /// What is said of it in a line: one JSON object of at most 250 bytes. The name of a host's upstream is left out where it is
+    /// too long.
+    #[must_use]
+    pub fn to_brief_json(&self) -> String {
+        const BYTES_MAX: usize = 250;
+        let (code, signal, core) = match self.status {
+            Status::Code(code) => (Some(code), None, false),
+            Status::Signal { number, core } => (None, Some(number), core),
+            Status::Unknown => (None, None, false),
+        };
+        let number = |value: Option<u8>| value.map_or_else(|| "null".to_owned(), |value| value.to_string());
+        let mut out = format!(
+            "{{\"at_ms\":{},\"kind\":\"{}\",\"slot\":{},\"pid\":{},\"code\":{},\"signal\":{},\"core\":{core},\"initiator\":\"{}\"",
+            self.at_ms,
+            self.kind.name(),
+            self.slot,
+            self.pid,
+            number(code),
+            number(signal),
+            self.initiator.name(),
+        );
+        let mut upstream = String::from(",\"upstream\":");
+        write_string(&mut upstream, &self.upstream);
+        if !self.upstream.is_empty() && out.len() + upstream.len() < BYTES_MAX {
+            out.push_str(&upstream);
+        }
+        out.push('}');
+        out
+    }
+
     fn write_circumstances(&self, out: &mut String) {
         out.push_str(",\"sent\":[");
         for (index, signal) in self.sent.iter().enumerate() {
@@ -378,6 +408,28 @@ mod tests {
         let host: serde_json::Value = serde_json::from_str(&host.to_json()).unwrap();
         assert_eq!((&host["upstream"], &host["initiator"]), (&"tiny".into(), &"idle".into()));
         assert!(value["panic"].is_null() && value["running"].is_null() && value["oom_kills"].is_null());
+    }
+
+    #[test]
+    fn a_brief_record_fits_whatever_the_names() {
+        let status = Status::Signal { number: 64, core: true };
+        let longest = ExitRecord {
+            at_ms: u64::MAX,
+            slot: u32::MAX,
+            upstream: "\"".repeat(30),
+            ..ExitRecord::new(Kind::Worker, i32::MIN, status, Initiator::OutOfMemorySuspected)
+        };
+        let value: serde_json::Value = serde_json::from_str(&longest.to_brief_json()).unwrap();
+        assert!(longest.to_brief_json().len() <= 250);
+        assert_eq!(
+            (&value["signal"], &value["code"], &value["core"]),
+            (&64.into(), &serde_json::Value::Null, &true.into())
+        );
+        assert_eq!((&value["kind"], &value["initiator"]), (&"worker".into(), &"oom_suspected".into()));
+        assert_eq!(value["upstream"], longest.upstream);
+        let longer = ExitRecord { upstream: "x".repeat(200), ..longest };
+        let value: serde_json::Value = serde_json::from_str(&longer.to_brief_json()).unwrap();
+        assert!(longer.to_brief_json().len() <= 250 && value["upstream"].is_null());
     }
 
     #[test]

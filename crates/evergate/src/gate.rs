@@ -118,7 +118,7 @@ impl Gate {
         let (rows, board_rows) = (board.inflight_rows(row), board.shape().slots);
         Arc::new(Self {
             admission: Admission::new(board.clone(), row, (slots, queue_max), tell),
-            load: Arc::new(Load::new(board.clone(), row)),
+            load: Arc::new(Load::new(board.clone(), row, slots)),
             board,
             row,
             epoch,

@@ -24,6 +24,7 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
     if let Err(error) = exits.append(&record) {
         talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
     }
+    board.master().note_exit(&record.to_brief_json());
     (options.on_exit)(board, record.kind, record.initiator);
     for inflights in [&lost, &over] {
         for inflight in inflights {

@@ -1,7 +1,6 @@
 //! `evergate exits`: how the processes of this state folder ended, oldest first. Works without a running gateway.
 
 use std::io;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use evergate_core::inherit::code;
@@ -11,6 +10,7 @@ use serde_json::Value;
 use super::{print, print_json};
 use crate::cli::Form;
 use crate::lives::host::{EXITS_SUFFIX, FOLDER, OLD_SUFFIX};
+use crate::telemetry::ended::how;
 use crate::telemetry::status::{age_text, printable, table};
 
 /// Ids of lost requests shown in a row of the table; `--json` has them all.
@@ -176,37 +176,6 @@ fn ids(lost: &[Value]) -> String {
     format!("{}{tail}", shown.join(","))
 }
 
-/// `code 0`, `signal 9 (SIGKILL)`, `not started`, or `unknown`.
-pub(super) fn how(record: &Value) -> String {
-    let number = |key: &str| record.get(key).and_then(Value::as_u64);
-    match (number("code"), number("signal")) {
-        (Some(code), _) => format!("code {code}"),
-        (None, Some(signal)) => {
-            let core = record.get("core").and_then(Value::as_bool).unwrap_or(false);
-            format!("signal {signal} ({}){}", signal_name(signal), if core { ", core dumped" } else { "" })
-        }
-        (None, None) if record.get("pid").is_some_and(Value::is_null) => "not started".to_owned(),
-        (None, None) => "unknown".to_owned(),
-    }
-}
-
-/// Linux's names (signal(7)) of the signals; x86 and ARM number these alike.
-fn signal_name(number: u64) -> String {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
-        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
-        "WINCH", "IO", "PWR", "SYS",
-    ];
-    // The C library keeps two of those for real time to itself.
-    const REALTIME: RangeInclusive<u64> = 34..=64;
-    let named = usize::try_from(number).ok().and_then(|number| NAMES.get(number.checked_sub(1)?));
-    match named {
-        Some(name) => format!("SIG{name}"),
-        None if REALTIME.contains(&number) => format!("SIGRTMIN+{}", number - REALTIME.start()),
-        None => "other".to_owned(),
-    }
-}
-
 /// Unix milliseconds as `2026-11-21T06:05:45.123Z`. The calendar is Howard Hinnant's `civil_from_days`
 /// (howardhinnant.github.io/date_algorithms.html), for days from 1970 on.
 pub(super) fn utc(at_ms: u64) -> String {
@@ -227,6 +196,7 @@ pub(super) fn utc(at_ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::ended::signal_name;
     use evergate_core::exit::{ExitRecord, Initiator, Kind, Lost, Status};
 
     fn record(status: Status, lost: u32) -> String {

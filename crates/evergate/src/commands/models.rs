@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{board, exits, print, print_json, refuse};
 use crate::cli::Form;
+use crate::telemetry::ended::how;
 use crate::telemetry::programs::{Program, programs};
 use crate::telemetry::status::{age_text, printable, table};
 
@@ -106,5 +107,5 @@ fn exit(record: &Value) -> String {
     let text = |key: &str| printable(record.get(key).and_then(Value::as_str).unwrap_or_default());
     let at_ms = record.get("at_ms").and_then(Value::as_u64).unwrap_or(0);
     let age = age_text(evergate_sys::unix_ms().saturating_sub(at_ms));
-    format!("{} {}, {}, {age} ago", text("kind"), exits::how(record), text("initiator"))
+    format!("{} {}, {}, {age} ago", text("kind"), how(record), text("initiator"))
 }

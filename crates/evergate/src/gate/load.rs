@@ -40,13 +40,18 @@ pub struct Share {
     pub load: u32,
     /// Client connections, idle ones too.
     pub connections: u32,
+    /// Requests that it could begin at once.
+    pub spare: u32,
 }
 
 impl Share {
-    /// Whether the next connection is rather this peer's than `own`'s: it has clearly less to do; or not more, and
-    /// clearly fewer connections, which may all send a request at once.
+    /// Whether the next connection is rather this peer's than `own`'s: its request would wait for a place there and not
+    /// here; or the peer has clearly less to do; or not more, and clearly fewer connections, which may all send a request at once.
     #[must_use]
     fn goes_before(self, own: Self) -> bool {
+        if (self.spare > 0) != (own.spare > 0) {
+            return self.spare > 0;
+        }
         let is_below = |peer: u32, own: u32| own.saturating_sub(peer) >= SLACK;
         is_below(self.load, own.load) || (self.load <= own.load && is_below(self.connections, own.connections))
     }
@@ -71,11 +76,14 @@ pub struct Peer {
 pub struct Load {
     board: Board,
     row: u32,
+    /// Places for requests.
+    slots: u32,
     connections: AtomicU32,
     /// Connections that have sent a request.
     used: AtomicU32,
     accepted: AtomicU64,
-    /// Weighted requests.
+    /// Requests, each once, and weighted.
+    count: AtomicU32,
     requests: AtomicU32,
     /// The streams among them, and those that wait, weighted: they stay.
     lasting: AtomicU32,
@@ -96,15 +104,17 @@ pub struct Load {
 }
 
 impl Load {
-    /// The load of the child that owns `row`: nothing yet.
+    /// The load of the child that owns `row` and has places for so many requests: nothing yet.
     #[must_use]
-    pub fn new(board: Board, row: u32) -> Self {
-        Self {
+    pub fn new(board: Board, row: u32, slots: u32) -> Self {
+        let load = Self {
             board,
             row,
+            slots,
             connections: AtomicU32::new(0),
             used: AtomicU32::new(0),
             accepted: AtomicU64::new(0),
+            count: AtomicU32::new(0),
             requests: AtomicU32::new(0),
             lasting: AtomicU32::new(0),
             parked: AtomicU32::new(0),
@@ -116,7 +126,9 @@ impl Load {
             far_at: AtomicU64::new(0),
             is_far: AtomicBool::new(false),
             relieved: Notify::new(),
-        }
+        };
+        load.show();
+        load
     }
 
     fn child(&self) -> Option<&ChildRow> {
@@ -141,7 +153,9 @@ impl Load {
     fn own(&self) -> Share {
         let connections = self.connections.load(Ordering::Relaxed);
         let fresh = connections.saturating_sub(self.used.load(Ordering::Relaxed));
-        Share { load: self.requests.load(Ordering::Relaxed).saturating_add(fresh), connections }
+        let taken = self.count.load(Ordering::Relaxed).saturating_add(fresh);
+        let spare = self.slots.saturating_sub(taken);
+        Share { load: self.requests.load(Ordering::Relaxed).saturating_add(fresh), connections, spare }
     }
 
     fn show(&self) {
@@ -150,6 +164,7 @@ impl Load {
         child.set_load(requests);
         child.set_fresh(own.load.saturating_sub(requests));
         child.set_connections(own.connections);
+        child.set_spare(own.spare);
         child.set_held(self.held());
         child.set_parked(self.parked.load(Ordering::Relaxed));
     }
@@ -211,6 +226,12 @@ impl Load {
         self.own().load == 0 && self.held() == 0
     }
 
+    /// Whether the next request would have to wait for a place.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.own().spare == 0
+    }
+
     /// Waits until this worker has less to do than before.
     pub async fn relieved(&self) {
         self.relieved.notified().await;
@@ -222,7 +243,7 @@ impl Load {
     pub fn peers_before(&self) -> Vec<Peer> {
         let own = self.own();
         // Nobody can have clearly less than next to nothing.
-        if own.load < SLACK && own.connections < SLACK {
+        if own.load < SLACK && own.connections < SLACK && own.spare > 0 {
             return Vec::new();
         }
         let before = |(share, peer): (Share, Peer)| share.goes_before(own).then_some(peer);
@@ -247,7 +268,8 @@ impl Load {
             if now.saturating_sub(peer.beat_ns) > believed {
                 return None;
             }
-            let share = Share { load: child.load().saturating_add(child.fresh()), connections: child.connections() };
+            let load = child.load().saturating_add(child.fresh());
+            let share = Share { load, connections: child.connections(), spare: child.spare() };
             Some((share, peer))
         })
     }
@@ -285,18 +307,23 @@ impl Load {
         self.board.children().fold(0, |sum, (_, child)| sum.wrapping_add(child.accepted()))
     }
 
-    /// Whether this worker holds so much more than the peer with the least that kept connections should be moved: by
-    /// `Connection: close` or GOAWAY, since a new connection finds the right worker by the accept gate.
+    /// Whether this worker holds so much more than the peer with the least, or has requests waiting for a place while a peer has one,
+    /// that kept connections should be moved: by `Connection: close` or GOAWAY, since a new connection finds the right worker by the
+    /// accept gate.
     #[must_use]
     pub fn is_far_above_peers(&self) -> bool {
         let held = self.held();
-        if held < FAR_LEAST {
+        let has_waiting = self.child().is_some_and(|child| child.waiting() > 0);
+        if held < FAR_LEAST && !has_waiting {
             return false;
         }
         let now = monotonic_ns();
         if now.saturating_sub(self.far_at.load(Ordering::Relaxed)) >= FAR_NS {
-            let least = self.peers().filter_map(|(_, peer)| Some(self.board.child(peer.row)?.held())).min();
-            self.is_far.store(least.is_some_and(|least| is_far_above(held, least)), Ordering::Relaxed);
+            let held_by = |peer: Peer| self.board.child(peer.row).map(ChildRow::held);
+            let is_far = self.peers().any(|(share, peer)| {
+                (has_waiting && share.spare > 0) || held_by(peer).is_some_and(|least| is_far_above(held, least))
+            });
+            self.is_far.store(is_far, Ordering::Relaxed);
             self.far_at.store(now, Ordering::Relaxed);
         }
         self.is_far.load(Ordering::Relaxed)
@@ -322,6 +349,7 @@ impl Weight {
     #[must_use]
     pub fn new(load: &Arc<Load>) -> Self {
         let mut weight = Self { load: Arc::clone(load), counted: 0, is_lasting: false, parked: 0 };
+        change(&load.count, 1);
         weight.set(UNARY, false);
         weight
     }
@@ -363,6 +391,7 @@ impl Drop for Weight {
         if self.parked > 0 {
             self.set_parked(false);
         }
+        change(&self.load.count, -1);
         self.set(0, false);
         self.load.relieved.notify_waiters();
     }

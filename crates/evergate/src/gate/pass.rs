@@ -339,6 +339,9 @@ impl Drop for Pass {
         }
         if let Some(child) = self.gate.child() {
             child.set_requests(child.requests() + 1);
+            if self.record.end.is_some_and(|(_, end)| end.is_error()) {
+                child.set_errors(child.errors() + 1);
+            }
         }
         if let Some((_, end)) = self.record.end.filter(|_| !self.record.path.is_empty()) {
             self.record.close_attempt(end.name());

@@ -1,7 +1,7 @@
 //! Planted faults of a worker's boot and stop, and of a clerk, for drills: only in debug builds.
 //!
 //! `EVERGATE_FAULT_BOOT` names a file, which is read at each boot, so that a test can have the workers of one generation
-//! fail and those of the next not: `fail` ends the boot with an error, `hang` lets it never come to its end.
+//! fail and those of the next not: `fail` ends the boot with an error, `hang` lets it never come to its end; `fail 1` that of slot 1 only.
 //!
 //! `EVERGATE_FAULT_CLERK` names a file that says when the clerk dies, once: `before-write` or `after-write` of records; with
 //! `stuck` the access log is never written, as on a disk that does not answer.
@@ -20,12 +20,15 @@ const SLOW: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// What was planted.
-pub(crate) async fn meet() -> Result<(), String> {
+pub(crate) async fn meet(slot: u32) -> Result<(), String> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
     let Some(path) = std::env::var_os("EVERGATE_FAULT_BOOT") else { return Ok(()) };
-    match std::fs::read_to_string(path).unwrap_or_default().trim() {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let (fault, of) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
+    match fault {
+        _ if !of.is_empty() && of != slot.to_string() => Ok(()),
         "fail" => Err("a planted fault".into()),
         "hang" => std::future::pending().await,
         _ => Ok(()),

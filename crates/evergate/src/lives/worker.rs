@@ -96,7 +96,7 @@ async fn live(args: &ChildArgs, inherited: Inherited) -> Result<u8, String> {
     };
     let mut signals = lifespan.start("signal handling", boot, signals).await.map_err(failed)?;
 
-    super::boot_fault::meet().await?;
+    super::boot_fault::meet(board.child(args.row).map_or(0, evergate_board::ChildRow::slot)).await?;
     lifespan.start("planted", boot, async { Ok(((), super::boot_fault::stop())) }).await.map_err(failed)?;
 
     let places = (sealed.config.workers.slots, sealed.config.limits.queue);

@@ -98,6 +98,8 @@ const FULL: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_millis(5);
 /// And while others are taken: then it is on its way, but a queue that never ends is everybody's.
 const PATIENCE_MAX: Duration = Duration::from_millis(25);
+/// Either of a worker that has no place for a request itself: it would wait there as well.
+const PATIENCE_FULL: Duration = Duration::from_millis(100);
 /// How often a worker looks again while it leaves a connection to a peer; nothing looks when no connection waits.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -276,8 +278,12 @@ impl Turn {
         if std::mem::replace(&mut self.accepted, accepted) != accepted {
             self.waited.1 = Duration::ZERO;
         }
-        let patience = if load.are_stuck(&self.left_to) { LOOK } else { PATIENCE };
-        self.waited.0 < PATIENCE_MAX && self.waited.1 < patience
+        let (patience, most) = match load.are_stuck(&self.left_to) {
+            true => (LOOK, PATIENCE_MAX),
+            false if load.is_full() => (PATIENCE_FULL, PATIENCE_FULL),
+            false => (PATIENCE, PATIENCE_MAX),
+        };
+        self.waited.0 < most && self.waited.1 < patience
     }
 
     /// Until it is worth another look: a moment, or when this worker has less to do.

@@ -229,6 +229,13 @@ pub enum End {
 }
 
 impl End {
+    /// Whether it is an error that is not the client's: with a status of 500 or more, or what would have had one in place of a stream's
+    /// error event.
+    #[must_use]
+    pub fn is_error(self) -> bool {
+        matches!(self, Self::Fault(fault) if fault.row().status >= 500)
+    }
+
     /// The name in records and labels.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use evergate_board::{Board, ChildRow, Inflight, PermitsSeen, monotonic_ns};
 use evergate_core::exit::Kind;
 use serde::Serialize;
+use serde_json::Value;
 
+use super::ended::how;
 use super::programs::{Program, programs};
 
 /// Most requests in flight that are listed; all are counted.
@@ -24,6 +26,8 @@ pub struct Status {
     pub models: Vec<Program>,
     /// Requests in flight, at most 1,000, oldest first.
     pub inflight: Vec<Request>,
+    /// The last ends of children, eight at most, newest first.
+    pub exits: Vec<Value>,
 }
 
 /// The master's row.
@@ -94,6 +98,8 @@ pub struct Child {
     pub waiting_oldest_ms: u64,
     /// Requests it has taken since its start.
     pub requests: u64,
+    /// Of those, the ones that have ended with an error that was not their client's.
+    pub errors: u64,
     /// How late its event loop was lately, microseconds.
     pub loop_lag_us: u32,
     /// Resident set, KiB.
@@ -179,6 +185,7 @@ pub fn snapshot(board: &Board) -> Status {
         upstreams: board.permits_seen().map(upstream).collect(),
         models: programs(board),
         inflight,
+        exits: board.master().last_exits().iter().filter_map(|text| serde_json::from_str(text).ok()).collect(),
     }
 }
 
@@ -226,6 +233,7 @@ fn read_child(board: &Board, (row, child, kind): (u32, &ChildRow, Kind), infligh
         waiting: child.waiting(),
         waiting_oldest_ms: oldest_wait_ns(child, now) / 1_000_000,
         requests: child.requests(),
+        errors: child.errors(),
         loop_lag_us: child.loop_lag_us(),
         rss_kib: child.rss_kib(),
         note: child.note(),
@@ -310,12 +318,28 @@ impl Status {
         for program in &self.models {
             let _ = writeln!(out, "{}", program.line());
         }
+        let now = evergate_sys::unix_ms();
+        self.exits.iter().take(EXITS_SHOWN).for_each(|exit| out.push_str(&exit_line(exit, now)));
         out
     }
 }
 
-const HEAD: [&str; 13] =
-    ["CHILD", "PID", "EPOCH", "GEN", "PHASE", "AGE", "BEAT", "LOAD", "UNARY", "STREAMS", "CONNS", "REQUESTS", "RSS"];
+/// Ends that the text shows.
+const EXITS_SHOWN: usize = 3;
+
+fn exit_line(exit: &Value, now: u64) -> String {
+    let text = |key: &str| exit.get(key).and_then(Value::as_str).map(printable);
+    let number = |key: &str| exit.get(key).and_then(Value::as_u64).unwrap_or(0);
+    let name = text("upstream").unwrap_or_else(|| number("slot").to_string());
+    let (kind, initiator) = (text("kind").unwrap_or_default(), text("initiator").unwrap_or_default());
+    let ago = age_text(now.saturating_sub(number("at_ms")));
+    format!("{ago} ago {kind} {name} (pid {}) ended: {}, {initiator}\n", number("pid"), how(exit))
+}
+
+const HEAD: [&str; 14] = [
+    "CHILD", "PID", "EPOCH", "GEN", "PHASE", "AGE", "BEAT", "LOAD", "UNARY", "STREAMS", "CONNS", "REQUESTS", "ERRORS",
+    "RSS",
+];
 
 fn cells(child: &Child) -> Vec<String> {
     let mut phase = child.phase.to_owned();
@@ -338,6 +362,7 @@ fn cells(child: &Child) -> Vec<String> {
         child.inflight.stream.to_string(),
         child.connections.to_string(),
         child.requests.to_string(),
+        child.errors.to_string(),
         mib_text(child.rss_kib),
     ]
 }
@@ -392,6 +417,7 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 mod tests {
     use super::*;
     use evergate_board::{Claim, InflightPhase, InflightStart, Phase, Shape};
+    use evergate_core::exit::{ExitRecord, Initiator};
 
     fn board() -> Board {
         let board = Board::create(Shape { children: 4, slots: 4, series: 8, labels: 16 }, 7).unwrap();
@@ -449,6 +475,25 @@ mod tests {
         let at = lines[head].find("PID").unwrap();
         assert_eq!(&lines[head + 1][at..at + 4], "4242");
         assert!(lines.iter().all(|line| !line.ends_with(' ')));
+    }
+
+    #[test]
+    fn the_last_ends_are_told_newest_first() {
+        let board = board();
+        for pid in 1..=10 {
+            let status = evergate_core::exit::Status::Signal { number: 9, core: false };
+            let record = ExitRecord { slot: 1, ..ExitRecord::new(Kind::Worker, pid, status, Initiator::Hang) };
+            board.master().note_exit(&record.to_brief_json());
+        }
+        let status = snapshot(&board);
+        let pids: Vec<_> = status.exits.iter().map(|exit| exit["pid"].as_u64().unwrap()).collect();
+        assert_eq!(pids, [10, 9, 8, 7, 6, 5, 4, 3]);
+        let text = status.to_table();
+        let last: Vec<&str> = text.lines().filter(|line| line.contains("ended")).collect();
+        assert_eq!(last.len(), 3);
+        assert!(last[0].ends_with(" ago worker 1 (pid 10) ended: signal 9 (SIGKILL), hang"), "{last:?}");
+        board.master().note_exit("nonsense");
+        assert_eq!(snapshot(&board).exits.len(), 7);
     }
 
     #[test]

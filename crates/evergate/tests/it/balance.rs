@@ -8,8 +8,9 @@ use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_for, wait_until};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::drain::is_closing;
 use crate::support::{CHAT, LIMIT, assert_counted, assert_good_stream, before, chat, open_stream, rest_of, via};
 
 /// Those that stand still are not replaced for it, however long a busy machine takes.
@@ -420,6 +421,56 @@ async fn after_four_were_moved() -> Vec<u64> {
         assert!(body.collect().await.unwrap().to_bytes().ends_with(b"data: [DONE]\n\n"));
     }
     counts
+}
+
+/// With one place in each of two workers, two requests run and none waits, whichever worker takes which connection.
+#[test]
+fn s28_no_request_waits_while_a_peer_has_a_place() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nslots = 1\nhang_timeout = \"60s\"\n");
+    wait_accepting(&gateway, 2);
+    for round in 0..20 {
+        fake.hold();
+        let ask = || {
+            let mut raw = Raw::connect(&gateway.addr());
+            raw.send(&evergate_testkit::chat_request(&via("hold"), false, &Value::Null));
+            raw
+        };
+        let mut first = ask();
+        let _ = fake.wait_request(2 * round, LIMIT);
+        let mut second = ask();
+        let _ = fake.wait_request(2 * round + 1, LIMIT);
+        fake.release();
+        assert_eq!([&mut first, &mut second].map(|raw| raw.read_response(LIMIT).status), [200, 200]);
+    }
+}
+
+/// On kept connections a request may come to a worker without a place; its connections are sent to the peer that has one.
+#[test]
+fn s28_kept_connections_leave_a_worker_whose_requests_wait() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nslots = 1\nhang_timeout = \"60s\"\n");
+    wait_accepting(&gateway, 2);
+    let peer = frozen(&gateway.wait_workers(2)[1..]);
+    let mut kept = [Raw::connect(&gateway.addr()), Raw::connect(&gateway.addr())];
+    for raw in &mut kept {
+        raw.send(&evergate_testkit::chat_request(&via("ok"), false, &Value::Null));
+        assert!(!is_closing(&raw.read_response(LIMIT)));
+    }
+    drop(peer);
+    wait_until("the peer is there again", LIMIT, || {
+        workers(&gateway).iter().all(|worker| worker["beat_age_ms"].as_u64().is_some_and(|age| age <= 260))
+    });
+    for (at, raw) in kept.iter_mut().enumerate() {
+        raw.send(&evergate_testkit::chat_request(&via("hold"), false, &Value::Null));
+        wait_until("one works, the next waits", LIMIT, || {
+            let waiting: u64 = workers(&gateway).iter().map(|worker| worker["waiting"].as_u64().unwrap()).sum();
+            (fake.request_count(), waiting) == (3, at as u64)
+        });
+    }
+    fake.release();
+    assert!(is_closing(&kept[0].read_response(LIMIT)), "the next request finds the peer");
+    assert_eq!(kept[1].read_response(LIMIT).status, 200);
 }
 
 /// Peers that have less to do are waited for a moment only, though they are believed to be alive, since they stand still since a moment

@@ -11,10 +11,10 @@ use evergate_testkit::raw::{get, get_request};
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::balance::Frozen;
-use crate::support::{LIMIT, assert_alive, before, echo, echo_with, open_stream, wait_ready};
+use crate::support::{LIMIT, ONE_WORKER, assert_alive, before, chat, echo, echo_with, open_stream, wait_ready};
 
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
@@ -46,17 +46,51 @@ fn s29_status_answers_when_every_worker_is_frozen() {
             assert_eq!(workers.len(), 2);
             let open: u64 = workers.iter().map(|worker| worker["inflight"]["stream"].as_u64().unwrap()).sum();
             assert_eq!(open, 2, "{status}");
-            for key in ["pid", "generation", "phase", "age_ms", "requests", "rss_kib", "beat_age_ms"] {
-                assert!(workers.iter().all(|worker| !worker[key].is_null()), "{key}: {status}");
+            for key in ["pid", "generation", "phase", "age_ms", "requests", "errors", "rss_kib", "beat_age_ms"] {
+                assert!(
+                    workers.iter().all(|worker| worker[key].is_u64() || worker[key].is_string()),
+                    "{key}: {status}"
+                );
             }
         }
     }
-    wait_until("the age of the last beat is seen", LIMIT, || get(&admin, "/metrics").text().contains("workers"));
+    let oldest_beat = || {
+        let status = get(&admin, "/status").json();
+        let of = |child: &Value| child["beat_age_ms"].as_u64().filter(|_| child["kind"] == "worker");
+        status["children"].as_array().unwrap().iter().filter_map(of).min().unwrap()
+    };
+    wait_until("their beats are old", LIMIT, || oldest_beat() >= 1_000);
     let (by_http, by_command) = (median(by_http), median(by_command));
     println!("median of 20 with both workers frozen: over HTTP {by_http:?}, the whole command {by_command:?}");
     // 10 ms on a machine that has time; a command is also a process that starts.
     assert!(by_http < Duration::from_millis(50) && by_command < Duration::from_millis(300));
     drop((frozen, streams));
+}
+
+/// Line 29: what has gone wrong lately stands beside what is.
+#[test]
+fn s29_status_tells_errors_and_the_last_ends() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, ONE_WORKER);
+    wait_ready(&gateway, 1);
+    let status = || -> Value { serde_json::from_slice(&gateway.cli(&["status", "--json"]).stdout).unwrap() };
+    assert_eq!(status()["exits"], json!([]));
+    for (model, code) in [("status-500", 502), ("ok", 200), ("status-400", 400)] {
+        assert_eq!(chat(&gateway, model, false).status, code);
+    }
+    let errors = || {
+        let status = status();
+        let children = status["children"].as_array().unwrap();
+        children.iter().find(|child| child["kind"] == "worker").map(|child| child["errors"].clone())
+    };
+    wait_until("one error, not the client's own", LIMIT, || errors() == Some(json!(1)));
+    let dead = gateway.kill_worker(0);
+    wait_until("its end is told", LIMIT, || status()["exits"][0]["pid"] == dead);
+    let (status, text) = (status(), String::from_utf8(gateway.cli(&["status"]).stdout).unwrap());
+    let last = &status["exits"][0];
+    assert_eq!((&last["kind"], &last["slot"], &last["signal"]), (&json!("worker"), &json!(0), &json!(9)), "{last}");
+    assert_eq!(last["initiator"], "unknown");
+    assert!(text.contains(&format!(" ago worker 0 (pid {dead}) ended: signal 9 (SIGKILL), unknown\n")), "{text}");
 }
 
 /// A master that stands still: every command ends soon and says what is wrong, and the workers serve on.
@@ -188,7 +222,10 @@ fn s17_a_burst_of_signals_is_obeyed_whole() {
     let mut gateway = echo_with("[workers]\nmin = 1\nmax = 4\n");
     wait_ready(&gateway, 1);
     for _ in 0..200 {
-        for signal in [Signal::TTIN, Signal::HUP, Signal::TTOU, Signal::USR1, Signal::CHILD, Signal::TTIN] {
+        // Those that mean nothing here are no end either.
+        let without_meaning = [Signal::USR2, Signal::WINCH];
+        let all = [Signal::TTIN, Signal::HUP, Signal::TTOU, Signal::USR1, Signal::CHILD, Signal::TTIN];
+        for signal in all.into_iter().chain(without_meaning) {
             gateway.signal(signal);
         }
     }

@@ -211,18 +211,32 @@ fn s05_a_long_silent_stream_is_no_hanging() {
 #[test]
 fn s07_a_start_fails_only_when_every_worker_has_and_says_why() {
     let fake = FakeUpstream::start();
-    for (kind, said, arg) in
-        [("fail", "a planted fault", None), ("fail", "a planted fault", Some("--halt-on-boot-error"))]
-    {
-        let fault = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(fault.path(), kind).unwrap();
-        let config = gateway_config(fake.base_url(), &[], "");
-        let builder = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT_BOOT", fault.path().to_str().unwrap());
-        let builder = arg.into_iter().fold(builder, evergate_testkit::driver::Builder::arg);
-        let ended = builder.try_start().map(|_| ()).unwrap_err();
-        assert_eq!(ended.code(), 70, "{}", ended.stderr);
-        assert!(ended.stderr.contains("the start has failed") && ended.stderr.contains(said), "{}", ended.stderr);
+    let start = |fault: &str, arg: Option<&str>| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), fault).unwrap();
+        let config = gateway_config(fake.base_url(), &[], "[workers]\nmin = 2\nmax = 2\n");
+        let builder = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT_BOOT", file.path().to_str().unwrap());
+        let started = arg.into_iter().fold(builder, evergate_testkit::driver::Builder::arg).try_start();
+        (started, file)
+    };
+    for (fault, arg) in [("fail", None), ("fail 1", Some("--halt-on-boot-error"))] {
+        let (code, stderr) = match start(fault, arg).0 {
+            Err(ended) => (Some(ended.code()), ended.stderr),
+            // The other one was ready a moment before.
+            Ok(mut gateway) => (gateway.wait_exit(LIMIT).code(), gateway.last_words()),
+        };
+        assert_eq!(code, Some(70), "{fault}: {stderr}");
+        for said in ["the start has failed", "a planted fault"] {
+            assert!(stderr.contains(said), "{fault}: {stderr}");
+        }
     }
+    // One that serves is enough, and the other is tried again until it does.
+    let (started, file) = start("fail 1", None);
+    let gateway = started.map_err(|ended| ended.stderr).unwrap();
+    let _ = gateway.wait_exits(3, LIMIT, |record| record["slot"] == 1 && record["initiator"] == "boot");
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+    std::fs::write(file.path(), "").unwrap();
+    gateway.wait_workers(2);
 }
 
 /// Threads that want one processor for themselves, until this is dropped.

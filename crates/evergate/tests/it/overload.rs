@@ -2,24 +2,28 @@
 //! has.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::wait::try_wait_for;
-use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use evergate_testkit::{Evergate, FakeUpstream, Raw, gateway_config, wait_until};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::balance::{Frozen, workers};
 use crate::processes::{ids_of, lost_ids};
-use crate::support::{CHAT, LIMIT, ONE_WORKER, before, chat, echo_with, open_as, rest_of, via};
+use crate::support::{
+    CHAT, EXE, LIMIT, ONE_WORKER, before, chat, echo_with, open_as, open_stream, rest_of, via, wait_ready,
+};
 
-/// How a request went: when it was sent, how long until it was connected and until it was answered, and with what.
+/// How a request went: how long until it was connected and until it was answered, and with what.
 #[derive(Debug)]
 struct Asked {
     id: String,
-    at: Instant,
     connected: Duration,
     took: Duration,
     /// None when it was lost.
@@ -37,7 +41,7 @@ fn ask(address: &str, id: String, script: &str) -> Asked {
     let waits = response.as_ref().is_some_and(|response| {
         response.header("retry-after").is_some() && response.header("retry-after-ms").is_some()
     });
-    Asked { id, at, connected, took: at.elapsed(), status: response.map(|response| response.status), waits }
+    Asked { id, connected, took: at.elapsed(), status: response.map(|response| response.status), waits }
 }
 
 /// Asks at a steady pace, each request from a thread of its own whatever becomes of the others, and does `meanwhile`.
@@ -144,6 +148,87 @@ fn s28_a_thousand_connects_wait_in_the_queue() {
     assert!(gateway.metrics().contains("\nevergate_listen_overflows_total 0\n"));
 }
 
+/// What a queue that is full turns away is counted. The queue is the service manager's own, with room for a few.
+#[test]
+fn s28_what_a_full_queue_turns_away_is_counted() {
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    listen(&socket, 1).unwrap();
+    let address = std::net::TcpListener::from(socket.try_clone().unwrap()).local_addr().unwrap();
+    let config = gateway_config("http://127.0.0.1:9/v1", &[], "[workers]\nmin = 1\nmax = 1\nhang_timeout = \"60s\"\n");
+    let config = config.replacen("127.0.0.1:0", &address.to_string(), 1);
+    let gateway = Evergate::builder(EXE).config(config).listeners([socket]).start();
+    wait_ready(&gateway, 1);
+    assert!(gateway.metrics().contains("\nevergate_listen_overflows_total 0\n"), "{}", gateway.metrics());
+    let frozen = Frozen::new(gateway.wait_workers(1)[0]);
+    // Whoever finds it full waits for its kernel's second SYN.
+    let begin = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+        let _ = connect(&socket, &address);
+        socket
+    };
+    let clients: Vec<_> = (0..8).map(|_| begin()).collect();
+    let overflows = || {
+        let text = gateway.metrics();
+        let count = text.lines().find_map(|line| line.strip_prefix("evergate_listen_overflows_total "));
+        count.unwrap().parse::<u64>().unwrap()
+    };
+    wait_until("they are counted", LIMIT, || overflows() > 0);
+    drop((clients, frozen));
+}
+
+/// The others' answers by the second beside a frozen worker, which has less to do than they and is believed to be alive at first, are
+/// what all of them give without it: clients that ask one after the other, each on a connection of its own.
+#[test]
+fn s04_the_others_keep_their_throughput_beside_a_frozen_worker() {
+    const PAIRS: usize = 9;
+    let _alone = alone();
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, "[workers]\nmin = 2\nmax = 2\nhang_timeout = \"60s\"\n");
+    wait_until("both accept", LIMIT, || workers(&gateway).iter().filter(|one| one["accepting"] == true).count() == 2);
+    let (address, peer) = (gateway.addr(), gateway.wait_workers(2)[1]);
+    let still = Frozen::new(peer);
+    let _held: Vec<Raw> = (0..4).map(|_| open_stream(&gateway, "hold-mid")).collect();
+    drop(still);
+    let answers = || {
+        let (began, count) = (Instant::now(), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while began.elapsed() < Duration::from_secs(2) {
+                        let asked = ask(&address, "pair".into(), "delay-20");
+                        assert_eq!(asked.status, Some(200), "{asked:?}");
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        count.into_inner()
+    };
+    let mut seen = Vec::new();
+    for _ in 0..PAIRS {
+        let calm = answers();
+        // It has nothing, and a beat that is fresh.
+        wait_until("nothing is left of them, and both beat", LIMIT, || {
+            let is_well = |worker: &Value| worker["beat_age_ms"].as_u64().is_some_and(|age| age <= 260);
+            let workers = workers(&gateway);
+            workers.iter().all(is_well) && workers.iter().any(|worker| worker["pid"] == peer && worker["load"] == 0)
+        });
+        let still = Frozen::new(peer);
+        let frozen = answers();
+        drop(still);
+        seen.push(frozen * 100 / calm.max(1));
+        seen.sort_unstable();
+        println!("answers in two seconds: {calm} with both, {frozen} beside the frozen one");
+        // The machine's own unrest may spoil some pairs; without the limit of the gate's waits each has 80 or less.
+        if seen.len() >= 3 && seen[seen.len() / 2] >= 90 {
+            return;
+        }
+    }
+    panic!("answers beside a frozen worker, in percent of those without: {seen:?}");
+}
+
 /// Specification, line 4: what the frozen worker has is lost when it is ended, each named; nobody else feels it.
 #[test]
 fn s04_a_frozen_worker_costs_only_what_it_has() {
@@ -164,11 +249,10 @@ fn s04_a_frozen_worker_costs_only_what_it_has() {
     let began = Instant::now();
     // A pace that one worker holds alone on a machine that has little for it.
     let (every, count) = (Duration::from_millis(30), 140);
-    let (asked, (frozen_at, record)) = steady(&gateway, "delay-20", every, count, || {
+    let (asked, record) = steady(&gateway, "delay-20", every, count, || {
         wait_until("a second of calm", LIMIT, || began.elapsed() >= Duration::from_secs(1));
-        let at = Instant::now();
         let _frozen = Frozen::new(pid);
-        (at, gateway.wait_exits(1, 3 * LIMIT, |record| record["pid"] == pid).remove(0))
+        gateway.wait_exits(1, 3 * LIMIT, |record| record["pid"] == pid).remove(0)
     });
     assert_eq!(record["initiator"], json!("hang"), "{record}");
     let failed: BTreeSet<String> = asked.iter().filter(|one| one.status.is_none()).map(|one| one.id.clone()).collect();
@@ -187,20 +271,6 @@ fn s04_a_frozen_worker_costs_only_what_it_has() {
     assert_eq!(lost.difference(&cut).count(), 0, "in the record and answered: {lost:?} {cut:?}");
     assert_eq!(cut.iter().filter(|id| id.starts_with("held-")).count(), 5, "half of the streams: {cut:?}");
 
-    // The pace is held by those who do not wait for the frozen one: what was asked and soon answered, as a part of what
-    // was asked, before and after.
-    let answered = |from: Instant, to: Instant| {
-        let all: Vec<_> = asked.iter().filter(|one| one.at >= from && one.at < to).collect();
-        let is_soon = |one: &&&Asked| one.status == Some(200) && one.took < Duration::from_secs(2);
-        (all.iter().filter(is_soon).count(), all.len())
-    };
-    let calm = answered(frozen_at - Duration::from_secs(1), frozen_at);
-    let frozen = answered(frozen_at, frozen_at + Duration::from_secs(2));
-    println!("soon answered: {calm:?} before the stop, {frozen:?} after; {} lost", failed.len());
-    assert!(frozen.1 >= 50, "{frozen:?}");
-    // On a machine that cannot hold the pace with two workers, one cannot either.
-    let is_calm = calm.0 * 10 >= calm.1 * 9;
-    assert!(!is_calm || frozen.0 * calm.1 * 10 >= calm.0 * frozen.1 * 9, "{calm:?} before, {frozen:?} after");
     // What is in the worker at that moment: two or three of 20 ms each, and what it accepted last.
     assert!(failed.len() <= 20, "{failed:?}");
     gateway.wait_workers(2);

@@ -17,13 +17,14 @@ use crate::support::{
 /// Ready for more than the 50 ms that make a worker well, so that somebody's kill counts as nothing else.
 const WELL: Duration = Duration::from_millis(80);
 
-fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
+/// The one that a tenth of them does not exceed, the median, and the slowest.
+fn spread(mut times: Vec<Duration>) -> [Duration; 3] {
     times.sort_unstable();
-    (times[times.len() / 2], *times.last().unwrap())
+    [times[times.len() / 10], times[times.len() / 2], *times.last().unwrap()]
 }
 
-/// Line 1: on record within 5 ms and replaced within 50 ms where the machine has time. Tests share it with each other; a
-/// master that looked by the clock alone would need a quarter of a second on average.
+/// Line 1: on record within 5 ms and replaced within 50 ms where the machine has time, which it has in some of the rounds at least.
+/// Tests share it with each other; a master that looked by the clock alone would need a quarter of a second on average.
 #[test]
 fn s01_a_killed_worker_is_soon_on_record_and_replaced() {
     let rounds = if is_full() { 300 } else { 30 };
@@ -49,9 +50,10 @@ fn s01_a_killed_worker_is_soon_on_record_and_replaced() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(record["at_ms"].as_u64().unwrap() + 1);
         recorded.push(at.duration_since(killed).unwrap_or_default());
     }
-    let (recorded, answered) = (median(recorded), median(answered));
-    println!("(median, slowest): on record after {recorded:?}, the next answer after {answered:?}");
-    assert!(recorded.0 < Duration::from_millis(50) && answered.0 < Duration::from_millis(400));
+    let (recorded, answered) = (spread(recorded), spread(answered));
+    println!("[a tenth, median, slowest]: on record after {recorded:?}, the next answer after {answered:?}");
+    assert!(recorded[0] <= Duration::from_millis(5) && answered[0] <= Duration::from_millis(50));
+    assert!(recorded[1] < Duration::from_millis(50) && answered[1] < Duration::from_millis(400));
 }
 
 /// Three workers whose boot fails in the way that is written into the file.

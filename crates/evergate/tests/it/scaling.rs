@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use evergate_testkit::raw::get_request;
+use evergate_testkit::raw::{chat_body, get_request, post_request};
 use evergate_testkit::wait::try_wait_for;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, chat_request, wait_for, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{LIMIT, before, is_full, open, via, wait_ready};
+use crate::balance::Frozen;
+use crate::support::{CHAT, EXE, LIMIT, before, echo_with, is_full, open, via, wait_ready};
 
 fn master(gateway: &Evergate) -> Value {
     let output = gateway.cli(&["status", "--json"]);
@@ -41,7 +42,8 @@ fn s13_workers_are_added_within_half_a_second_of_the_need() {
     // Half a second on a machine with nothing else to do; this one runs the other tests.
     assert!(took < Duration::from_secs(3), "{took:?}");
     let said = gateway.wait_stderr("workers instead of 1", LIMIT);
-    assert!(said.contains("requests wait"), "{said}");
+    assert!(waiting(&said) > 0, "{said}");
+    wait_until("the backlog is shown", LIMIT, || !gateway.metrics().contains("\nevergate_backlog 0\n"));
     gateway.wait_workers(4);
     assert_eq!(master(&gateway)["workers_target"], 4);
     fake.release();
@@ -50,6 +52,50 @@ fn s13_workers_are_added_within_half_a_second_of_the_need() {
     assert!(metrics.contains("evergate_scale_events_total{direction=\"up\"} 3"), "{metrics}");
     assert!(metrics.contains("evergate_workers_wanted 4"), "{metrics}");
     assert_eq!(gateway.workers().len(), 4, "never more than the most");
+}
+
+/// How many requests waited at the first step up.
+fn waiting(said: &str) -> u64 {
+    let line = said.lines().find(|line| line.contains("workers instead of 1: ")).unwrap();
+    let (_, rest) = line.split_once("workers instead of 1: ").unwrap();
+    rest.split_once(" requests wait").unwrap().0.parse().unwrap()
+}
+
+/// The accept queue alone is a need: nobody takes what waits there, and nothing else is to be seen.
+#[test]
+fn s13_connections_that_nobody_takes_bring_a_worker() {
+    let gateway = echo_with("[workers]\nmin = 1\nmax = 2\nhang_timeout = \"60s\"\n");
+    let _still = Frozen::new(gateway.wait_workers(1)[0]);
+    let mut raw = Raw::connect(&gateway.addr());
+    raw.send(&chat_request("echo", false, &Value::Null));
+    assert_eq!(raw.read_response(LIMIT).status, 200);
+    let said = gateway.wait_stderr("2 workers instead of 1", LIMIT);
+    assert_eq!(waiting(&said), 1, "{said}");
+}
+
+/// An event loop that is late is a need, though nothing waits and no place is taken to speak of.
+#[test]
+fn s13_a_worker_whose_loop_is_late_gets_company() {
+    let config = "[server]\nlisten = [\"127.0.0.1:0\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n[models.echo]\n\
+                  targets = [{ upstream = \"echo\" }]\n[workers]\nmin = 1\nmax = 2\nhang_timeout = \"60s\"\n";
+    let gateway = Evergate::builder(EXE).config(config).env("EVERGATE_FAULT", "1").start();
+    // One connection: nothing is ever in a queue.
+    let mut raw = Raw::connect(&gateway.addr());
+    let body = chat_body("echo", false, &Value::Null);
+    let request = post_request(CHAT, "x-evergate-fault: work-150\r\n", &body);
+    wait_until("a step up", 2 * LIMIT, || {
+        raw.send(&request);
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        gateway.stderr().contains("2 workers instead of 1")
+    });
+    let said = gateway.stderr();
+    assert_eq!(waiting(&said), 0, "{said}");
+    let lag = |line: &str| line.strip_prefix("evergate_loop_lag_seconds")?.rsplit(' ').next()?.parse::<f64>().ok();
+    wait_until("the lag is shown", LIMIT, || {
+        raw.send(&request);
+        assert_eq!(raw.read_response(LIMIT).status, 200);
+        gateway.metrics().lines().filter_map(lag).any(|seconds| seconds > 0.02)
+    });
 }
 
 /// A burst on kept connections of a gateway that was quiet shows in no accept queue: the worker itself says that requests

@@ -8,9 +8,10 @@ use evergate_testkit::{FakeUpstream, Raw, post_chat, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::balance::workers;
 use crate::support::{
-    CHAT, LIMIT, assert_error, assert_failed_stream, assert_good_stream, before, echo, echo_with, last_message, open,
-    open_stream, rest_of,
+    CHAT, LIMIT, ONE_WORKER, assert_error, assert_failed_stream, assert_good_stream, before, echo, echo_with,
+    last_message, open, open_stream, rest_of, via,
 };
 
 /// Nobody is told of a drain time that was not given.
@@ -160,7 +161,7 @@ fn a_kept_connection_gets_a_last_answer() {
     }
     for raw in &mut kept {
         let response = raw.read_response(LIMIT);
-        assert!(response.status == 200 || response.error_code() == "server_shutting_down", "{}", response.text());
+        assert_eq!(response.status, 200, "{}", response.text());
     }
     // They do not hold up the stop either.
     fake.release();
@@ -180,25 +181,38 @@ fn readiness_turns_before_service_ends() {
     assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0));
 }
 
-/// Requests that were in the queue when TERM came are served, not refused.
+/// Requests that were in the queue when TERM came are served, not refused, also by a worker that has been told already.
 #[test]
 fn what_is_queued_at_term_is_served() {
-    let mut gateway = echo_with(STAGES);
+    // The master's patience with the queue is half a second: a busy machine may spoil a try, not each of five.
+    assert!((0..5).any(|_| is_queue_served()), "what was in the queue was not served");
+}
+
+/// Stops a gateway while ten requests wait in its queue, for one whose only connection is taken until it is told. False if that took
+/// longer than they may wait.
+fn is_queue_served() -> bool {
+    let fake = FakeUpstream::start();
+    let mut gateway = before(&fake, &format!("{ONE_WORKER}[limits]\nconnections = 1\n{STAGES}"));
+    let mut held = open_stream(&gateway, "hold-mid");
     let address = gateway.addr();
-    let request = evergate_testkit::chat_request("echo", false, &Value::Null);
-    let mut queued: Vec<Raw> = (0..30).map(|_| Raw::connect(&address)).collect();
+    let request = evergate_testkit::chat_request(&via("ok"), false, &Value::Null);
+    let mut queued: Vec<Raw> = (0..10).map(|_| Raw::connect(&address)).collect();
+    queued.iter_mut().for_each(|raw| raw.send(&request));
+    wait_until("they are in the queue", LIMIT, || gateway.metrics().contains("\nevergate_accept_queue 10\n"));
+    let began = Instant::now();
     gateway.signal(Signal::TERM);
-    for raw in &mut queued {
-        let _ = raw.try_send(&request);
+    wait_until("it drains", LIMIT, || workers(&gateway).iter().all(|worker| worker["phase"] == "draining"));
+    fake.release();
+    let took = began.elapsed();
+    assert_good_stream(&rest_of(&mut held), held.body_is_complete());
+    drop(held);
+    // Who has an answer goes, and makes room for the next.
+    let status = |mut raw: Raw| raw.try_read_response(LIMIT).map(|answer| answer.status);
+    let answers: Vec<_> = queued.into_iter().map(status).collect();
+    let is_served = answers.iter().all(|status| matches!(status, Ok(200)));
+    if !is_served {
+        println!("released after {took:?}: {answers:?}");
     }
-    for raw in &mut queued {
-        let response = raw.read_response(LIMIT);
-        assert!(
-            response.status == 200 || response.error_code() == "server_shutting_down",
-            "{CHAT}: {}",
-            response.text()
-        );
-    }
-    drop(queued);
     assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0), "{}", gateway.stderr());
+    is_served
 }

@@ -236,15 +236,16 @@ fn settle(tail: &mut Tail, records: &mut Vec<Value>, seen: &BTreeMap<String, End
 
 /// Each outcome is that of the record, and each cut has a kill.
 fn judge(seen: &BTreeMap<String, End>, records: &[Value], kills: &[Instant]) {
-    let mut of_client: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut of_client: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
     for record in records {
-        let before = of_client.insert(record["client_id"].as_str().unwrap(), record["cause"].as_str().unwrap());
+        let told = (record["cause"].as_str().unwrap(), record["by_master"] == true);
+        let before = of_client.insert(record["client_id"].as_str().unwrap(), told);
         assert_eq!(before, None, "two records of one request: {record}");
     }
     let mut causes: BTreeMap<&str, usize> = BTreeMap::new();
     let is_near = |at: &Instant| kills.iter().any(|kill| at.max(kill).duration_since(*at.min(kill)) < AROUND_A_KILL);
     for (id, end) in seen {
-        let cause = of_client.get(id.as_str()).copied();
+        let (cause, is_by_master) = of_client.get(id.as_str()).copied().unzip();
         *causes.entry(cause.unwrap_or("none")).or_default() += 1;
         let is_explained = match end {
             // The worker may die between the last byte and its note of it.
@@ -255,7 +256,10 @@ fn judge(seen: &BTreeMap<String, End>, records: &[Value], kills: &[Instant]) {
             End::LeftLate(at) => {
                 matches!(cause, Some("ok" | "client_gone" | "worker_lost")) || (cause.is_none() && is_near(at))
             }
-            End::Cut(at) => matches!(cause, None | Some("worker_lost" | "ok")) && is_near(at),
+            // The last bytes of its answer, whatever that was, were on their way when the worker died.
+            End::Cut(at) => {
+                (is_by_master == Some(true) || matches!(cause, None | Some("worker_lost" | "ok"))) && is_near(at)
+            }
         };
         assert!(is_explained, "{id}: {end:?}, on record as {cause:?}");
     }

@@ -292,6 +292,21 @@ fn s16_workers_are_recycled_one_at_a_time_with_their_own_shares_of_the_limit() {
     assert_eq!((spawned(&actions).len(), signals(&actions).len()), (1, 0));
 }
 
+#[test]
+fn s16_of_two_that_are_too_large_the_larger_goes_first() {
+    // The first is the clerk.
+    for (one, two, goes) in [(120_000, 150_000, 3), (150_000, 120_000, 2)] {
+        let mut state = State::new(Rules { rss_max_kib: 100_000, ..rules() }, GIVEN, T0);
+        step(&mut state, Event::Start, T0);
+        beat(&mut state, &[1, 2, 3], T0 + MS);
+        let now = T0 + 12 * SECOND;
+        let seen = |(epoch, rss_kib)| Seen { epoch, is_ready: true, beat: now, rss_kib, ..Seen::default() };
+        let children = [(1, 200_000), (2, one), (3, two)].map(seen).into();
+        assert_eq!(spawned(&step(&mut state, Event::Seen { children, queue: 0 }, now)).len(), 1);
+        assert_eq!(state.succession.as_ref().map(|succession| succession.old), Some(goes));
+    }
+}
+
 /// H9.
 #[test]
 fn h9_a_worker_that_loses_descriptors_is_recycled_when_it_is_old_enough() {

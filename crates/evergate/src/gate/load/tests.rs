@@ -2,12 +2,23 @@ use evergate_board::{Claim, Phase, Shape};
 
 use super::*;
 
+/// Places of each worker: more than anybody asks for.
+const SLOTS: u32 = 1_000;
+
 fn share(load: u32, connections: u32) -> Share {
-    Share { load, connections }
+    Share { load, connections, spare: 1 }
+}
+
+fn full(load: u32, connections: u32) -> Share {
+    Share { load, connections, spare: 0 }
 }
 
 /// A board with that many workers that accept and beat.
 fn workers(count: u32) -> (Board, Vec<Arc<Load>>) {
+    workers_with(count, SLOTS)
+}
+
+fn workers_with(count: u32, slots: u32) -> (Board, Vec<Arc<Load>>) {
     let board = Board::create(Shape { children: 8, slots: 4, series: 8, labels: 8 }, 7).unwrap();
     let start = |row: u32| {
         let child = board.child(row).unwrap();
@@ -15,7 +26,7 @@ fn workers(count: u32) -> (Board, Vec<Arc<Load>>) {
         child.set_phase(Phase::Ready);
         child.set_beat_ns(monotonic_ns());
         child.set_accepting(true);
-        Arc::new(Load::new(board.clone(), row))
+        Arc::new(Load::new(board.clone(), row, slots))
     };
     let loads = (1..=count).map(start).collect();
     (board, loads)
@@ -42,6 +53,39 @@ fn the_less_loaded_goes_before_and_then_the_one_with_fewer_connections() {
     assert!(!share(u32::MAX, u32::MAX).goes_before(share(u32::MAX, u32::MAX)));
 }
 
+#[test]
+fn who_has_a_place_goes_before_who_has_none() {
+    assert!(share(1, 9).goes_before(full(1, 1)) && share(9, 9).goes_before(full(1, 1)));
+    assert!(!full(0, 0).goes_before(share(9, 9)), "it would wait there");
+    assert!(full(0, 0).goes_before(full(2, 0)) && !full(1, 0).goes_before(full(2, 1)), "as ever where both have none");
+    let (board, loads) = workers_with(2, 2);
+    let spare = |row: u32| board.child(row).unwrap().spare();
+    loads.iter().for_each(|load| load.beat());
+    assert_eq!((spare(1), spare(2)), (2, 2));
+    let first = Weight::new(&loads[0]);
+    accept(&loads[0]);
+    assert_eq!((spare(1), loads[0].peers_before().len()), (0, 1), "a request, and a connection that has not asked yet");
+    let others = [Weight::new(&loads[1]), Weight::new(&loads[1])];
+    assert!(loads[0].peers_before().is_empty(), "nobody has a place");
+    drop((first, others));
+    assert_eq!((spare(1), spare(2)), (1, 2));
+}
+
+/// Connections whose next requests would wait are sent to who has a place.
+#[test]
+fn while_requests_wait_connections_go_where_a_place_is() {
+    let (board, loads) = workers_with(2, 1);
+    let _own = Weight::new(&loads[0]);
+    loads.iter().for_each(|load| load.beat());
+    assert!(!loads[0].is_far_above_peers(), "none waits");
+    board.child(1).unwrap().set_waiting(1);
+    loads[0].far_at.store(0, Ordering::Relaxed);
+    assert!(loads[0].is_far_above_peers());
+    let _others = Weight::new(&loads[1]);
+    loads[0].far_at.store(0, Ordering::Relaxed);
+    assert!(!loads[0].is_far_above_peers(), "there is no place elsewhere");
+}
+
 /// Whatever they have, one of them takes the next connection.
 #[test]
 fn never_does_everybody_wait_for_another() {
@@ -51,7 +95,9 @@ fn never_does_everybody_wait_for_another() {
         u32::try_from((random >> 33) % below).unwrap()
     };
     for _ in 0..20_000 {
-        let all: Vec<Share> = (0..2 + draw(5)).map(|_| share(draw(6), draw(12))).collect();
+        let count = 2 + draw(5);
+        let share = |_| Share { load: draw(6), connections: draw(12), spare: draw(2) };
+        let all: Vec<Share> = (0..count).map(share).collect();
         let waits = |own: &Share| all.iter().any(|peer| peer.goes_before(*own));
         assert!(!all.iter().all(waits), "{all:?}");
     }
