@@ -93,6 +93,8 @@ const ENDED: u64 = 1 << 16;
 const COUNTED: u64 = 1 << 17;
 const COUNTING: u64 = 1 << 18;
 const LOWER_HALF: u64 = 0xffff_ffff;
+/// In [`InflightRow::recording`], less one: a place that no ring comes to.
+const NEVER: u64 = u64::MAX - 1;
 
 /// What a request was doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -472,6 +474,11 @@ impl Ticket {
         if let Some(row) = self.rows.0.slot(self.index) {
             row.recording.store(before.wrapping_add(1), Ordering::Relaxed);
         }
+    }
+
+    /// Says that its record was counted as dropped: nobody has to write one.
+    pub fn set_dropped(&self) {
+        self.set_recording(NEVER);
     }
 
     /// Says whether it is a stream.

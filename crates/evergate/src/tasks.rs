@@ -141,7 +141,8 @@ impl<F: ?Sized> Caught<F> {
         Self(Some(future))
     }
 
-    fn clear(&mut self) {
+    /// Drops the work, if it is not over.
+    pub fn clear(&mut self) {
         if let Some(future) = self.0.take() {
             caught(|| drop(future));
         }

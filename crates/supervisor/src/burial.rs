@@ -26,18 +26,16 @@ pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: 
     }
     board.master().note_exit(&record.to_brief_json());
     (options.on_exit)(board, record.kind, record.initiator);
-    for inflights in [&lost, &over] {
-        for inflight in inflights {
-            let detail = match inflight.phase {
-                _ if !inflight.is_over() => "",
-                _ if inflight.is_ending() => "its last bytes were the client's, or on their way, when the worker died",
-                _ => "over; the worker died before its record was written",
-            };
-            let (status, cause) = (options.on_left)(board, dead.birth.row, inflight);
-            if !inflight.was_recorded(board.records_written(dead.birth.row)) {
-                write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
-            }
-        }
+    let left: Vec<Inflight> = lost.into_iter().chain(over).collect();
+    let ends = (options.on_left)(board, dead.birth.row, &left);
+    let written = board.records_written(dead.birth.row);
+    for (inflight, (status, cause)) in left.iter().zip(ends).filter(|(inflight, _)| !inflight.was_recorded(written)) {
+        let detail = match inflight.phase {
+            _ if !inflight.is_over() => "",
+            _ if inflight.is_ending() => "its last bytes were the client's, or on their way, when the worker died",
+            _ => "over; the worker died before its record was written",
+        };
+        write_access(estate, inflight, &Left { pid: record.pid, status, cause, detail });
     }
     board.bury(dead.birth.row);
     announce(&record, &estate.name(dead.birth));

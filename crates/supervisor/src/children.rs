@@ -140,7 +140,7 @@ impl Estate {
             args: &args,
             env: &self.env,
             fds: &fds,
-            ignored: ignored(birth.kind),
+            ignored: IGNORED,
             own_group: false,
             // It drains when its master is gone.
             dies_with_us: false,
@@ -149,11 +149,7 @@ impl Estate {
     }
 }
 
-/// Signals that must not end a child of this kind, whoever sends them: a Ctrl-C or a closed terminal reaches every process of
-/// it, and who tells us to reopen logs (USR1) by the name of the processes, or tries USR2, means the master. The clerk hears USR1.
-fn ignored(kind: Kind) -> &'static [Signal] {
-    match kind {
-        Kind::Clerk => &[Signal::INT, Signal::HUP, Signal::USR2],
-        _ => &[Signal::INT, Signal::HUP, Signal::USR1, Signal::USR2],
-    }
-}
+/// Signals that must not end a child, whoever sends them: a Ctrl-C or a closed terminal reaches every process of
+/// it, and who tells us to reopen logs (USR1) by the name of the processes, or tries USR2, means the master. The clerk hears USR1
+/// once it can; one that boots opens its files anyway.
+const IGNORED: &[Signal] = &[Signal::INT, Signal::HUP, Signal::USR1, Signal::USR2];

@@ -17,6 +17,10 @@ use crate::step::{MS, Ns};
 
 /// Between two looks for what a KILL has not ended yet.
 const SWEEP_PAUSE: Ns = 20 * MS;
+/// It doubles up to this.
+const SWEEP_PAUSE_MAX: Ns = 640 * MS;
+/// Looks, which take somewhat more than `step::hosts::SWEEP_TIME`: what hangs in the kernel for longer is left alone, as the rules say.
+const SWEEP_LOOKS: u32 = 24;
 
 /// The hosts' sockets, by their rows.
 #[derive(Debug)]
@@ -24,7 +28,7 @@ pub(crate) struct Hosts {
     folder: PathBuf,
     seats: BTreeMap<u32, Seat>,
     /// Epochs of buried hosts that have left something, and when it is looked for again.
-    sweeps: Vec<(u32, Ns)>,
+    sweeps: Vec<Sweep>,
 }
 
 #[derive(Debug)]
@@ -96,31 +100,43 @@ impl Hosts {
     pub(crate) fn sweep(&mut self, run_id: u64, epoch: u32, now: Ns) -> bool {
         let is_clean = kill_marked(run_id, epoch) == 0;
         if !is_clean {
-            self.sweeps.push((epoch, now.saturating_add(SWEEP_PAUSE)));
+            self.sweeps.push(Sweep { epoch, at: now.saturating_add(SWEEP_PAUSE), pause: SWEEP_PAUSE, looks: 1 });
         }
         is_clean
     }
 
     /// When to look again.
     pub(crate) fn due(&self) -> Option<Ns> {
-        self.sweeps.iter().map(|(_, at)| *at).min()
+        self.sweeps.iter().map(|sweep| sweep.at).min()
     }
 
     /// Looks again; gives the epochs of which nothing is left.
     pub(crate) fn swept(&mut self, run_id: u64, now: Ns) -> Vec<u32> {
         let mut clean = Vec::new();
-        self.sweeps.retain_mut(|(epoch, at)| {
-            if *at > now {
+        self.sweeps.retain_mut(|sweep| {
+            if sweep.at > now {
                 return true;
             }
-            *at = now.saturating_add(SWEEP_PAUSE);
-            if kill_marked(run_id, *epoch) == 0 {
-                clean.push(*epoch);
+            sweep.pause = sweep.pause.saturating_mul(2).min(SWEEP_PAUSE_MAX);
+            sweep.at = now.saturating_add(sweep.pause);
+            let is_clean = kill_marked(run_id, sweep.epoch) == 0;
+            if is_clean {
+                clean.push(sweep.epoch);
             }
-            !clean.contains(epoch)
+            sweep.looks += 1;
+            !is_clean && sweep.looks < SWEEP_LOOKS
         });
         clean
     }
+}
+
+/// The search for what the host of an epoch has left.
+#[derive(Debug)]
+struct Sweep {
+    epoch: u32,
+    at: Ns,
+    pause: Ns,
+    looks: u32,
 }
 
 /// Kills every process that carries a dead host's mark; says how many there were. A process without the mark is a
@@ -186,7 +202,15 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
-    use std::process::{Command, Stdio};
+    use std::process::{Child, Command, Stdio};
+
+    /// Until the exec the environment is this test's.
+    fn wait_exec(child: &Child) {
+        let is_sleep = || std::fs::read(format!("/proc/{}/cmdline", child.id())).unwrap().starts_with(b"sleep");
+        while !is_sleep() {
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn sockets_are_private_outlive_hosts_and_go_with_their_rows() {
@@ -224,16 +248,30 @@ mod tests {
         ];
         let folder = tempfile::tempdir().unwrap();
         let mut hosts = Hosts::new(folder.path());
-        // Until the exec the environment is this test's.
-        let is_marked = || std::fs::read(format!("/proc/{}/cmdline", ours.id())).unwrap().starts_with(b"sleep");
-        while !is_marked() {
-            std::thread::yield_now();
-        }
+        wait_exec(&ours);
         assert!(!hosts.sweep(run, 5, 0));
         assert!(hosts.due().is_some());
         ours.wait().unwrap();
         assert_eq!((hosts.swept(run, 1), hosts.swept(run, SWEEP_PAUSE)), (vec![], vec![5]));
         assert_eq!(hosts.due(), None);
+        // There is another one each time: as if none of them ended.
+        let (mut now, mut looks) = (0, 0);
+        let mut others: Vec<Child> = Vec::new();
+        let begin = |others: &mut Vec<Child>| {
+            let child = start(&evergate_core::inherit::host_mark(run, 6));
+            wait_exec(&child);
+            others.push(child);
+        };
+        begin(&mut others);
+        assert!(!hosts.sweep(run, 6, now));
+        while let Some(at) = hosts.due() {
+            begin(&mut others);
+            (now, looks) = (at, looks + 1);
+            assert!(hosts.swept(run, now).is_empty());
+        }
+        assert_eq!(looks, SWEEP_LOOKS - 1);
+        assert!((crate::step::SWEEP_TIME..=2 * crate::step::SWEEP_TIME).contains(&now), "{now}");
+        others.iter_mut().for_each(|child| assert!(!child.wait().unwrap().success()));
         for stranger in &mut strangers {
             assert_eq!(stranger.try_wait().unwrap(), None);
             stranger.kill().unwrap();

@@ -40,6 +40,9 @@ pub use exits::{EXITS_FILE, EXITS_OLD_FILE};
 pub use runfile::{Run, RunChild};
 pub use step::HostStart;
 
+/// HTTP status, 0 for none, and cause of a request's end.
+pub type StatusAndCause = (u16, &'static str);
+
 /// What the master must be told.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -52,10 +55,10 @@ pub struct Options {
     pub halt_on_boot_error: bool,
     /// The whole environment of all other children.
     pub child_env: Vec<(OsString, OsString)>,
-    /// Called for each request that a dead child has left, before the child's row is emptied: adds to the row's counters
-    /// what the child has not added ([`Inflight::is_counted`]), and gives status and cause for the access record.
+    /// Called with the requests that a dead child has left, before the child's row is emptied: adds to the row's counters
+    /// what the child has not added ([`Inflight::was_counted`]), and gives status and cause for the access record of each.
     /// [`Inflight::is_over`] tells a request that was answered from one that is lost.
-    pub on_left: fn(&Board, row: u32, &Inflight) -> (u16, &'static str),
+    pub on_left: fn(&Board, row: u32, &[Inflight]) -> Vec<StatusAndCause>,
     /// Called for each child's end: counts it.
     pub on_exit: fn(&Board, Kind, Initiator),
     /// Called for each child that is started in place of another, with what made the other one go: counts it.

@@ -20,6 +20,8 @@ pub(crate) struct Notify {
     /// Between two signs of life: half of what the manager allows.
     interval: Option<Ns>,
     watchdog_due: Ns,
+    /// Whether it is past, and nobody was there to serve with.
+    is_owed: bool,
     status: String,
     is_stopping: bool,
 }
@@ -69,16 +71,17 @@ impl Notify {
     /// A sign of life, when one is due. To be called in every turn of the loop: a loop that does not turn sends none, and
     /// neither does one that has nobody to serve with. A stop has its own limits, so that it counts as well.
     pub(crate) fn watchdog(&mut self, workers_ready: u32, now: Ns) {
-        let Some(interval) = self.interval.filter(|_| workers_ready > 0 || self.is_stopping) else { return };
-        if now >= self.watchdog_due {
+        let Some(interval) = self.interval.filter(|_| now >= self.watchdog_due) else { return };
+        self.is_owed = workers_ready == 0 && !self.is_stopping;
+        if !self.is_owed {
             self.watchdog_due = now.saturating_add(interval);
             self.send("WATCHDOG=1");
         }
     }
 
-    /// When the next sign of life is due.
+    /// When the next sign of life is due. One that waits for somebody to serve with is nothing to be woken for.
     pub(crate) fn due(&self) -> Option<Ns> {
-        self.interval.map(|_| self.watchdog_due)
+        self.interval.filter(|_| !self.is_owed).map(|_| self.watchdog_due)
     }
 
     fn send(&self, text: &str) {
@@ -132,6 +135,7 @@ mod tests {
         assert_eq!(notify.due(), Some(1100));
         notify.watchdog(0, 1100);
         assert!(said(&manager).is_empty());
+        assert_eq!(notify.due(), None, "a time that is past would keep the loop awake");
         notify.enter(MasterPhase::Settling);
         notify.enter(MasterPhase::Draining);
         notify.watchdog(0, 1101);

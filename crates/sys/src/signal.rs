@@ -36,6 +36,11 @@ impl Signals {
             }
             set.assume_init()
         };
+        // Who was started with CHLD ignored has inherited that (execve(2)), and the kernel would keep no child's end for it.
+        if signals.contains(&Signal::CHILD) {
+            // SAFETY: the default action runs no code of ours.
+            unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+        }
         // SAFETY: the set is initialised; no old mask is asked for.
         let outcome = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
         if outcome != 0 {

@@ -452,6 +452,9 @@ impl Gate {
         });
         if !is_written {
             series.add(names::key(names::ACCESS_DROPPED, 0, 0, 0), 1);
+            if let Some(ticket) = ticket {
+                ticket.set_dropped();
+            }
         }
         die_in_books(Books::Written);
     }

@@ -26,6 +26,7 @@ use crate::gate::memory::Memory;
 use crate::gate::permits::Limit;
 use crate::lives::dns_fault;
 use crate::tasks::Tasks;
+use crate::telemetry::talk;
 
 /// A worker's common ground.
 #[derive(Debug)]
@@ -215,7 +216,7 @@ fn client(
     Client::new(Settings {
         clock: clock.clone(),
         resolver: resolver.clone(),
-        complain: |text| eprintln!("evergate worker: {text}"),
+        complain: |text| talk::print(&format!("evergate worker: {text}")),
         paths: &Endpoint::UPSTREAM_PATHS,
         name: name.to_owned(),
         base_url: upstream.base_url.clone(),

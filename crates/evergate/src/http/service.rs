@@ -419,7 +419,9 @@ impl Bounded {
     }
 
     /// Cancelled, wherever the handler waits. Before the admission, in its body, there is no pass to write the record.
-    fn given_up(&self, cause: Cause) -> Response<Body> {
+    fn given_up(&mut self, cause: Cause) -> Response<Body> {
+        // What it holds, its row on the board above all, goes before there is a record.
+        self.serving.clear();
         let error = cancelled(cause);
         if !self.token.is_accounted() {
             self.record((error.status(), End::Fault(error.fault)), Some(&error));
@@ -461,6 +463,7 @@ impl Bounded {
 /// A client that leaves takes the handler with it. Before the admission there is no pass to write the record.
 impl Drop for Bounded {
     fn drop(&mut self) {
+        self.serving.clear();
         let is_probe = matches!(self.seen.path, Path::Healthz | Path::Readyz);
         if !is_probe && !self.token.is_accounted() {
             self.record((499, End::ClientGone), None);

@@ -6,6 +6,7 @@ use evergate_core::memory::Rung;
 
 use crate::http::app::App;
 use crate::telemetry::names::Spared;
+use crate::telemetry::talk;
 
 /// Between two lines about it.
 const SAY: Duration = Duration::from_secs(10);
@@ -37,7 +38,7 @@ impl Thrift {
         let is_due = rung > last || (rung < last && at.is_none_or(|at| at.elapsed() >= SAY));
         if is_due {
             self.said = Some((rung, Instant::now()));
-            eprintln!("evergate worker: {}: {}", app.memory, rung.says());
+            talk::print(&format!("evergate worker: {}: {}", app.memory, rung.says()));
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::server::tls;
 use crate::tasks::{self, Caught, Tasks};
 use crate::telemetry::access::AccessLog;
 use crate::telemetry::names;
+use crate::telemetry::talk;
 
 /// How often the runtime shows that it turns while it has something to do; the timer of it is a millisecond's, so that
 /// up to one more is no lateness.
@@ -47,14 +48,14 @@ pub fn run(args: &ChildArgs) -> u8 {
     let inherited = match Inherited::adopt(args) {
         Ok(inherited) => inherited,
         Err(reason) => {
-            eprintln!("evergate worker: {reason}");
+            talk::print(&format!("evergate worker: {reason}"));
             return code::INTERNAL;
         }
     };
     let board = inherited.board.clone();
     panics::note("worker", &board, (args.row, args.epoch));
     let failed = |reason: &str, code: u8| {
-        eprintln!("evergate worker: {reason}");
+        talk::print(&format!("evergate worker: {reason}"));
         if let Some(child) = board.child(args.row) {
             child.set_note(reason);
         }
@@ -271,8 +272,8 @@ async fn stop(
         && !notes.is_empty()
     {
         let note = notes.join("; ");
-        eprintln!("evergate worker: {note}");
         child.set_note(&note);
+        talk::print(&format!("evergate worker: {note}"));
     }
     match why {
         Why::Failed(_) => code::INTERNAL,
@@ -342,7 +343,7 @@ async fn run_clock(app: Arc<App>) {
         run.as_mut().poll(cx)
     });
     if let Err(error) = run.await {
-        eprintln!("evergate worker: the timers cannot be watched: {error}");
+        talk::print(&format!("evergate worker: the timers cannot be watched: {error}"));
     }
 }
 

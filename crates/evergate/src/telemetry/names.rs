@@ -325,20 +325,29 @@ pub fn key(metric: u8, a: u16, b: u16, c: u16) -> SeriesKey {
     SeriesKey { metric, a, b, c }
 }
 
-/// Counts a request that a dead worker has left, unless the worker has, and says how it ended: status and cause. The
-/// master calls this at the burial.
-pub fn count_left(board: &Board, row: u32, request: &Inflight) -> (u16, &'static str) {
-    let known = request.end.and_then(split_status_and_end);
-    let (status, end) = match (request.is_over(), known) {
+/// Counts the requests that a dead worker has left, but for those that the worker has, and says how each ended: status and cause.
+/// The master calls this at the burial.
+pub fn count_left(board: &Board, row: u32, requests: &[Inflight]) -> Vec<(u16, &'static str)> {
+    let ended = |request: &Inflight| match (request.is_over(), request.end.and_then(split_status_and_end)) {
         (true, Some(known)) => known,
         (true, None) => (0, End::Ok),
         (false, _) => (0, End::WorkerLost),
     };
-    let key = key(REQUESTS, request.model, request.backend, status_and_end(status, end));
-    if let Some(series) = board.series(row).filter(|series| !request.was_counted(series.get(key))) {
-        series.add(key, 1);
+    if let Some(series) = board.series(row) {
+        let key_of = |request: &Inflight| {
+            let (status, end) = ended(request);
+            key(REQUESTS, request.model, request.backend, status_and_end(status, end))
+        };
+        // All are compared with the counters as the worker left them, before any is counted here.
+        let uncounted: Vec<SeriesKey> = requests
+            .iter()
+            .map(|request| (request, key_of(request)))
+            .filter(|(request, key)| !request.was_counted(series.get(*key)))
+            .map(|(_, key)| key)
+            .collect();
+        uncounted.into_iter().for_each(|key| series.add(key, 1));
     }
-    (status, end.name())
+    requests.iter().map(ended).map(|(status, end)| (status, end.name())).collect()
 }
 
 /// Counts a process's end; the master calls this at the burial.

@@ -11,8 +11,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
-    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_good_stream, before, chat, echo, echo_with, open_as,
-    open_stream, rest_of, send,
+    CHAT, EXE, LIMIT, ONE_WORKER, assert_alive, assert_failed_stream, assert_good_stream, before, chat, echo,
+    echo_with, open_as, open_stream, rest_of, send, wait_ready,
 };
 
 /// Waits until the master has no child that has ended and was not reaped.
@@ -266,6 +266,37 @@ fn a_taken_port_exits_71_and_leaves_nothing() {
     assert_alive(&first);
     // The folder can be used again at once.
     assert_alive(&Evergate::builder(EXE).state_dir(state.path()).start());
+}
+
+/// Who was started with CHLD ignored has that from its parent: the kernel would keep no child's end.
+#[test]
+fn a_parent_that_ignores_chld_is_no_trouble() {
+    let wrapper = ["/bin/sh", "-c", "trap '' CHLD; exec \"$@\"", "sh"];
+    let mut gateway = Evergate::builder(EXE).wrapper(&wrapper).start();
+    wait_ready(&gateway, 2);
+    let dead = gateway.kill_worker(0);
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == dead).remove(0);
+    assert_eq!(record["signal"], 9, "{record}");
+    gateway.signal(Signal::TERM);
+    assert_eq!(gateway.wait_exit(LIMIT).code(), Some(0));
+}
+
+/// Standard error that takes nothing (a full disk, a reader that is dead) costs words, and no process.
+#[test]
+fn i12_a_standard_error_that_fails_ends_no_worker() {
+    let fake = FakeUpstream::start();
+    let wrapper = ["/bin/sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
+    let config = gateway_config(fake.base_url(), &[], "[shutdown]\ndrain = \"300ms\"\n");
+    let gateway = Evergate::builder(EXE).config(config).wrapper(&wrapper).start();
+    wait_ready(&gateway, 2);
+    let mut held = open_stream(&gateway, "hold-mid");
+    let pids = gateway.workers();
+    pids.iter().for_each(|pid| send(*pid, Signal::TERM));
+    assert_failed_stream(&rest_of(&mut held), held.body_is_complete(), "server_shutting_down");
+    let records = gateway.wait_exits(2, LIMIT, |record| pids.iter().any(|pid| record["pid"] == *pid));
+    assert!(records.iter().all(|record| record["code"] == 0 && record["panic"].is_null()), "{records:?}");
+    let said = records.iter().filter(|record| record["note"] == "drain ran out: 1 request was ended");
+    assert_eq!(said.count(), 1, "{records:?}");
 }
 
 /// A logrotate that knows the processes by their name only, say.

@@ -9,6 +9,8 @@ mod event;
 mod ghosts;
 mod hosts;
 #[cfg(test)]
+pub(crate) use hosts::SWEEP_TIME;
+#[cfg(test)]
 mod hosts_tests;
 mod life;
 mod load;

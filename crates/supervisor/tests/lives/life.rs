@@ -22,12 +22,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub const LOST: SeriesKey = SeriesKey { metric: 1, a: 0, b: 0, c: 0 };
 pub const EXITS: SeriesKey = SeriesKey { metric: 2, a: 0, b: 0, c: 0 };
 
-fn on_left(board: &Board, row: u32, inflight: &Inflight) -> (u16, &'static str) {
-    if inflight.is_over() {
-        return (204, "ok");
-    }
-    board.series(row).unwrap().add(LOST, 1);
-    (0, "worker_lost")
+fn on_left(board: &Board, row: u32, left: &[Inflight]) -> Vec<(u16, &'static str)> {
+    let end = |inflight: &Inflight| {
+        if inflight.is_over() {
+            return (204, "ok");
+        }
+        board.series(row).unwrap().add(LOST, 1);
+        (0, "worker_lost")
+    };
+    left.iter().map(end).collect()
 }
 
 fn on_exit(board: &Board, _: Kind, _: Initiator) {

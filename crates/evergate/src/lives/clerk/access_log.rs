@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use super::repeats::without_repeats;
 use crate::lives::{ACCESS_FILE as FILE, ACCESS_OLD_FILE as OLD_FILE, boot_fault};
 use crate::tasks::caught;
-use crate::telemetry::names;
+use crate::telemetry::{names, talk};
 
 /// Where one file ends and the next begins: some hundred thousand requests.
 const BYTES_MAX: u64 = 64 << 20;
@@ -185,14 +185,13 @@ impl Writer {
     }
 
     fn talk(&self, what: &str) {
-        // Standard error may be as full as the disk.
-        let _ = writeln!(io::stderr(), "evergate: clerk: {} {what}", self.folder.join(FILE).display());
+        talk::print(&format!("evergate: clerk: {} {what}", self.folder.join(FILE).display()));
     }
 
     /// The file, opened if need be and not too large.
     fn ready(&mut self) -> io::Result<&mut Open> {
         if self.file.as_ref().is_some_and(|open| open.bytes >= self.bytes_max) {
-            self.rotate()?;
+            self.rotate();
         }
         let open = match self.file.take() {
             Some(open) => open,
@@ -203,15 +202,17 @@ impl Writer {
 
     /// A predecessor's clerk may still write here and have rotated already: then there is nothing left to do but to open
     /// the new file.
-    fn rotate(&mut self) -> io::Result<()> {
+    fn rotate(&mut self) {
         let path = self.folder.join(FILE);
-        let ours = self.file.take().map(|open| open.file.metadata()).transpose()?;
-        let named = std::fs::metadata(&path).ok();
+        let Some(open) = &mut self.file else { return };
         let key = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-        if ours.map(key) == named.map(key) {
-            std::fs::rename(&path, self.folder.join(OLD_FILE))?;
+        let is_ours = open.file.metadata().ok().map(key) == std::fs::metadata(&path).ok().map(key);
+        if is_ours && let Err(error) = std::fs::rename(&path, self.folder.join(OLD_FILE)) {
+            // Too large is better than not written. It is tried again when as much has come.
+            open.bytes = 0;
+            return self.talk(&format!("cannot make room for a new one, and grows: {error}"));
         }
-        Ok(())
+        self.file = None;
     }
 }
 
@@ -330,6 +331,22 @@ mod tests {
         assert_eq!(text(folder.path(), OLD_FILE), "line number 0\nline number 1\n");
         assert_eq!(text(folder.path(), FILE), "line number 2\nline number 3\n");
         assert_eq!(dropped(&board), 0);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_renamed_grows_and_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(OLD_FILE)).unwrap();
+        let (mut writer, board) = writer(folder.path(), 20);
+        let lines: Vec<String> = (0..8).map(|number| format!("line number {number}\n")).collect();
+        lines.iter().for_each(|line| writer.write(line.clone().into_bytes()));
+        assert_eq!((text(folder.path(), FILE), dropped(&board)), (lines.concat(), 0));
+        // Somebody mends it.
+        std::fs::remove_dir(folder.path().join(OLD_FILE)).unwrap();
+        while !folder.path().join(OLD_FILE).exists() {
+            writer.write(b"another line\n".to_vec());
+        }
+        assert!(text(folder.path(), OLD_FILE).starts_with(&lines.concat()) && dropped(&board) == 0);
     }
 
     #[test]
