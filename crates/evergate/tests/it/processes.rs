@@ -271,7 +271,7 @@ fn a_taken_port_exits_71_and_leaves_nothing() {
 /// Who was started with CHLD ignored has that from its parent: the kernel would keep no child's end.
 #[test]
 fn a_parent_that_ignores_chld_is_no_trouble() {
-    let wrapper = ["/bin/sh", "-c", "trap '' CHLD; exec \"$@\"", "sh"];
+    let wrapper = ["env", "--ignore-signal=CHLD"];
     let mut gateway = Evergate::builder(EXE).wrapper(&wrapper).start();
     wait_ready(&gateway, 2);
     let dead = gateway.kill_worker(0);
