@@ -190,6 +190,7 @@ impl Master {
                 is_ready,
                 beat: row.beat_ns(),
                 starved: if now > row.beat_ns().saturating_add(ASK) { starved(running.pid) } else { 0 },
+                is_going: matches!(row.phase(), Phase::Draining | Phase::Cancelling | Phase::Cleaning),
                 took_queue: row.took_queue(),
                 load: row.load().saturating_sub(row.parked()),
                 waiting: row.waiting(),

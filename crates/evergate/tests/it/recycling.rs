@@ -4,11 +4,16 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use evergate_testkit::driver::is_alive;
 use evergate_testkit::raw::post_request;
 use evergate_testkit::{Evergate, FakeUpstream, Raw, wait_until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, LIMIT, assert_counted, before, chat, via};
+use crate::balance::workers;
+use crate::support::{
+    CHAT, LIMIT, ONE_WORKER, assert_counted, assert_good_stream, before, chat, open_stream, rest_of, send, via,
+};
 
 /// No request was lost, and each successor was ready before the one that it replaced was told to go.
 fn assert_seamless(gateway: &Evergate, gone: &[Value]) {
@@ -82,4 +87,26 @@ fn h8_s16_a_worker_with_too_much_memory_is_replaced_and_finishes_what_it_has() {
     assert_eq!(fake.request_count(), 8, "each was called once");
     let counted = "evergate_exits_total{kind=\"worker\",initiator=\"rss\"} ";
     wait_until("its end is counted", LIMIT, || gateway.metrics().contains(counted));
+}
+
+/// Line 16: a worker that is told to go by somebody else (a `kill` of its pid) leaves its place to a successor while it finishes.
+#[test]
+fn s16_a_worker_told_by_somebody_else_is_succeeded_while_it_drains() {
+    let fake = FakeUpstream::start();
+    let gateway = before(&fake, &format!("{ONE_WORKER}[shutdown]\ndrain = \"60s\"\n"));
+    let mut held = open_stream(&gateway, "hold-mid");
+    let old = gateway.wait_workers(1)[0];
+    send(old, Signal::TERM);
+    // There is no other worker: without a successor this waits for as long as the stream lasts.
+    assert_eq!(chat(&gateway, "ok", false).status, 200);
+    wait_until("the successor has the place", LIMIT, || {
+        workers(&gateway).iter().any(|worker| worker["pid"] != old && worker["slot"] == 0)
+    });
+    assert!(is_alive(old) && gateway.exits().is_empty(), "it has its stream");
+    gateway.wait_stderr("the worker 0 goes by itself", LIMIT);
+    fake.release();
+    assert_good_stream(&rest_of(&mut held), held.body_is_complete());
+    let record = gateway.wait_exits(1, LIMIT, |record| record["pid"] == old).remove(0);
+    assert_eq!((&record["code"], &record["initiator"], &record["lost"]), (&json!(0), &json!("unknown"), &json!([])));
+    assert_eq!(gateway.wait_workers(1).len(), 1);
 }

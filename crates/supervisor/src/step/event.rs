@@ -209,6 +209,8 @@ pub struct Seen {
     pub beat: Ns,
     /// How long its main thread has waited for a processor since its start; 0 while it beats, when nobody asks.
     pub starved: Ns,
+    /// Whether it drains, or is beyond that, be it told to or not.
+    pub is_going: bool,
     /// Whether it found the accept queue empty after it was told to stop.
     pub took_queue: bool,
     /// Weighted requests it has, without those that wait for an upstream.

@@ -155,6 +155,30 @@ impl State {
         }
     }
 
+    /// Workers that go by themselves, told by somebody else or because they cannot go on, accept no more. They leave their places
+    /// at once, as by their deaths, and finish what they have in the time that their generation gives.
+    pub(super) fn let_go(&mut self, now: Ns, out: &mut Vec<Action>) {
+        let is_goer = |slot: &Slot| {
+            let goes = |child: &Child| child.ready_at.is_some() && child.ending.is_none() && child.seen.is_going;
+            slot.kind == Kind::Worker && slot.child.as_ref().is_some_and(goes)
+        };
+        if !matches!(self.phase, Phase::Serving) || planted!(KeepsGoers) {
+            return;
+        }
+        while let Some(at) = self.slots.iter().position(is_goer) {
+            let Some(row) = self.free_row() else { return };
+            let Some(slot) = self.slots.get_mut(at) else { return };
+            let Some(mut child) = slot.child.take() else { return };
+            slot.row = row;
+            out.push(Action::Say(format!("the {} goes by itself; another one takes its place", child.name())));
+            out.push(Action::SaveRun);
+            let patience = child.patience();
+            child.kill_at = Some(now.saturating_add(patience));
+            self.vacated(&child, &Place::Slot(at), (Status::Code(0), ""), now, out);
+            self.leaving.push(child);
+        }
+    }
+
     /// A child could not even be started.
     pub(super) fn spawn_failed(&mut self, epoch: u32, why: &str, now: Ns, out: &mut Vec<Action>) {
         let Some((child, place)) = self.take(epoch) else { return };
@@ -302,6 +326,11 @@ impl Child {
             kill_at: None,
             killed_at: None,
         }
+    }
+
+    /// Whether it is ready and meant to go on.
+    pub(super) fn serves(&self) -> bool {
+        self.ready_at.is_some() && self.ending.is_none() && !self.seen.is_going
     }
 
     /// Whose doing an end was. The facts stand beside it in the record; this is a conclusion.

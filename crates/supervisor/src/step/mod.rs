@@ -331,6 +331,7 @@ pub(crate) fn step(state: &mut State, event: Event, now: Ns) -> Vec<Action> {
     state.go_on_reloading(now, &mut out);
     state.keep_floor(now, &mut out);
     state.recycle(now, &mut out);
+    state.let_go(now, &mut out);
     state.follow_hosts(now, &mut out);
     state.go_on_stopping(now, &mut out);
     state.fill(now, &mut out);
@@ -407,8 +408,7 @@ impl Slot {
 
     /// Its child, if it is one that works and is meant to go on.
     fn worker(&self) -> Option<&Child> {
-        let is_well = |child: &&Child| child.kind == Kind::Worker && child.ready_at.is_some() && child.ending.is_none();
-        self.child.as_ref().filter(is_well)
+        self.child.as_ref().filter(|child| child.kind == Kind::Worker && child.serves())
     }
 }
 

@@ -46,6 +46,7 @@ pub(crate) enum Mutant {
     LosesWant,
     EndsBusy,
     HostsFirst,
+    KeepsGoers,
 }
 
 /// Which invariant catches each.
@@ -81,6 +82,7 @@ const CAUGHT_BY: &[(Mutant, &str)] = &[
     (Mutant::LosesWant, sim::WANTS),
     (Mutant::EndsBusy, sim::NEEDED),
     (Mutant::HostsFirst, sim::NEEDED),
+    (Mutant::KeepsGoers, sim::GOERS),
     (Mutant::WaitsForBurial, sim::GHOSTS_PLACE),
     (Mutant::WaitsForGhosts, sim::ENDS_IN_TIME),
     (Mutant::GhostsWithoutEnd, sim::FEW_GHOSTS),

@@ -26,9 +26,8 @@ impl State {
         if !matches!(self.phase, Phase::Serving) {
             return;
         }
-        let is_ready = |child: &Child| child.ready_at.is_some() && child.ending.is_none();
         match &self.succession {
-            Some(succession) if is_ready(&succession.child) => self.hand_over(now, out),
+            Some(succession) if succession.child.serves() => self.hand_over(now, out),
             Some(_) => {}
             None if self.reload.is_none() && self.succession_at <= now => self.begin_succession(now, out),
             None => {}

@@ -191,7 +191,7 @@ impl State {
 
     fn is_generation_ready(&self) -> bool {
         let Some(Reload { stage: Stage::Booting { rules, children, .. }, .. }) = &self.reload else { return false };
-        let is_ready = |child: &&Child| (child.ready_at.is_some() || planted!(SwapsEarly)) && child.ending.is_none();
+        let is_ready = |child: &&Child| child.serves() || (planted!(SwapsEarly) && child.ending.is_none());
         let ready = children.iter().filter(is_ready).count();
         u32::try_from(ready).is_ok_and(|ready| ready >= self.wanted(rules))
     }

@@ -33,6 +33,7 @@ pub(crate) const UNTOUCHED: &str = "a reload leaves a host alone whose section d
 pub(crate) const NEEDED: &str = "a host goes when it is idle, another needs its place, or nobody can ask for it";
 pub(crate) const HOST_PAUSES: &str = "a host that failed is started after a pause";
 pub(crate) const WANTS: &str = "a host that is asked for is started";
+pub(crate) const GOERS: &str = "a worker that goes by itself has left its place";
 pub(crate) const START: &str = "the gateway serves or says why it does not, once";
 
 /// The longest time that a caller may wait: two validations, two times for the room, two boots and the rows of those that
@@ -144,7 +145,7 @@ impl World {
             .iter()
             .any(|action| matches!(action, Action::Spawn(birth) if birth.kind == kind && birth.slot == slot));
         let is_coming = self.living.values().any(|other| {
-            other.birth.epoch != epoch && other.birth.kind == kind && other.birth.slot == slot && other.told.is_none()
+            other.birth.epoch != epoch && other.birth.kind == kind && other.birth.slot == slot && other.stays()
         });
         // Of a generation that is still to come it is the failure of its reload.
         let is_in_force = process.birth.generation == self.generation;
@@ -156,7 +157,7 @@ impl World {
     pub(super) fn was_well_killed(&self, process: &Process, status: Status) -> bool {
         let is_outside = matches!(status, Status::Signal { number, .. } if !matches!(number, 4..=8 | 11 | 31));
         let is_well = process.shown_ready.is_some_and(|at| self.now >= at + 50 * MS);
-        is_outside && is_well && process.told.is_none() && !process.is_condemned
+        is_outside && is_well && process.stays() && !process.is_condemned
     }
 
     fn check_adopted(&self, generation: u32, rules: &Rules, actions: &[Action]) {
@@ -198,7 +199,7 @@ impl World {
     }
 
     pub(super) fn untold_workers(&self) -> impl Iterator<Item = &Process> {
-        self.living.values().filter(|process| process.birth.kind == Kind::Worker && process.told.is_none())
+        self.living.values().filter(|process| process.birth.kind == Kind::Worker && process.stays())
     }
 
     /// What must be true after every step.
@@ -206,11 +207,29 @@ impl World {
         self.check_numbers();
         self.check_times();
         self.check_wants();
+        self.check_goers();
         if self.exit.is_some() && !self.callers.is_empty() {
             self.fail(EVERY_CALLER, "the end came before the answer");
         }
         if self.state.due() < self.now && self.exit.is_none() {
             self.fail(ENDS_IN_TIME, "the rules want to be called in the past");
+        }
+    }
+
+    /// It makes room at once, unless the board has no row for its successor.
+    fn check_goers(&self) {
+        let is_taken = |row: u32| {
+            self.living.values().any(|other| other.birth.row == row) || self.state.slots.iter().any(|s| s.row == row)
+        };
+        let goes = |epoch: u32| {
+            let process = self.living.get(&epoch);
+            process
+                .is_some_and(|process| process.shown_going.is_some() && process.told.is_none() && !process.is_condemned)
+        };
+        let mut workers = self.state.slots.iter().filter(|slot| slot.kind == Kind::Worker);
+        let is_kept = workers.any(|slot| slot.child.as_ref().is_some_and(|child| goes(child.epoch)));
+        if is_kept && self.is_serving() && !(1..ROWS_COUNT).all(is_taken) {
+            self.fail(GOERS, "one is in its slot still");
         }
     }
 
@@ -265,6 +284,11 @@ impl World {
             if let Some(killed) = process.killed {
                 self.check_place(process, killed);
                 continue;
+            }
+            let is_left = || self.state.leaving.iter().any(|child| child.epoch == process.birth.epoch);
+            let went = process.shown_going.filter(|_| process.told.is_none() && is_left());
+            if went.is_some_and(|at| self.now > at + rules.graceful() + slack) {
+                self.fail(ENDS_IN_TIME, "a child that goes by itself is still there");
             }
             if process.told.is_some_and(|at| self.now > at + rules.graceful() + slack) {
                 self.fail(ENDS_IN_TIME, "a child that was told to go is still there");

@@ -97,6 +97,7 @@ fn every_life_keeps_the_invariants() {
             && sum.hangs > 50
             && sum.starved > 200
             && sum.hosts > 10_000
+            && sum.goers > 500
             && sum.ghosts > 50;
     assert!(enough, "{sum:?}");
 }

@@ -38,6 +38,9 @@ pub(super) struct Process {
     end: Option<(Ns, Status)>,
     /// When it was first told to go.
     pub(super) told: Option<Ns>,
+    /// Whether it goes by itself, and when the rules were first shown that.
+    is_going: bool,
+    pub(super) shown_going: Option<Ns>,
     is_hurried: bool,
     /// Whether we are to end it: ABRT or KILL.
     pub(super) is_condemned: bool,
@@ -53,6 +56,11 @@ impl Process {
     /// Whether it has ended, and nobody has been told.
     pub(super) fn is_over(&self, now: Ns) -> bool {
         self.end.is_some_and(|(at, _)| at <= now)
+    }
+
+    /// Whether it was neither told to go nor shown to go by itself.
+    pub(super) fn stays(&self) -> bool {
+        self.told.is_none() && self.shown_going.is_none()
     }
 
     /// Drains in its own time.
@@ -83,6 +91,7 @@ pub(super) struct Sum {
     pub(super) starved: u32,
     pub(super) ghosts: u32,
     pub(super) hosts: u32,
+    pub(super) goers: u32,
 }
 
 impl Sum {
@@ -100,6 +109,7 @@ impl Sum {
             (&mut self.starved, world.sum.starved),
             (&mut self.ghosts, world.sum.ghosts),
             (&mut self.hosts, world.sum.hosts),
+            (&mut self.goers, world.sum.goers),
         ] {
             *sum += of;
         }
@@ -109,8 +119,9 @@ impl Sum {
 pub(crate) struct World {
     seed: u64,
     dice: Dice,
-    /// Of its own, so that the lives stay what they are without it.
+    /// Of their own, so that the lives stay what they are without them.
     hunger: Dice,
+    wander: Dice,
     pub(super) now: Ns,
     /// Of the generation in force.
     rules: Rules,
@@ -181,6 +192,7 @@ impl World {
             programs: programs::Programs::new(hosts),
             dice,
             hunger: Dice(seed.wrapping_mul(0xd6e8_feb8_6659_fd93) | 1),
+            wander: Dice(seed.wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1),
             now,
             rules,
             generation: 1,
@@ -297,7 +309,7 @@ impl World {
         let Some(process) = self.living.get(epoch).filter(|process| process.birth.kind != Kind::Host) else { return };
         // Those that come with a reload or to take another's place are not tried again.
         let has_place = |other: &Process| {
-            other.birth.kind == process.birth.kind && other.birth.slot == process.birth.slot && other.told.is_none()
+            other.birth.kind == process.birth.kind && other.birth.slot == process.birth.slot && other.stays()
         };
         let is_extra = process.birth.generation != self.generation
             || self.living.values().any(|other| other.birth.epoch != *epoch && has_place(other));
@@ -495,6 +507,8 @@ impl World {
             starved: self.now,
             end,
             told: None,
+            is_going: false,
+            shown_going: None,
             is_hurried: false,
             is_condemned: false,
             killed: None,

@@ -97,10 +97,8 @@ impl World {
     pub(super) fn carry_out_host(&mut self, action: &Action) {
         match action {
             Action::AddHost { host, fingerprint, .. } => {
-                if self.programs.rows.values().any(|other| other == fingerprint) {
-                    self.fail(UNTOUCHED, "it has two rows");
-                }
-                if self.programs.rows.insert(*host, *fingerprint).is_some() {
+                let before = self.programs.rows.insert(*host, *fingerprint);
+                if before.is_some() {
                     self.fail(ROWS, "a host's row is given to two");
                 }
             }
@@ -233,8 +231,23 @@ impl World {
         self.sum.hosts += 1;
     }
 
+    /// Before anything else: a second row for a section often is a reason for the first one's end as well.
+    fn check_untouched(&self, actions: &[Action]) {
+        let mut rows = self.programs.rows.clone();
+        for action in actions {
+            match action {
+                Action::DropHost { host } => drop(rows.remove(host)),
+                Action::AddHost { fingerprint, .. } if rows.values().any(|other| other == fingerprint) => {
+                    self.fail(UNTOUCHED, "it has two rows");
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Who of the hosts is told to go, and whether there is a reason.
     pub(in crate::step::sim) fn check_hosts_told(&self, event: &Event, actions: &[Action]) {
+        self.check_untouched(actions);
         let adopted = actions.iter().find_map(|action| match action {
             Action::Adopt { generation, .. } => Some(*generation),
             _ => None,

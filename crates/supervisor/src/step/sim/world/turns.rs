@@ -1,6 +1,6 @@
 //! Time passes: what the processes do by themselves, what goes wrong, and what operators want.
 
-use evergate_core::exit::Status;
+use evergate_core::exit::{Kind, Status};
 
 use super::{Process, World};
 use crate::step::watch::ASK;
@@ -64,6 +64,9 @@ impl World {
             let is_ready = process.ready_at <= now && process.born < now;
             if is_ready {
                 process.shown_ready.get_or_insert(now);
+                if process.is_going {
+                    process.shown_going.get_or_insert(now);
+                }
             }
             let slots = u64::from(rules_of[&process.birth.generation].slots);
             children.push(Seen {
@@ -71,6 +74,7 @@ impl World {
                 is_ready,
                 beat: process.beat,
                 starved: if now > process.beat + ASK { process.starved } else { 0 },
+                is_going: is_ready && (process.is_going || process.told.is_some()),
                 took_queue: process.took_queue,
                 load: u32::try_from(slots * load / 100).unwrap(),
                 waiting: u32::from(load > 100),
@@ -93,6 +97,7 @@ impl World {
         let number = u8::try_from(1 + self.dice.roll(31)).unwrap();
         let is_gentle = self.trouble == 0;
         self.starve(chosen);
+        self.go(chosen);
         match self.dice.roll(22) {
             0 | 1 if !is_gentle => {
                 // Whoever hangs in the kernel ends when that lets go.
@@ -153,6 +158,24 @@ impl World {
             let time = self.hunger.roll(3 * limit / MS) * MS;
             process.starves_until = now + time;
             self.sum.starved += u32::from(time > limit);
+        }
+    }
+
+    /// A worker may go by itself: somebody has told it so, or it cannot go on. A slow one overruns its time.
+    fn go(&mut self, chosen: Option<u32>) {
+        let now = self.now;
+        let is_well = |process: &&mut Process| {
+            let is_well = process.shown_ready.is_some() && process.told.is_none() && process.end.is_none();
+            is_well && !process.is_frozen && !process.is_going && process.birth.kind == Kind::Worker
+        };
+        if let Some(process) = chosen.and_then(|epoch| self.living.get_mut(&epoch)).filter(is_well)
+            && self.wander.roll(25) == 0
+        {
+            let drain = self.rules_of[&process.birth.generation].drain;
+            let late = if self.trouble > 0 && self.wander.roll(10) == 0 { 3600 * SECOND } else { 0 };
+            process.is_going = true;
+            process.end = Some((now + self.wander.roll(drain / MS + 1) * MS + late, Status::Code(0)));
+            self.sum.goers += 1;
         }
     }
 
