@@ -1,5 +1,5 @@
-"""Makes a running process end by itself, from outside and in the same way for any program: by an exit code of our choice
-or by a memory fault. A SEGV from kill(1) would not do: who has a handler for it may take it for a mistake and live on.
+"""Makes a running process end by itself, from outside and in the same way for any program: by an exit code of our choice,
+by a memory fault, or by taking more memory than there is. A SEGV from kill(1) would not do: who has a handler for it may take it for a mistake and live on.
 
 It is stopped with ptrace(2) and its registers are changed. x86_64 only, and only where a descendant may be traced.
 """
@@ -10,7 +10,9 @@ import os
 import platform
 
 ATTACH, DETACH, POKETEXT, GETREGS, SETREGS = 16, 17, 4, 12, 13
-EXIT_GROUP = 231
+EXIT_GROUP, MMAP = 231, 9
+READ_WRITE = 3
+PRIVATE_ANONYMOUS_POPULATED = 0x8022
 SYSCALL = 0x050F
 WALL = 0x40000000
 
@@ -45,6 +47,17 @@ def fault(pid):
         registers.rip = 0
 
     change(pid, to_nowhere)
+
+
+def eat(pid, size):
+    """Its next instruction takes so many bytes of memory, at once. Raises `OSError`, as `change` does."""
+
+    def to_mmap(registers, poke):
+        poke(registers.rip, SYSCALL)
+        registers.rax, registers.rdi, registers.rsi, registers.rdx = MMAP, 0, size, READ_WRITE
+        registers.r10, registers.r8, registers.r9 = PRIVATE_ANONYMOUS_POPULATED, 2**64 - 1, 0
+
+    change(pid, to_mmap)
 
 
 def change(pid, how):

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 KEY = "sk-compare-0123456789abcdef"
 
 # Every model that a drill asks for; the scripted upstream reads what to do from the name.
-MODELS = ("ok", "delay-50", "stream-20-50", "stream-40-50", "stream-1200-50")
+MODELS = ("ok", "delay-50", "delay-1000", "stream-20-50", "stream-40-50", "stream-1200-50")
 
 
 class Subject:
@@ -23,10 +23,13 @@ class Subject:
 
     name = ""
 
-    def __init__(self, place, *, workers=2, drain_seconds=None):
-        """`place` says where things are (see `run`); `drain_seconds` is the subject's default if it is `None`."""
+    def __init__(self, place, *, workers=2, workers_max=None, drain_seconds=None, group=None):
+        """`place` says where things are (see `run`); `drain_seconds` is the subject's default if it is `None`; it runs in
+        `group` if there is one."""
         self.place = place
         self.workers_wanted = workers
+        self.workers_max = workers_max or workers
+        self.group = group
         self.drain_seconds = drain_seconds
         self.port = procs.free_port()
         self.folder = Path(place.folder) / f"{self.name.split()[0].lower()}-{self.port}"
@@ -46,7 +49,7 @@ class Subject:
         """Starts it and returns at once; also the successor of one that was killed."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                self.command(),
+                self.group.within(self.command()) if self.group else self.command(),
                 cwd=self.folder,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
@@ -100,6 +103,7 @@ class Evergate(Subject):
 
     name = "Evergate"
     hang_seconds = 10
+    scales = True
 
     def command(self):
         return [str(self.place.evergate), "serve", "--config", "evergate.toml", "--state-dir", "state"]
@@ -114,9 +118,11 @@ class Evergate(Subject):
     def write_configuration(self):
         text = (
             f'[server]\nlisten = ["127.0.0.1:{self.port}"]\n[admin]\nlisten = "127.0.0.1:0"\n'
-            f"[workers]\nmin = {self.workers_wanted}\nmax = {self.workers_wanted}\n"
+            f"[workers]\nmin = {self.workers_wanted}\nmax = {self.workers_max}\n"
             f'[upstreams.fake]\nbase_url = "http://{self.place.upstream}/v1"\napi_key = {{ file = "key" }}\n'
         )
+        if self.workers_max > self.workers_wanted:
+            text = text.replace("[workers]\n", '[workers]\nslots = 4\nidle_after = "1s"\n')
         if self.drain_seconds is not None:
             text += f'[shutdown]\ndrain = "{self.drain_seconds}s"\n'
         for model in MODELS:
@@ -144,6 +150,10 @@ class Evergate(Subject):
         # A dead master's run file may still be there: only children of this one count.
         return {child["pid"] for child in found} & self.workers()
 
+    def wanted(self):
+        """How many workers it wants at this moment."""
+        return self.ask("status")["master"]["workers_target"]
+
     def named(self, names):
         """How many of these requests a record names as lost."""
         told = json.dumps(self.ask("exits"))
@@ -158,12 +168,17 @@ class Evergate(Subject):
                 return f"code {record.get('code')}"
         return "nothing"
 
+    def is_for_memory(self, pid):
+        """Whether its record says that the kernel ended `pid` for want of memory."""
+        return any(r["pid"] == pid and r["initiator"] == "out_of_memory" for r in self.ask("exits") or [])
+
 
 class Gunicorn(Subject):
     """Gunicorn with uvicorn workers and the application in `gunicorn/`."""
 
     name = "Gunicorn"
     hang_seconds = 30
+    scales = False
     worker_class = "worker.PatientWorker"
 
     def command(self):
@@ -217,6 +232,12 @@ class Gunicorn(Subject):
             return "nothing"
         code, word = found[-1]
         return code or f"signal {int(getattr(signal, 'SIG' + word))}"
+
+    def is_for_memory(self, pid):
+        """Whether its log says of `pid` that it may have been out of memory."""
+        return f"Worker (pid:{pid}) was sent SIGKILL! Perhaps out of memory?" in self.log.read_text(
+            encoding="utf-8", errors="replace"
+        )
 
 
 class StockGunicorn(Gunicorn):
