@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import procs
@@ -32,8 +33,8 @@ class Subject:
         self.group = group
         self.drain_seconds = drain_seconds
         self.port = procs.free_port()
-        self.folder = Path(place.folder) / f"{self.name.split()[0].lower()}-{self.port}"
-        self.folder.mkdir()
+        # A port may have been another subject's before.
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name.split()[0].lower()}-", dir=place.folder))
         self.process = None
         self.seen = {}
 
