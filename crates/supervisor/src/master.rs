@@ -153,13 +153,14 @@ impl Master {
             (self.options.on_exit)(&self.estate.board, kind, initiator);
         }
         self.turned_away.turn(&self.estate.listeners, now);
+        // Before the reaping: the CHLD of who ends after that is still there, and wakes the next turn.
+        let taken = std::iter::from_fn(|| self.signals.take().ok().flatten());
+        let orders: Vec<Order> = taken.filter_map(|taken| order_of(taken.number)).collect();
         // The board before the burials: a child that became ready and died at once did become ready.
         self.look();
         self.reap_all();
-        while let Ok(Some(taken)) = self.signals.take() {
-            if let Some(order) = order_of(taken.number) {
-                self.apply(Event::Order(order));
-            }
+        for order in orders {
+            self.apply(Event::Order(order));
         }
         let run_id = self.estate.board.run_id();
         for epoch in self.estate.hosts.swept(run_id, now) {
