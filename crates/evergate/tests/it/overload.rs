@@ -221,7 +221,7 @@ fn s04_the_others_keep_their_throughput_beside_a_frozen_worker() {
         seen.push(frozen * 100 / calm.max(1));
         seen.sort_unstable();
         println!("answers in two seconds: {calm} with both, {frozen} beside the frozen one");
-        // The machine's own unrest may spoil some pairs; without the limit of the gate's waits each has 80 or less.
+        // The machine's own unrest may spoil some pairs; without the limit of the gate's waits each has 70 or so.
         if seen.len() >= 3 && seen[seen.len() / 2] >= 90 {
             return;
         }
