@@ -60,7 +60,7 @@ const ROOMS: &[Room] = &[
         name: SUPERVISOR, knows: &[CORE, SYS, BOARD], is_unsafe: false, prints: &[],
         never: &["tokio", "hyper", "http", "http-body", "rustls", "rusqlite", "toml", "serde", "serde_json"],
         words: &["std::thread::spawn"],
-        why: "the master has no Tokio, no HTTP, no TOML, no JSON bodies, no SQL and one thread",
+        why: "the master has no Tokio, no HTTP, no TOML, no JSON bodies, no SQL, and no thread but the state folder's writer",
     },
     Room {
         name: UPSTREAM, knows: &[CORE], is_unsafe: false, prints: &[],

@@ -29,6 +29,7 @@ use crate::master::Master;
 use crate::orphans::Orphans;
 use crate::plain;
 use crate::runfile::Run;
+use crate::state_writer::StateWriter;
 use crate::step::{Circumstances, Next, Refusal, Rules, State};
 use crate::{Failure, Options, talk};
 
@@ -36,7 +37,7 @@ use crate::{Failure, Options, talk};
 const COMPILE_TIME: Duration = Duration::from_secs(30);
 /// How long a dead predecessor's children may keep its port.
 const PORT_TIME: Duration = Duration::from_secs(5);
-/// How long they may need to end when they are killed for it: on a full machine it takes more than a moment.
+/// How long who is killed at the start may need to end: on a full machine it takes more than a moment.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
 /// Every signal that the master answers.
@@ -67,10 +68,12 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
     let lock = lock(&folder)?;
     let (plan, config) = compile(options, &exe, &signals)?;
     let what = format!("open the exit records {}", folder.join(EXITS_FILE).display());
-    let mut exits = attempt(&what, Exits::open(&folder))?;
+    let exits = attempt(&what, Exits::open(&folder))?;
+    let writer = StateWriter::start(folder.clone(), exits);
+    let mut writer = attempt("start the thread that writes the state folder", writer)?;
     let hosts = Hosts::new(&folder);
     let what = format!("read the run file {}", Run::path(&folder).display());
-    let mut orphans = attempt(&what, Orphans::find(&folder, hosts.folder(), &mut exits))?;
+    let mut orphans = attempt(&what, Orphans::find(&folder, hosts.folder(), &mut writer))?;
     orphans.signal(Signal::TERM);
     let (listeners, admin) = bind_all(&plan, activation, &mut orphans, &signals)?;
     raise_descriptor_limit();
@@ -109,7 +112,7 @@ pub(crate) fn boot(options: &Options) -> Result<Master, Failure> {
         env,
         board,
     };
-    Ok(Master::new(options.clone(), folder, lock, signals, estate, exits, orphans, control, state, plan))
+    Ok(Master::new(options.clone(), lock, signals, estate, writer, orphans, control, state, plan))
 }
 
 /// Makes the state folder and takes its lock, which the kernel gives back however this process ends (I6, I7).
@@ -144,7 +147,7 @@ fn compile(options: &Options, exe: &OwnedFd, signals: &Signals) -> Result<(Plan,
 
 fn await_compile(pid: Pid, signals: &Signals) -> Result<Status, Failure> {
     let process = attempt("watch the validation", pidfd_open(pid, PidfdFlags::empty()))?;
-    let end = Instant::now() + COMPILE_TIME;
+    let mut end = Instant::now() + COMPILE_TIME;
     let mut failure = None;
     loop {
         let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).ok();
@@ -153,17 +156,18 @@ fn await_compile(pid: Pid, signals: &Signals) -> Result<Status, Failure> {
         if fds.first().is_some_and(|process| !process.revents().is_empty()) {
             break;
         }
-        let is_over = ready == Ok(0) && failure.is_none();
-        if is_over {
-            failure = Some(Failure::internal("the validation of the configuration did not end in time"));
-        }
-        if has_stop(signals) && failure.is_none() {
-            failure = Some(Failure { code: code::OK, text: String::new() });
-        }
-        if failure.is_some() {
-            // Its end comes by the pidfd in the next turn.
-            let _ = kill_process(pid, Signal::KILL);
-        }
+        let has_stop = has_stop(signals);
+        let is_over = ready == Ok(0);
+        failure = match failure {
+            // It hangs in the kernel.
+            Some(failure) if is_over => return Err(failure),
+            None if has_stop => Some(Failure { code: code::OK, text: String::new() }),
+            None if is_over => Some(Failure::internal("the validation of the configuration did not end in time")),
+            Some(_) | None => continue,
+        };
+        // Its end comes by the pidfd.
+        let _ = kill_process(pid, Signal::KILL);
+        end = Instant::now() + KILL_TIME;
     }
     let exit = attempt("take the validation's end", evergate_sys::reap(pid))?;
     failure.map_or(Ok(exit.status), Err)

@@ -1,4 +1,4 @@
-//! What is done at a child's death, in this order and without waiting for anything: its row is read, its end recorded,
+//! What is done at a child's death, in this order: its row is read, its end recorded,
 //! its requests accounted for, its row emptied.
 //!
 //! Holds INV-EXIT-1, INV-EXIT-2 (ARCHITECTURE.md).
@@ -12,18 +12,16 @@ use evergate_sys::{Exit, unix_ms};
 
 use crate::Options;
 use crate::children::{Estate, Running};
-use crate::exits::Exits;
+use crate::state_writer::StateWriter;
 use crate::talk;
 
 /// Buries one child.
-pub(crate) fn bury(estate: &Estate, exits: &mut Exits, options: &Options, dead: &Running, initiator: Initiator) {
+pub(crate) fn bury(estate: &Estate, writer: &mut StateWriter, options: &Options, dead: &Running, initiator: Initiator) {
     let board = &estate.board;
     // What is over was answered, or was about to be: only the record may be missing.
     let (over, lost): (Vec<_>, Vec<_>) = board.inflight(dead.birth.row).partition(Inflight::is_over);
     let record = record(board, dead, estate.upstream(dead.birth), initiator, (&lost, &over));
-    if let Err(error) = exits.append(&record) {
-        talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
-    }
+    writer.exit(&record);
     board.master().note_exit(&record.to_brief_json());
     (options.on_exit)(board, record.kind, record.initiator);
     let left: Vec<Inflight> = lost.into_iter().chain(over).collect();

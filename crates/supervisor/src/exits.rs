@@ -5,8 +5,6 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use evergate_core::exit::ExitRecord;
-
 use crate::plain;
 
 /// The newest records, in the state folder.
@@ -41,14 +39,13 @@ impl Exits {
         Ok(Self { folder: folder.to_owned(), file, bytes, bytes_max, is_torn })
     }
 
-    /// Appends one record. Not synced: the master does not wait for a disk, and what a crash of the machine takes is
-    /// about a run that the crash has ended anyway.
-    pub(crate) fn append(&mut self, record: &ExitRecord) -> io::Result<()> {
+    /// Appends one record, of one line without its end. Not synced: what a crash of the machine takes is about a run that the
+    /// crash has ended anyway.
+    pub(crate) fn append(&mut self, line: &str) -> io::Result<()> {
         if self.bytes >= self.bytes_max {
             // A folder in which nothing can be renamed is no reason to lose a record: the file grows, that is all.
             let _ = self.rotate();
         }
-        let line = record.to_json();
         // A disk that is full takes half of a line. The next record must not be lost with that half.
         let begin = if self.is_torn { "\n" } else { "" };
         self.is_torn = true;
@@ -82,7 +79,11 @@ fn ends_a_line(folder: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evergate_core::exit::{Initiator, Kind, Status};
+    use evergate_core::exit::{ExitRecord, Initiator, Kind, Status};
+
+    fn append(exits: &mut Exits, pid: i32) -> io::Result<()> {
+        exits.append(&ExitRecord::new(Kind::Worker, pid, Status::Code(3), Initiator::Crash).to_json())
+    }
 
     #[test]
     fn a_record_after_half_a_line_is_whole() {
@@ -90,9 +91,6 @@ mod tests {
         let path = folder.path().join(EXITS_FILE);
         std::fs::write(&path, "{\"at_ms\":1").unwrap();
         let mut exits = Exits::open(folder.path()).unwrap();
-        let append = |exits: &mut Exits, pid| {
-            exits.append(&ExitRecord::new(Kind::Worker, pid, Status::Code(3), Initiator::Crash))
-        };
         append(&mut exits, 1).unwrap();
         // As a full disk: what cannot be written, and what is written when there is room again.
         let good = std::mem::replace(&mut exits.file, File::open(&path).unwrap());
@@ -113,7 +111,7 @@ mod tests {
         std::fs::create_dir_all(folder.path().join(EXITS_OLD_FILE).join("x")).unwrap();
         let mut exits = Exits::with_limit(folder.path(), 10).unwrap();
         for pid in 1..=5 {
-            exits.append(&ExitRecord::new(Kind::Worker, pid, Status::Code(3), Initiator::Crash)).unwrap();
+            append(&mut exits, pid).unwrap();
         }
         assert_eq!(std::fs::read_to_string(folder.path().join(EXITS_FILE)).unwrap().lines().count(), 5);
     }
@@ -123,8 +121,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut exits = Exits::with_limit(folder.path(), 1000).unwrap();
         for pid in 0..100 {
-            let record = ExitRecord::new(Kind::Worker, pid, Status::Code(3), Initiator::Crash);
-            exits.append(&record).unwrap();
+            append(&mut exits, pid).unwrap();
         }
         let text = |name| std::fs::read_to_string(folder.path().join(name)).unwrap();
         let (new, old) = (text(EXITS_FILE), text(EXITS_OLD_FILE));

@@ -1,7 +1,8 @@
 //! The master: starts, watches, scales, replaces and buries the children, and stops them in order.
 //!
 //! Two halves. `step` holds every rule and does nothing; the shell ([`serve`]) makes the system calls and holds no
-//! rule. It is one thread that waits in one poll(2) and never blocks anywhere else. LIFECYCLE.md beside this crate
+//! rule. It is one thread that waits in one poll(2), and for nothing
+//! else for long; another one writes the state folder's files. LIFECYCLE.md beside this crate
 //! tells who does what in which order.
 #![forbid(unsafe_code)]
 
@@ -23,6 +24,7 @@ mod oom;
 mod orphans;
 mod plain;
 mod runfile;
+mod state_writer;
 mod step;
 mod strays;
 mod succeed;

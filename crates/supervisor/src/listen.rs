@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use evergate_core::plan::Address;
@@ -118,13 +117,17 @@ fn bind_unix(path: &str) -> io::Result<Listener> {
 fn is_stale(path: &str) -> bool {
     use std::os::unix::fs::FileTypeExt;
     let is_socket = std::fs::symlink_metadata(Path::new(path)).is_ok_and(|meta| meta.file_type().is_socket());
-    is_socket && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    // Not blocking: somebody may listen there and never accept.
+    let connect =
+        || rustix::net::connect(&socket(AddressFamily::UNIX)?, &SocketAddrUnix::new(path)?).map_err(io::Error::from);
+    is_socket && connect().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_taken_port_is_refused_and_a_closed_one_refuses() {

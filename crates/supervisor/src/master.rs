@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use evergate_board::{Board, ChildRow, MasterPhase, Phase, Shape, monotonic_ns};
@@ -20,27 +19,29 @@ use crate::children::{Children, Estate, Running};
 use crate::compile::{Compile, Words};
 use crate::control::Control;
 use crate::diagnosis::{diagnose, starved};
-use crate::exits::Exits;
 use crate::notify::Notify;
 use crate::oom::Oom;
 use crate::orphans::Orphans;
 use crate::runfile::{Run, RunChild};
+use crate::state_writer::StateWriter;
 use crate::step::watch::ASK;
 use crate::step::{Action, Event, HostSeen, Ns, Order, Refusal, SECOND, Seen, Shown, Sig, State, Tally, step};
 use crate::succeed::{Bound, succeed};
 use crate::turned_away::TurnedAway;
 use crate::{Failure, Options, talk};
 
+/// How long the disk is waited for at the end of a run.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
 /// The shell around the rules.
 #[derive(Debug)]
 pub(crate) struct Master {
     options: Options,
-    folder: PathBuf,
     /// Held for as long as we live.
     _lock: File,
     signals: Signals,
     estate: Estate,
-    exits: Exits,
+    writer: StateWriter,
     orphans: Orphans,
     control: Control,
     state: State,
@@ -64,11 +65,10 @@ impl Master {
     #[allow(clippy::too_many_arguments, reason = "called once, by the boot that has made each of them")]
     pub(crate) fn new(
         options: Options,
-        folder: PathBuf,
         lock: File,
         signals: Signals,
         estate: Estate,
-        exits: Exits,
+        writer: StateWriter,
         orphans: Orphans,
         control: Control,
         state: State,
@@ -77,11 +77,10 @@ impl Master {
         let turned_away = TurnedAway::new(estate.board.run_id(), plan.is_tls);
         Self {
             options,
-            folder,
             _lock: lock,
             signals,
             estate,
-            exits,
+            writer,
             orphans,
             control,
             state,
@@ -103,8 +102,8 @@ impl Master {
         self.apply(Event::Start);
         loop {
             if let Some(code) = self.exit {
-                self.orphans.finish(&mut self.exits);
-                Run::remove(&self.folder);
+                self.orphans.finish(&mut self.writer);
+                self.writer.close(CLOSE_TIME);
                 self.control.farewell(code);
                 return Ok(code);
             }
@@ -143,12 +142,13 @@ impl Master {
         master.set_talk_dropped(talk::dropped());
         if now.saturating_sub(self.touched) >= SECOND {
             self.touched = now;
-            Run::touch(&self.folder);
+            self.writer.touch();
         }
+        self.writer.turn();
         // The count is of no interest, and empty is as good.
         let _ = rustix::io::read(&self.estate.kick, &mut [0_u8; 8]);
         self.oom.sample(now);
-        self.orphans.collect(&mut self.exits, now);
+        self.orphans.collect(&mut self.writer, now);
         for (kind, initiator) in self.orphans.take_ends() {
             (self.options.on_exit)(&self.estate.board, kind, initiator);
         }
@@ -312,7 +312,7 @@ impl Master {
                     if dead.exit.is_none() {
                         self.given_up.push(dead.pid);
                     }
-                    bury(&self.estate, &mut self.exits, &self.options, &dead, initiator);
+                    bury(&self.estate, &mut self.writer, &self.options, &dead, initiator);
                 }
             }
             Action::AddHost { host, name, fingerprint } => self.estate.hosts.add(&board, host, name, fingerprint),
@@ -468,7 +468,7 @@ impl Master {
         }
     }
 
-    fn save(&self) {
+    fn save(&mut self) {
         let row = self.estate.board.master();
         // Nothing left to be found by a successor: the file goes in a moment.
         if row.phase() == MasterPhase::Stopped {
@@ -498,9 +498,7 @@ impl Master {
                 })
                 .collect(),
         };
-        if let Err(error) = run.write(&self.folder) {
-            talk::say(&format!("cannot write the run file: {error}"));
-        }
+        self.writer.run(run);
     }
 }
 

@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use crate::burial::status;
-use crate::exits::Exits;
 use crate::runfile::{Run, RunChild};
+use crate::state_writer::StateWriter;
 use crate::step::{Ns, SECOND};
 use crate::{strays, talk};
 
@@ -46,7 +46,7 @@ impl Orphans {
     ///
     /// # Errors
     /// What stands in the run file's place is no file.
-    pub(crate) fn find(folder: &Path, hosts: &Path, exits: &mut Exits) -> io::Result<Self> {
+    pub(crate) fn find(folder: &Path, hosts: &Path, writer: &mut StateWriter) -> io::Result<Self> {
         let (mut run, note) = match Run::read(folder) {
             Ok(Some(run)) => (run, "found by the next start; nobody saw the end"),
             Ok(None) => return Ok(Self::default()),
@@ -65,7 +65,7 @@ impl Orphans {
             }
         }
         let mut orphans = Self::default();
-        orphans.append(exits, &epitaph(&run, note, folder));
+        orphans.append(writer, &epitaph(&run, note, folder));
         for child in run.children {
             // What names no process or no kind of child is no line of ours.
             let (Some(pid), Some(kind)) = (Pid::from_raw(child.pid), Kind::from_name(&child.kind)) else { continue };
@@ -75,7 +75,7 @@ impl Orphans {
                 orphans.left.push(orphan);
             } else {
                 orphans.append(
-                    exits,
+                    writer,
                     &record(&orphan, Status::Unknown, "ended between its master's end and the next start"),
                 );
             }
@@ -92,11 +92,9 @@ impl Orphans {
         std::mem::take(&mut self.ends)
     }
 
-    fn append(&mut self, exits: &mut Exits, record: &ExitRecord) {
+    fn append(&mut self, writer: &mut StateWriter, record: &ExitRecord) {
         self.ends.push((record.kind, record.initiator));
-        if let Err(error) = exits.append(record) {
-            talk::say(&format!("cannot record the end of process {}: {error}", record.pid));
-        }
+        writer.exit(record);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -113,7 +111,7 @@ impl Orphans {
     }
 
     /// Records those that have ended since the last look.
-    pub(crate) fn collect(&mut self, exits: &mut Exits, now: Ns) {
+    pub(crate) fn collect(&mut self, writer: &mut StateWriter, now: Ns) {
         let mut records = Vec::new();
         self.left.retain_mut(|orphan| {
             if is_alive(orphan.pid, orphan.child.start_ticks) {
@@ -127,11 +125,11 @@ impl Orphans {
             records.push(record(orphan, status(exit), "outlived its master; what it had in flight is not known"));
             false
         });
-        records.iter().for_each(|record| self.append(exits, record));
+        records.iter().for_each(|record| self.append(writer, record));
     }
 
     /// Records the last of them, at the end of the run that has killed them.
-    pub(crate) fn finish(&mut self, exits: &mut Exits) {
+    pub(crate) fn finish(&mut self, writer: &mut StateWriter) {
         let end = Instant::now() + END_TIME;
         while !self.is_empty() && Instant::now() < end {
             let pause = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
@@ -139,10 +137,10 @@ impl Orphans {
             let mut fds: Vec<_> =
                 processes.filter_map(|orphan| Some(PollFd::new(orphan.process.as_ref()?, PollFlags::IN))).collect();
             let _ = poll(&mut fds, Some(&pause));
-            self.collect(exits, evergate_sys::monotonic_ns());
+            self.collect(writer, evergate_sys::monotonic_ns());
         }
         // Whoever is still without a status gets none.
-        self.collect(exits, Ns::MAX);
+        self.collect(writer, Ns::MAX);
     }
 }
 

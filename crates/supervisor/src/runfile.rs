@@ -7,6 +7,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -109,7 +110,8 @@ impl Run {
     /// Replaces the file in one step: nobody reads half of it.
     pub(crate) fn write(&self, folder: &Path) -> io::Result<()> {
         let options = &mut File::options();
-        let mut file = plain::open(options.write(true).create(true).truncate(true), &folder.join(NEW_FILE))?;
+        let options = options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = plain::open(options, &folder.join(NEW_FILE))?;
         file.write_all(self.to_json().as_bytes())?;
         std::fs::rename(folder.join(NEW_FILE), folder.join(FILE))
     }

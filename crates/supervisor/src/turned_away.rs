@@ -61,7 +61,7 @@ impl TurnedAway {
             return;
         }
         for listener in listeners.iter().filter(|listener| listener.is_passed) {
-            while self.clients.len() < CLIENTS_MAX {
+            for _ in self.clients.len()..CLIENTS_MAX {
                 let Ok(client) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) else { break };
                 if !self.is_tls {
                     self.tell(client, now);

@@ -287,6 +287,12 @@ impl Load {
         peers.iter().all(is_stuck)
     }
 
+    /// Whether one of them has a place for a request.
+    #[must_use]
+    pub fn have_places(&self, peers: &[Peer]) -> bool {
+        peers.iter().any(|peer| self.board.child(peer.row).is_some_and(|row| row.spare() > 0))
+    }
+
     /// A connection has waited so long for these peers. The times add up over connections until a peer moves.
     pub fn waited_for(&self, peers: &[Peer], time: Duration) {
         let mut all = self.lock_waited();
@@ -321,7 +327,8 @@ impl Load {
         if now.saturating_sub(self.far_at.load(Ordering::Relaxed)) >= FAR_NS {
             let held_by = |peer: Peer| self.board.child(peer.row).map(ChildRow::held);
             let is_far = self.peers().any(|(share, peer)| {
-                (has_waiting && share.spare > 0) || held_by(peer).is_some_and(|least| is_far_above(held, least))
+                (has_waiting && share.spare > 0 && !self.are_stuck(&[peer]))
+                    || held_by(peer).is_some_and(|least| is_far_above(held, least))
             });
             self.is_far.store(is_far, Ordering::Relaxed);
             self.far_at.store(now, Ordering::Relaxed);

@@ -47,7 +47,7 @@ pub fn run(args: &ChildArgs) -> u8 {
     let inherited = match Inherited::adopt(args) {
         Ok(inherited) => inherited,
         Err(why) => {
-            eprintln!("evergate: clerk: {why}");
+            talk::print(&format!("evergate: clerk: {why}"));
             return code::INTERNAL;
         }
     };
@@ -64,7 +64,7 @@ pub fn run(args: &ChildArgs) -> u8 {
     if let Some(row) = board.child(args.row) {
         row.set_note(&why);
     }
-    eprintln!("evergate: clerk: {why}");
+    talk::print(&format!("evergate: clerk: {why}"));
     code
 }
 

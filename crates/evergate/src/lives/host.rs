@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use super::{ChildArgs, Inherited, kick, master_gone, rss_kib, state_dir_from_env};
 use crate::panics;
 use crate::tasks::{Caught, Tasks};
+use crate::telemetry::talk;
 
 mod ear;
 mod folders;
@@ -65,17 +66,17 @@ pub fn run(args: &HostArgs) -> u8 {
     let inherited = match Inherited::adopt(&args.child) {
         Ok(inherited) => inherited,
         Err(reason) => {
-            eprintln!("evergate host: {reason}");
+            talk::print(&format!("evergate host: {reason}"));
             return code::INTERNAL;
         }
     };
     let board = inherited.board.clone();
     panics::note("host", &board, (args.child.row, args.child.epoch));
     let failed = |reason: &str, code: u8| {
-        eprintln!("evergate host {}: {reason}", args.name);
         if let Some(child) = board.child(args.child.row) {
             child.set_note(reason);
         }
+        talk::print(&format!("evergate host {}: {reason}", args.name));
         code
     };
     // Programs are forked on this thread, which lives as long as the process.

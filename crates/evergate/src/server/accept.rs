@@ -280,7 +280,7 @@ impl Turn {
         }
         let (patience, most) = match load.are_stuck(&self.left_to) {
             true => (LOOK, PATIENCE_MAX),
-            false if load.is_full() => (PATIENCE_FULL, PATIENCE_FULL),
+            false if load.is_full() && load.have_places(&self.left_to) => (PATIENCE_FULL, PATIENCE_FULL),
             false => (PATIENCE, PATIENCE_MAX),
         };
         self.waited.0 < most && self.waited.1 < patience

@@ -98,6 +98,9 @@ fn ask(address: &str, at: usize) -> ((Mode, Kind), String) {
             (Kind::ExitCode, "adapter_exited") => message.ends_with(&format!("exit code {}", at % 255 + 1)),
             (Kind::OwnSignal, "adapter_exited") => message.ends_with("signal 9"),
             (Kind::TooSlow, "adapter_timeout") => message.contains("first_output"),
+            (Kind::TooSlow, _) => false,
+            // A program that the machine holds up for two seconds writes too late; `held_up` bounds how many.
+            (_, "adapter_timeout") => message.contains("first_output"),
             _ => mode == Mode::Server,
         };
         assert!(told, "{mode:?} {kind:?} {at}: {}", response.text());
@@ -118,9 +121,10 @@ fn ask(address: &str, at: usize) -> ((Mode, Kind), String) {
 fn leave(address: &str, model: &str, more: &Value) -> String {
     let mut raw = Raw::connect(address);
     raw.send(&chat_request(model, true, more));
-    let head = raw.read_head(LIMIT);
+    let mut head = raw.read_head(LIMIT);
     if head.status != 200 {
-        return raw.read_response(LIMIT).error_code();
+        head.body.extend(std::iter::from_fn(|| raw.next_chunk(LIMIT)).flat_map(|(_, piece)| piece));
+        return head.error_code();
     }
     match raw.next_event(LIMIT) {
         Some(event) if !event.data.contains("\"error\"") => "client_gone".into(),
@@ -250,7 +254,7 @@ fn g11_thousands_of_requests_in_all_modes_are_each_accounted_for() {
     }
 
     // To each what it asked for; only who had a server that was killed may have met something else.
-    let mut ended: BTreeMap<(Mode, String), usize> = BTreeMap::new();
+    let (mut ended, mut held_up) = (BTreeMap::<(Mode, String), usize>::new(), 0);
     for (((mode, kind), outcome), times) in &seen {
         let expected = match kind {
             Kind::Whole | Kind::Stream => "ok",
@@ -260,9 +264,12 @@ fn g11_thousands_of_requests_in_all_modes_are_each_accounted_for() {
             Kind::ClientLeaves => "client_gone",
         };
         let is_collateral = *mode == Mode::Server && COLLATERAL.contains(&&**outcome);
-        assert!(outcome == expected || is_collateral, "{mode:?} {kind:?}: {outcome}, {times} times");
+        let is_held_up = outcome == "adapter_timeout" && *kind != Kind::TooSlow;
+        held_up += if is_held_up { *times } else { 0 };
+        assert!(outcome == expected || is_collateral || is_held_up, "{mode:?} {kind:?}: {outcome}, {times} times");
         *ended.entry((*mode, outcome.clone())).or_default() += times;
     }
+    assert!(held_up <= count / 1000, "{held_up} programs wrote too late");
     assert_eq!(ended.values().sum::<usize>(), count);
     for (mode, upstream) in [(Mode::Command, "command"), (Mode::Stdio, "stdio"), (Mode::Server, "server")] {
         let of_mode = ended.iter().filter(|((own, _), _)| *own == mode);
@@ -273,15 +280,17 @@ fn g11_thousands_of_requests_in_all_modes_are_each_accounted_for() {
     }
 
     // One program for each request of mode command, and one end of each, by its cause.
-    let of = |kind: Kind| {
-        seen.iter()
-            .filter(|(((mode, own), _), _)| (*mode, *own) == (Mode::Command, kind))
-            .map(|(_, times)| times)
-            .sum::<usize>()
+    let of = |kind: Kind, is_held_up: bool| {
+        let is_such = |((mode, own), outcome): &((Mode, Kind), String)| {
+            (*mode, *own) == (Mode::Command, kind) && (outcome == "adapter_timeout") == is_held_up
+        };
+        seen.iter().filter(|(key, _)| is_such(key)).map(|(_, times)| times).sum::<usize>()
     };
-    let done = of(Kind::Whole) + of(Kind::Stream);
-    let told = of(Kind::TooSlow) + of(Kind::ClientLeaves);
-    let causes = [("done", done), ("crash", of(Kind::ExitCode)), ("unknown", of(Kind::OwnSignal)), ("host", told)];
+    let kinds = [Kind::Whole, Kind::Stream, Kind::ExitCode, Kind::OwnSignal, Kind::TooSlow, Kind::ClientLeaves];
+    let done = of(Kind::Whole, false) + of(Kind::Stream, false);
+    let told = of(Kind::ClientLeaves, false) + kinds.into_iter().map(|kind| of(kind, true)).sum::<usize>();
+    let causes =
+        [("done", done), ("crash", of(Kind::ExitCode, false)), ("unknown", of(Kind::OwnSignal, false)), ("host", told)];
     let causes: BTreeMap<String, usize> = causes.map(|(cause, count)| (cause.to_owned(), count)).into();
     let counted = || metric(&gateway, "evergate_program_exits_total", "command", "cause");
     wait_until(&format!("{causes:?}, not {:?}", counted()), LIMIT, || counted() == causes);

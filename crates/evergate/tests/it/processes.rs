@@ -299,6 +299,17 @@ fn i12_a_standard_error_that_fails_ends_no_worker() {
     assert_eq!(said.count(), 1, "{records:?}");
 }
 
+/// What a host says of a program's confinement nobody hears; the program runs all the same.
+#[test]
+fn i12_a_standard_error_that_fails_ends_no_host() {
+    let wrapper = ["/bin/sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
+    let process = r#"process = { mode = "command", argv = ["cat"], sandbox = { read = ["/"] } }"#;
+    let gateway = Evergate::builder(EXE).config(crate::hosts::config(&[("tiny", process)])).wrapper(&wrapper).start();
+    wait_ready(&gateway, 2);
+    assert_eq!(crate::hosts::said(&crate::hosts::ask(&gateway, "tiny/x", "x", false)), "x");
+    assert!(gateway.exits().iter().all(|record| record["kind"] != "host"), "{:?}", gateway.exits());
+}
+
 /// A logrotate that knows the processes by their name only, say.
 #[test]
 fn signals_that_are_the_masters_end_no_child_and_programs_find_theirs_at_the_default() {

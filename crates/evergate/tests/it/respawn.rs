@@ -175,9 +175,9 @@ pub struct Master {
 }
 
 impl Master {
-    /// Whether it has nothing more than it had then: no zombie, one thread, as many descriptors, no MiB of memory more.
+    /// Whether it has nothing more than it had then: no zombie, no thread but the one that writes its files, as many descriptors, no MiB of memory more.
     pub fn is_like(&self, then: &Self) -> bool {
-        (self.zombies, self.threads) == (0, 1)
+        (self.zombies, self.threads) == (0, 2)
             && self.descriptors.abs_diff(then.descriptors) <= 1
             && self.rss_kib < then.rss_kib + 1024
     }

@@ -1,7 +1,8 @@
-//! What needs a machine that allows it: a memory or a freezer cgroup, namespaces, systemd's own checker. Each case says by
+//! What needs a machine that allows it: a memory or a freezer cgroup, namespaces, a mount, systemd's own checker. Each case says by
 //! itself whether it can run here; one that cannot is reported as ignored, which `./test` holds against tests/skips.txt.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::exit, clippy::indexing_slicing)]
 
+mod disk;
 mod groups;
 mod kernel;
 mod memory;
@@ -12,7 +13,7 @@ mod strangers;
 
 use evergate_testkit::cases::{self, Case};
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 16] = [
     ("j3_more_large_bodies_than_there_is_memory_for_end_no_worker", memory::large_bodies_end_no_worker),
     ("d6_no_free_port_is_overload", ports::none_free_is_overload),
     ("s04_a_killed_worker_that_hangs_in_the_kernel_is_succeeded", kernel::a_killed_worker_is_succeeded),
@@ -21,6 +22,8 @@ const CASES: [Case; 14] = [
     ("g5_a_memory_kill_of_a_program_is_told_from_others", groups::memory_kills_are_told_from_others),
     ("g10_cgroups_of_programs_go_with_their_hosts", groups::folders_go_with_their_hosts),
     ("g10_where_no_cgroup_may_be_made_programs_run_without", groups::where_it_may_not),
+    ("s01_workers_are_replaced_while_the_disk_of_the_state_folder_hangs", disk::everything_else_goes_on),
+    ("s21_a_stop_does_not_wait_for_a_disk_that_hangs", disk::a_stop_does_not_wait),
     ("s10_a_memory_kill_is_told_from_an_operators_twenty_of_twenty", memory::twenty_of_twenty),
     ("s10_a_stranger_in_the_cgroup_makes_it_a_suspicion", memory::a_stranger_makes_it_a_suspicion),
     ("s10_without_a_counter_nothing_is_guessed", memory::nothing_is_guessed),

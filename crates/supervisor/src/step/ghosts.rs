@@ -5,7 +5,7 @@
 
 use evergate_core::exit::{Kind, Status};
 
-use super::{Action, Child, Ns, Phase, SECOND, State, life::Place, planted};
+use super::{Action, Child, Ns, Phase, SECOND, State, planted};
 
 /// A KILL ends a process within milliseconds, or a second when the machine is full. Whoever is still there after two hangs
 /// in the kernel, and nobody knows for how long.
@@ -21,21 +21,9 @@ impl State {
     /// vacated as by its death.
     pub(super) fn give_up_ghosts(&mut self, now: Ns, out: &mut Vec<Action>) {
         while let Some(epoch) = self.ghost_in_the_way(now) {
-            let Some(row) = self.free_row() else { return };
-            let Some((child, place)) = self.take(epoch) else { return };
-            let name = child.name();
-            out.push(Action::Say(format!(
-                "the {name} was killed and hangs in the kernel; another one takes its place"
-            )));
-            out.extend([Action::ShowGhost { epoch }, Action::SaveRun]);
-            if let Place::Slot(at) = place
-                && let Some(slot) = self.slots.get_mut(at)
-            {
-                slot.row = row;
-            }
             let killed = Status::Signal { number: 9, core: false };
-            self.vacated(&child, &place, (killed, HANGS), now, out);
-            self.leaving.push(child);
+            self.displace(epoch, "was killed and hangs in the kernel", (killed, HANGS), now, out);
+            out.push(Action::ShowGhost { epoch });
         }
     }
 
@@ -69,7 +57,8 @@ impl State {
         let is_leaving = |child: &&Child| self.leaving.iter().any(|other| other.epoch == child.epoch);
         // A host's program may have what its successor needs: nobody takes its place.
         let is_host = |child: &&Child| child.kind == Kind::Host;
-        self.children().filter(is_ghost).find(|child| !is_leaving(child) && !is_host(child)).map(|child| child.epoch)
+        let is_in_the_way = |child: &&Child| !is_leaving(child) && !is_host(child) && self.may_leave(child);
+        self.children().filter(is_ghost).find(is_in_the_way).map(|child| child.epoch)
     }
 }
 

@@ -16,11 +16,14 @@ const DEGRADED: u32 = 5;
 /// happens. Below it, somebody who kills whatever appears would have us start processes without a pause.
 const WELL: Ns = 50 * MS;
 
+/// What is said of a worker that nobody told to go.
+const GOES: &str = "goes by itself";
+
 /// Where a child stood when it ended.
 pub(super) enum Place {
     /// In the slot at this place.
     Slot(usize),
-    /// Among those that were told to go.
+    /// Among those that leave.
     Leaving,
     /// Among the new generation's, which is not in force yet.
     Coming,
@@ -126,6 +129,7 @@ impl State {
     ) {
         match *place {
             Place::Leaving => {}
+            Place::Coming if child.goes() => self.coming_ended(child, GOES, now, out),
             Place::Coming => self.coming_ended(child, &ended(status, note), now, out),
             Place::Successor => self.succession_failed(child, now, out),
             Place::Host(at) => self.host_ended(at, child, (status, note), now, out),
@@ -158,25 +162,37 @@ impl State {
     /// Workers that go by themselves, told by somebody else or because they cannot go on, accept no more. They leave their places
     /// at once, as by their deaths, and finish what they have in the time that their generation gives.
     pub(super) fn let_go(&mut self, now: Ns, out: &mut Vec<Action>) {
-        let is_goer = |slot: &Slot| {
-            let goes = |child: &Child| child.ready_at.is_some() && child.ending.is_none() && child.seen.is_going;
-            slot.kind == Kind::Worker && slot.child.as_ref().is_some_and(goes)
-        };
-        if !matches!(self.phase, Phase::Serving) || planted!(KeepsGoers) {
+        if !self.fills(Kind::Worker) || planted!(KeepsGoers) {
             return;
         }
-        while let Some(at) = self.slots.iter().position(is_goer) {
-            let Some(row) = self.free_row() else { return };
-            let Some(slot) = self.slots.get_mut(at) else { return };
-            let Some(mut child) = slot.child.take() else { return };
-            slot.row = row;
-            out.push(Action::Say(format!("the {} goes by itself; another one takes its place", child.name())));
-            out.push(Action::SaveRun);
-            let patience = child.patience();
-            child.kill_at = Some(now.saturating_add(patience));
-            self.vacated(&child, &Place::Slot(at), (Status::Code(0), ""), now, out);
-            self.leaving.push(child);
+        let goer =
+            |state: &Self| state.children().find(|child| child.goes() && state.may_leave(child)).map(|it| it.epoch);
+        while let Some(epoch) = goer(self) {
+            self.displace(epoch, GOES, (Status::Code(0), ""), now, out);
         }
+    }
+
+    /// Whether another one could take its place while it is there: a slot's next child needs a row.
+    pub(super) fn may_leave(&self, child: &Child) -> bool {
+        let is_here = |slot: &Slot| slot.child.as_ref().is_some_and(|other| other.epoch == child.epoch);
+        self.free_row().is_some() || !self.slots.iter().any(is_here)
+    }
+
+    /// Takes a child that will serve no more from its place, which is vacated as by its death. It keeps its row until it is
+    /// buried.
+    pub(super) fn displace(&mut self, epoch: u32, how: &str, end: (Status, &str), now: Ns, out: &mut Vec<Action>) {
+        let row = self.free_row();
+        let Some((mut child, place)) = self.take(epoch) else { return };
+        if let (Place::Slot(at), Some(row)) = (&place, row)
+            && let Some(slot) = self.slots.get_mut(*at)
+        {
+            slot.row = row;
+        }
+        out.push(Action::Say(format!("the {} {how}; another one takes its place", child.name())));
+        out.push(Action::SaveRun);
+        self.vacated(&child, &place, end, now, out);
+        child.kill_at = child.kill_at.or(Some(now.saturating_add(child.patience())));
+        self.leaving.push(child);
     }
 
     /// A child could not even be started.
@@ -331,6 +347,12 @@ impl Child {
     /// Whether it is ready and meant to go on.
     pub(super) fn serves(&self) -> bool {
         self.ready_at.is_some() && self.ending.is_none() && !self.seen.is_going
+    }
+
+    /// Whether it goes though nobody told it, and has its place still.
+    pub(super) fn goes(&self) -> bool {
+        let is_going = self.kind == Kind::Worker && self.ready_at.is_some() && self.seen.is_going;
+        is_going && self.ending.is_none() && self.kill_at.is_none()
     }
 
     /// Whose doing an end was. The facts stand beside it in the record; this is a conclusion.

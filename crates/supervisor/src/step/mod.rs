@@ -90,7 +90,7 @@ pub(crate) struct State {
     given: Circumstances,
     phase: Phase,
     slots: Vec<Slot>,
-    /// Children that were told to go: they keep their rows until they are buried, and nobody replaces them.
+    /// Children without a place, which keep their rows until they are buried: told to go, gone by themselves, or ghosts.
     leaving: Vec<Child>,
     /// A worker that is to take the place of another.
     succession: Option<Succession>,

@@ -108,6 +108,26 @@ fn s19_whatever_fails_leaves_the_old_generation() {
     assert!(actions.iter().any(|action| matches!(action, Action::Spawn(birth) if birth.generation == 1)));
 }
 
+/// It was ready and accepts no more: nobody waits until it has drained.
+#[test]
+fn s19_a_worker_that_goes_before_its_generation_is_in_force_fails_the_reload() {
+    let mut state = serving(rules());
+    let now = T0 + SECOND;
+    order(&mut state, Some(1), now);
+    compiled(&mut state, rules(), now);
+    assert_eq!(answers(&show(&mut state, &[1, 2, 3, 4], &[], now)), []);
+    let seen = |epoch: u32| Seen { epoch, is_ready: true, is_going: epoch == 4, beat: now, ..Seen::default() };
+    let children = [1, 2, 3, 4].map(seen).to_vec();
+    let actions = step(&mut state, Event::Seen { children, queue: 0 }, now);
+    assert_eq!((answers(&actions), signals(&actions)), (vec![(1, Err(1))], vec![(5, Sig::Term)]));
+    assert!(spawned(&actions).is_empty() && actions.contains(&Action::Forget { generation: 2 }));
+    assert_eq!(state.generation(), 1);
+    // It finishes what it has.
+    assert!(
+        die(&mut state, 4, Status::Code(0), now + SECOND).iter().any(|action| matches!(action, Action::Bury { .. }))
+    );
+}
+
 #[test]
 fn s20_one_reload_waits_for_all_who_come_meanwhile() {
     let mut state = serving(rules());

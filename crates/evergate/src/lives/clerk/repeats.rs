@@ -24,7 +24,7 @@ pub(super) fn without_repeats(batch: &[u8], [old, new]: [&Path; 2]) -> Vec<u8> {
     let old = if rest > LINE_BYTES_MAX { tail(old, rest).unwrap_or_default() } else { Vec::new() };
     let known: HashSet<&[u8]> = [&old, &new].into_iter().flat_map(|file| lines(file)).filter_map(id).collect();
     let is_new = |line: &&[u8]| id(line).is_none_or(|id| !known.contains(id));
-    lines(batch).filter(is_new).flatten().copied().collect()
+    lines(batch).filter(is_new).collect::<Vec<_>>().concat()
 }
 
 fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {

@@ -16,6 +16,7 @@ use evergate_host::stdio::{self, Stdio};
 use evergate_host::{Cause, Plan, Programs, Report};
 
 use super::folders::Folders;
+use crate::telemetry::talk;
 
 /// So many ends of a server count where a host before has failed: the next one that comes at once ends this host too, and the
 /// pauses, which are the master's then, grow.
@@ -126,10 +127,10 @@ fn plan(parts: &Parts<'_>) -> Result<Plan, String> {
     };
     let prepared = prepare(process, around).map_err(|error| explained(&error))?;
     if prepared.level != Level::Open {
-        eprintln!("evergate host {name}: sandbox: {}", prepared.level);
+        talk::print(&format!("evergate host {name}: sandbox: {}", prepared.level));
     }
     if let Some(cgroup) = &prepared.cgroup {
-        eprintln!("evergate host {name}: cgroup: {cgroup}");
+        talk::print(&format!("evergate host {name}: cgroup: {cgroup}"));
     }
     Ok(prepared.plan)
 }

@@ -226,10 +226,19 @@ impl World {
             process
                 .is_some_and(|process| process.shown_going.is_some() && process.told.is_none() && !process.is_condemned)
         };
+        if !self.state.fills(Kind::Worker) {
+            return;
+        }
         let mut workers = self.state.slots.iter().filter(|slot| slot.kind == Kind::Worker);
         let is_kept = workers.any(|slot| slot.child.as_ref().is_some_and(|child| goes(child.epoch)));
-        if is_kept && self.is_serving() && !(1..ROWS_COUNT).all(is_taken) {
+        if is_kept && !(1..ROWS_COUNT).all(is_taken) {
             self.fail(GOERS, "one is in its slot still");
+        }
+        // Those that are to come into a place need no row for somebody else.
+        let coming = self.state.reload.iter().flat_map(|reload| reload.children());
+        let mut coming = coming.chain(self.state.succession.iter().map(|succession| &succession.child));
+        if coming.any(|child| goes(child.epoch)) {
+            self.fail(GOERS, "one is waited for to serve");
         }
     }
 
