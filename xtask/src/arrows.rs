@@ -293,7 +293,7 @@ mod tests {
         let found =
             dependencies(&package(SUPERVISOR, &json!([{ "name": "tokio" }, { "name": "toml", "kind": "dev" }])));
         assert_eq!(found.len(), 1);
-        assert!(found[0].contains("-> tokio: ") && found[0].contains("one thread"), "{found:?}");
+        assert!(found[0].contains("-> tokio: ") && found[0].contains("no thread but"), "{found:?}");
     }
 
     #[test]

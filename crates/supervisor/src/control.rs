@@ -74,7 +74,7 @@ impl Control {
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // Mode 0600 from the first instant; nobody else is in this process to be surprised by the mask.
+        // Mode 0600 from the first instant; the thread that writes the state folder names its files' modes itself.
         let mask = rustix::process::umask(Mode::from_raw_mode(0o177));
         let bound = bind(&listener, &SocketAddrUnix::new(&path)?);
         rustix::process::umask(mask);

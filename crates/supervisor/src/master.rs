@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -37,8 +38,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Master {
     options: Options,
-    /// Held for as long as we live.
-    _lock: File,
+    /// Given back by the kernel with the process, not before: its other thread may have something to write still.
+    _lock: ManuallyDrop<File>,
     signals: Signals,
     estate: Estate,
     writer: StateWriter,
@@ -77,7 +78,7 @@ impl Master {
         let turned_away = TurnedAway::new(estate.board.run_id(), plan.is_tls);
         Self {
             options,
-            _lock: lock,
+            _lock: ManuallyDrop::new(lock),
             signals,
             estate,
             writer,

@@ -20,6 +20,8 @@ use crate::talk;
 
 /// How long the master waits for a write, once; not again before the disk has taken all that waits.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// How many times as long it waits for all the writes of one turn of its loop: many may have ended at once, and the disk be slow.
+const TURN: u32 = 5;
 /// How late a disk must be for the operator to be told.
 const WORTH_A_WORD: Duration = Duration::from_secs(2);
 /// Most bytes of exit records that wait in memory: as many as a file holds. Those after them are lost, since the first ones
@@ -30,6 +32,9 @@ const BYTES_MAX: usize = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct StateWriter {
     desk: Arc<Desk>,
+    patience: Duration,
+    /// How long this turn has waited.
+    waited: Duration,
     /// A write that was waited for took too long, and not all that waits has been written since.
     is_late: bool,
     /// Since when the disk has hung of which the operator was told.
@@ -75,14 +80,14 @@ impl Work {
 impl StateWriter {
     /// Starts the thread. Signals must be blocked by now: they are the master's.
     pub(crate) fn start(folder: PathBuf, mut exits: Exits) -> io::Result<Self> {
-        Self::with(move |work| write(&folder, &mut exits, work))
+        Self::with(PATIENCE, move |work| write(&folder, &mut exits, work))
     }
 
-    fn with(write: impl FnMut(Work) -> Vec<String> + Send + 'static) -> io::Result<Self> {
+    fn with(patience: Duration, write: impl FnMut(Work) -> Vec<String> + Send + 'static) -> io::Result<Self> {
         let desk = Arc::new(Desk::default());
         let theirs = desk.clone();
         Builder::new().name("state-writer".into()).stack_size(128 << 10).spawn(move || serve(&theirs, write))?;
-        Ok(Self { desk, is_late: false, told: None })
+        Ok(Self { desk, patience, waited: Duration::ZERO, is_late: false, told: None })
     }
 
     /// Appends an exit record.
@@ -113,6 +118,11 @@ impl StateWriter {
 
     /// To be called in every turn of the loop: says what has gone wrong meanwhile.
     pub(crate) fn turn(&mut self) {
+        self.waited = Duration::ZERO;
+        self.look();
+    }
+
+    fn look(&mut self) {
         let mut state = self.desk.lock();
         let troubles = std::mem::take(&mut state.troubles);
         let (since, is_idle) = (state.busy_since, state.is_idle());
@@ -138,7 +148,7 @@ impl StateWriter {
         self.desk.changed.notify_all();
         let is_done = self.await_idle(limit);
         let lost = self.desk.lock().work.exits.len();
-        self.turn();
+        self.look();
         if !is_done {
             talk::say(&format!(
                 "the disk of the state folder takes nothing; the end does not wait for it: exit records ({lost}, and those under way) may be \
@@ -150,8 +160,10 @@ impl StateWriter {
     /// Has the thread work, and waits for it if it was not late before.
     fn settle(&mut self) {
         self.desk.changed.notify_all();
-        self.is_late = self.is_late || !self.await_idle(PATIENCE);
-        self.turn();
+        let (began, left) = (Instant::now(), (TURN * self.patience).saturating_sub(self.waited));
+        self.is_late = self.is_late || !self.await_idle(left.min(self.patience));
+        self.waited = self.waited.saturating_add(began.elapsed());
+        self.look();
     }
 
     /// Whether all is done in time.
@@ -225,9 +237,9 @@ mod tests {
     }
 
     /// A disk that takes one piece of work for each `()` in `room`.
-    fn disk() -> (StateWriter, Disk) {
+    fn disk(patience: Duration) -> (StateWriter, Disk) {
         let ((tell, written), (room, rooms)) = (sync_channel(1000), sync_channel(1000));
-        let writer = StateWriter::with(move |work| {
+        let writer = StateWriter::with(patience, move |work| {
             // The disk goes with its test.
             if rooms.recv().is_ok() {
                 let _ = tell.send(work);
@@ -262,8 +274,9 @@ mod tests {
 
     #[test]
     fn while_the_disk_answers_each_call_is_done_when_it_returns() {
-        let (mut writer, disk) = disk();
+        let (mut writer, disk) = disk(Duration::from_secs(30));
         for pid in 1..=3 {
+            writer.turn();
             disk.room.send(()).unwrap();
             writer.exit(&record(pid));
             let work = disk.written.try_recv().unwrap();
@@ -279,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_disk_that_hangs_is_waited_for_once_and_gets_all_of_it_later() {
-        let (mut writer, disk) = disk();
+        let (mut writer, disk) = disk(PATIENCE);
         let begin = Instant::now();
         for pid in 1..=100 {
             writer.exit(&record(pid));
@@ -301,9 +314,27 @@ mod tests {
         assert_eq!(disk.written.try_recv().unwrap().exits[0].0, 101);
     }
 
+    /// A disk that takes each piece in time, and many of them in one turn of the loop.
+    #[test]
+    fn a_turn_waits_for_slow_writes_so_many_times_and_no_more() {
+        let patience = Duration::from_millis(200);
+        let (_silent, rooms) = sync_channel::<()>(1);
+        let mut writer = StateWriter::with(patience, move |_| {
+            let _ = rooms.recv_timeout(patience / 2);
+            Vec::new()
+        })
+        .unwrap();
+        let begin = Instant::now();
+        (0..60).for_each(|pid| writer.exit(&record(pid)));
+        assert!(writer.is_late && begin.elapsed() < 20 * patience, "{:?}", begin.elapsed());
+        assert!(writer.await_idle(Duration::from_secs(60)));
+        writer.turn();
+        assert!(!writer.is_late);
+    }
+
     #[test]
     fn what_waits_has_a_bound_and_the_first_ones_stay() {
-        let (mut writer, disk) = disk();
+        let (mut writer, disk) = disk(PATIENCE);
         let long = ExitRecord { note: "x".repeat(1 << 20), ..record(0) };
         for pid in 0..6 {
             writer.exit(&ExitRecord { pid, ..long.clone() });
@@ -315,7 +346,7 @@ mod tests {
 
     #[test]
     fn an_end_does_not_wait_for_ever() {
-        let (mut writer, _disk) = disk();
+        let (mut writer, _disk) = disk(PATIENCE);
         writer.exit(&record(1));
         let begin = Instant::now();
         writer.close(Duration::from_millis(10));
@@ -324,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_panic_of_the_thread_costs_records_and_not_the_master() {
-        let mut writer = StateWriter::with(|_| panic!("a planted panic")).unwrap();
+        let mut writer = StateWriter::with(PATIENCE, |_| panic!("a planted panic")).unwrap();
         for pid in 0..3 {
             writer.exit(&record(pid));
         }

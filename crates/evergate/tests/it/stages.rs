@@ -168,11 +168,12 @@ fn pid_of(gateway: &Evergate, target: Target) -> i32 {
     gateway.children().iter().find(|child| child.kind == kind).unwrap().pid
 }
 
-/// How long the machine, or the master, stood still, as it has said itself.
+/// How long the machine, or the master, stood still, as it has said itself. Of more than three seconds it
+/// would have to say more.
 fn stood_still(said: &str) -> Duration {
     let times =
         said.lines().filter_map(|line| line.split_once("stood still for ")?.1.split_once(" ms")?.0.parse().ok());
-    times.map(Duration::from_millis).sum()
+    times.map(Duration::from_millis).sum::<Duration>().min(Duration::from_secs(3))
 }
 
 /// Whether the stop was disturbed as the case says: on a busy machine a stage may be over before we see it.

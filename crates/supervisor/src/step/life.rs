@@ -188,7 +188,8 @@ impl State {
         {
             slot.row = row;
         }
-        out.push(Action::Say(format!("the {} {how}; another one takes its place", child.name())));
+        let what = if matches!(place, Place::Slot(_)) { "; another one takes its place" } else { "" };
+        out.push(Action::Say(format!("the {} {how}{what}", child.name())));
         out.push(Action::SaveRun);
         self.vacated(&child, &place, end, now, out);
         child.kill_at = child.kill_at.or(Some(now.saturating_add(child.patience())));
