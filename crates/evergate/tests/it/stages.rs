@@ -168,8 +168,8 @@ fn pid_of(gateway: &Evergate, target: Target) -> i32 {
     gateway.children().iter().find(|child| child.kind == kind).unwrap().pid
 }
 
-/// How long the machine, or the master, stood still, as it has said itself. Of more than three seconds it
-/// would have to say more.
+/// How long the machine, or the master, stood still, as it has said itself; three seconds at most, since a longer standstill is rather
+/// its own.
 fn stood_still(said: &str) -> Duration {
     let times =
         said.lines().filter_map(|line| line.split_once("stood still for ")?.1.split_once(" ms")?.0.parse().ok());
